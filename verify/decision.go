@@ -1,0 +1,252 @@
+package verify
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// A Decision is the answer. The zero Decision denies with INTERNAL.
+//
+// Only allow and audit, below, set allowed. A Decision can be written as JSON
+// (Report) and cannot be read back: nothing on a disk or on a wire can be an
+// allow.
+type Decision struct {
+	allowed bool
+
+	Reason   Reason
+	Would    Reason        // with AUDIT_ONLY: what enforce would have answered
+	Rule     string        // name of the rule or statement; empty where none matched
+	Epoch    Epoch         // of the configuration that it was made under
+	Key      Key           // of the question; zero where the image was not bound
+	Binding  Binding       // how the image was tied to what runs
+	Signers  []Signer      // who met the rule; for a denial, who was seen
+	Signed   digest.Digest // what they signed: target, manifest or another target of the same config
+	Source   string        // where the deciding evidence came from
+	Tried    []Attempt     // each source that was asked and what it said
+	Warnings []Reason      // checks that failed and that the statement only logs
+	Detail   string        // one clause for a person
+	Made     time.Time
+	Until    time.Time // when the answer ends; zero: good for this once
+}
+
+// An Attempt is what one source said.
+type Attempt struct {
+	Source string `json:"source"`
+	Reason Reason `json:"reason"`
+	Seen   int    `json:"signatures"` // how many signatures it handed over
+	Detail string `json:"detail,omitempty"`
+}
+
+// Allowed reports whether the image may run.
+func (d Decision) Allowed() bool { return d.allowed }
+
+// Deny makes a denial.
+func Deny(r Reason, detail string) Decision { return Decision{Reason: r, Detail: detail} }
+
+// allow makes the Decision that lets an image run: the only place in the program
+// that does. It looks again at everything that an allow rests on, so that a
+// mistake of a caller ends as a denial.
+func allow(q Question, f Finding, now time.Time) Decision {
+	img := q.Image
+	bound := img.Use == UseContainer && (img.Binding == BoundRuntime || img.Binding == BoundSnapshot) ||
+		img.Use == UseQuestion && img.Binding == BoundDigest
+	signed := false
+	for _, s := range img.subjects() {
+		signed = signed || s.Digest != "" && s.Digest == f.Signed
+	}
+	switch {
+	case !bound || img.Fault != nil:
+		return Deny(ImageUnresolved, "the image is not bound to what runs")
+	case q.Rule == nil || q.Rule.Settled != "" || q.Rule.Statement == "" || q.Rule.Requirement == [32]byte{}:
+		return Deny(PolicyInvalid, "the rule asks for no signature")
+	case f.Reason != Verified || !signed:
+		return Deny(Internal, "the finding does not support an allow")
+	case !f.Until.IsZero() && !now.Before(f.Until):
+		return Deny(SignatureExpired, "what the answer rests on ended at "+f.Until.UTC().Format(time.RFC3339))
+	}
+	return Decision{
+		allowed: true, Reason: Verified, Signers: []Signer{f.Signer}, Signed: f.Signed,
+		Warnings: f.Warnings, Detail: f.Detail, Made: now, Until: f.Until,
+	}
+}
+
+// audit turns a denial into an allow where the configuration only audits, and
+// keeps what enforce would have said. It is the last thing that happens to a
+// Decision, and the only function besides allow that can let an image run.
+func audit(d Decision, m Mode) Decision {
+	if m == Audit && !d.allowed {
+		d.Would, d.Reason, d.allowed = Reason(d.Reason.String()), AuditOnly, true
+	}
+	return d
+}
+
+// MaxMessage is the length of a Message in bytes. It leaves room for what NRI,
+// containerd and the kubelet put in front of it below the 1,024 bytes of an Event.
+const MaxMessage = 640
+
+// Message is the one line that a person reads, at most MaxMessage bytes, code
+// first since user interfaces cut it. It names img, since one Decision answers
+// for many names, and the node where the log has the whole story. Everything
+// that is not ours is quoted and cut.
+func (d Decision) Message(img Image, node string) string {
+	var b strings.Builder
+	b.WriteString("tidewaiter: ")
+	r := d.Reason
+	switch {
+	case r == AuditOnly:
+		b.WriteString("allowed [AUDIT_ONLY], enforce would deny")
+		r = d.Would
+	case d.allowed:
+		b.WriteString("allowed")
+	default:
+		b.WriteString("denied")
+	}
+	b.WriteString(" [" + r.String() + "] " + describe(img))
+	tail := ""
+	if d.Rule != "" {
+		tail += "; rule " + Quote(d.Rule, 64)
+	}
+	if node != "" {
+		tail += "; on node " + Clean(node, 64) + ": decision " + d.ID()
+	}
+	if room := MaxMessage - b.Len() - len(tail) - len(": "); d.Detail != "" && room > 0 {
+		b.WriteString(": " + Clean(d.Detail, room))
+	}
+	b.WriteString(tail)
+	return b.String()
+}
+
+// describe names an image: canonical name and target digest, or what the pod said.
+func describe(img Image) string {
+	if img.Name.Path == "" {
+		if img.Asked == "" {
+			return "an image without a name"
+		}
+		return Quote(img.Asked, 160)
+	}
+	n := img.Name
+	if img.Target.Digest != "" {
+		n.Digest = img.Target.Digest
+	}
+	s := n.String()
+	if n.Digest == "" {
+		return Clean(s, 256)
+	}
+	// A long name is cut, the digest is not.
+	d := "@" + Clean(n.Digest.String(), 96)
+	n.Digest = ""
+	return Clean(n.String(), 160) + d
+}
+
+// Clean makes text that is not ours fit for one line: control characters and
+// what is not printable become spaces, and it is cut to at most limit bytes at a
+// character boundary.
+func Clean(s string, limit int) string {
+	if len(s) > 4*limit {
+		s = s[:4*limit]
+	}
+	s = strings.Map(func(r rune) rune {
+		if r == utf8.RuneError || !unicode.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, s)
+	if len(s) <= limit {
+		return s
+	}
+	const more = "..."
+	limit = max(limit-len(more), 0)
+	for limit > 0 && !utf8.RuneStart(s[limit]) {
+		limit--
+	}
+	return s[:limit] + more
+}
+
+// Quote is Clean in double quotes; quotes inside become single ones.
+func Quote(s string, limit int) string {
+	return `"` + strings.ReplaceAll(Clean(s, limit), `"`, `'`) + `"`
+}
+
+// ID is short, stable and the same on every node: a hash of the question and the
+// reason.
+func (d Decision) ID() string {
+	r := d.Reason
+	if r == AuditOnly {
+		r = d.Would
+	}
+	h := sha256.New()
+	h.Write(d.Key.bytes())
+	h.Write([]byte(r.String()))
+	return hex.EncodeToString(h.Sum(nil)[:6])
+}
+
+// Schema names the JSON form of a Report. Fields may be added under the same
+// name; none is removed or changes its meaning.
+const Schema = "tidewaiter.dev/decision/v1"
+
+// A Report is a Decision about one image as scripts and logs read it. It is
+// output only.
+type Report struct {
+	Schema   string     `json:"schema"`
+	ID       string     `json:"id"`
+	Allowed  bool       `json:"allowed"`
+	Reason   Reason     `json:"reason"`
+	Would    Reason     `json:"would,omitempty"`
+	Message  string     `json:"message"`
+	Image    string     `json:"image"`
+	Target   string     `json:"target,omitempty"`
+	Manifest string     `json:"manifest,omitempty"`
+	Config   string     `json:"config,omitempty"`
+	Binding  Binding    `json:"binding"`
+	Pod      *Pod       `json:"pod,omitempty"`
+	Rule     string     `json:"rule,omitempty"`
+	Epoch    string     `json:"epoch"`
+	Signers  []Signer   `json:"signers"`
+	Signed   string     `json:"signed,omitempty"`
+	Source   string     `json:"source,omitempty"`
+	Tried    []Attempt  `json:"tried"`
+	Warnings []Reason   `json:"warnings,omitempty"`
+	Detail   string     `json:"detail,omitempty"`
+	Made     time.Time  `json:"made"`
+	Until    *time.Time `json:"until,omitempty"`
+}
+
+// Report makes the report of d about img on node.
+func (d Decision) Report(img Image, node string) Report {
+	r := Report{
+		Schema: Schema, ID: d.ID(), Allowed: d.allowed, Reason: d.Reason, Would: d.Would,
+		Message: d.Message(img, node), Image: Clean(img.Name.String(), 512),
+		Target: img.Target.Digest.String(), Manifest: img.Manifest.Digest.String(), Config: img.Config.String(),
+		Binding: d.Binding, Rule: d.Rule, Epoch: d.Epoch.String(),
+		Signers: append([]Signer{}, d.Signers...), Signed: d.Signed.String(), Source: d.Source,
+		Tried: append([]Attempt{}, d.Tried...), Warnings: d.Warnings, Detail: Clean(d.Detail, MaxMessage), Made: d.Made.UTC(),
+	}
+	if img.Name.Path == "" {
+		r.Image = Clean(img.Asked, 512)
+	}
+	if img.Pod != (Pod{}) {
+		p := img.Pod
+		r.Pod = &p
+	}
+	if !d.Until.IsZero() {
+		u := d.Until.UTC()
+		r.Until = &u
+	}
+	return r
+}
+
+// MarshalJSON writes the decision's own part of a Report.
+func (d Decision) MarshalJSON() ([]byte, error) { return json.Marshal(d.Report(Image{}, "")) }
+
+// UnmarshalJSON always fails: a Decision is made, never read.
+func (*Decision) UnmarshalJSON([]byte) error {
+	return errors.New("a decision cannot be read from JSON")
+}

@@ -1,0 +1,97 @@
+package verify
+
+import (
+	"context"
+	"fmt"
+	"sync/atomic"
+	"time"
+)
+
+// A Setup is one configuration in force. It does not change once an Enforcer has
+// it. The zero Setup denies everything.
+type Setup struct {
+	Epoch  Epoch
+	Mode   Mode
+	Policy Policy
+	Judge  Judge         // the cache with the Engine behind it
+	Wait   time.Duration // longest that one answer waits for work under way; audit never waits
+}
+
+// An Enforcer is the Verifier that the gate asks. Its zero value has no
+// configuration and denies everything. It is safe for concurrent use.
+type Enforcer struct {
+	setup atomic.Pointer[Setup]
+}
+
+var _ Verifier = (*Enforcer)(nil)
+
+// Swap puts s in force, or with nil nothing, and returns what was in force
+// before. Answers that are being made under the old configuration do not count
+// any more.
+func (e *Enforcer) Swap(s *Setup) *Setup { return e.setup.Swap(s) }
+
+// Setup returns the configuration in force, or nil.
+func (e *Enforcer) Setup() *Setup { return e.setup.Load() }
+
+// Verify implements [Verifier]. An answer counts only if the configuration that
+// it was made under is still in force when it is given.
+func (e *Enforcer) Verify(ctx context.Context, img Image) Decision {
+	for range 2 {
+		s := e.setup.Load()
+		d := decide(ctx, s, img)
+		if e.setup.Load() == s {
+			return seal(d, s)
+		}
+	}
+	return seal(Deny(Pending, "the configuration changed while the image was checked; the next try answers"), e.setup.Load())
+}
+
+// seal applies the mode of the configuration in force.
+func seal(d Decision, s *Setup) Decision {
+	if s == nil {
+		return Deny(PolicyInvalid, "this node has no valid configuration in force; see the log of tidewaiter")
+	}
+	d.Epoch = s.Epoch
+	return audit(d, s.Mode)
+}
+
+// decide answers as enforce would. A panic becomes a denial.
+func decide(ctx context.Context, s *Setup, img Image) (d Decision) {
+	defer func() {
+		if p := recover(); p != nil {
+			d = Deny(Internal, fmt.Sprintf("panic while deciding: %v", p))
+		}
+	}()
+	if s == nil {
+		return Decision{}
+	}
+	if img.Fault != nil {
+		return Deny(img.Fault.Reason, img.Fault.Detail)
+	}
+	if img.Use == 0 || img.Binding == 0 || img.Target.Digest == "" || img.Manifest.Digest == "" {
+		return Deny(ImageUnresolved, "the image is not bound to what runs")
+	}
+	rule := s.Policy.Select(img)
+	if rule == nil || rule.Settled == "" && (rule.Statement == "" || rule.Requirement == [32]byte{}) {
+		return Deny(PolicyInvalid, "the policy asks for no signature")
+	}
+	q := Question{Image: img, Rule: rule}
+	if rule.Settled != "" {
+		d = Deny(rule.Settled, rule.Detail)
+	} else {
+		wait := s.Wait
+		if s.Mode == Audit {
+			wait = 0
+		}
+		if img.Use != UseQuestion {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(ctx, wait)
+			defer cancel()
+		}
+		d = s.Judge.Judge(ctx, q)
+	}
+	// A cached answer was made for the same content under the same rule; how this
+	// container was bound to that content is its own.
+	d.Rule, d.Key, d.Binding = rule.Name, q.Key(), img.Binding
+	return d
+}

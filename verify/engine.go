@@ -1,0 +1,133 @@
+package verify
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// An Engine is the Judge that does the work: it asks sources for signatures and
+// has each checked until one meets the rule. It does not change and is safe for
+// concurrent use. All fields are required.
+type Engine struct {
+	Sources func(Name) []Source // where signatures of an image of that name may be, in the order to ask
+	Checker Checker
+	Limits  Limits // for each source; zero fields mean DefaultLimits
+	Now     func() time.Time
+}
+
+var _ Judge = (*Engine)(nil)
+
+// Judge implements [Judge]. It works until ctx ends or the limits are reached.
+func (e *Engine) Judge(ctx context.Context, q Question) (d Decision) {
+	defer func() {
+		if p := recover(); p != nil {
+			d = Deny(Internal, fmt.Sprintf("panic while verifying: %v", p))
+		}
+		d.Rule, d.Key, d.Binding = q.Rule.Name, q.Key(), q.Image.Binding
+	}()
+	var seen []Finding
+	var tried []Attempt
+	for _, src := range e.Sources(q.Image.Name) {
+		a, found, won := e.ask(ctx, src, q)
+		seen, tried = append(seen, found...), append(tried, a)
+		if won {
+			d := allow(q, found[len(found)-1], e.Now())
+			d.Source, d.Tried = a.Source, tried
+			return d
+		}
+	}
+	return refuse(seen, tried, e.Now())
+}
+
+// ask asks one source for signatures of each subject and checks what it hands
+// over. If won, the last finding meets the rule.
+func (e *Engine) ask(ctx context.Context, src Source, q Question) (a Attempt, found []Finding, won bool) {
+	limits := e.Limits.Or(DefaultLimits)
+	ctx, cancel := context.WithTimeout(ctx, limits.Wall)
+	defer cancel()
+	budget := NewBudget(limits)
+	a = Attempt{Source: src.Name(), Reason: SignatureMissing}
+	for _, subject := range q.Image.subjects() {
+		if subject.Digest == "" {
+			continue
+		}
+		err := src.Find(ctx, q.Image.Name, subject, budget, func(ev Evidence) bool {
+			f := Finding{Reason: SignatureInvalid}
+			if ev.Err != nil {
+				f.Detail = ev.Err.Error()
+			} else {
+				f = e.check(ctx, ev, subject, q.Rule.Statement)
+			}
+			found = append(found, f)
+			won = f.Reason == Verified && f.Signed == subject.Digest
+			return !won
+		})
+		a.Seen = len(found)
+		if won {
+			a.Reason = Verified
+			return a, found, true
+		}
+		if err != nil {
+			a.Reason, a.Detail = reasonOf(err), err.Error()
+			return a, found, false
+		}
+	}
+	if len(found) > 0 {
+		f := slices.MinFunc(found, func(x, y Finding) int { return x.Reason.rank() - y.Reason.rank() })
+		a.Reason, a.Detail = f.Reason, f.Detail
+	}
+	return a, found, false
+}
+
+// check has one piece of evidence checked; a panic in a parser costs only that
+// piece.
+func (e *Engine) check(ctx context.Context, ev Evidence, subject ocispec.Descriptor, statement string) (f Finding) {
+	defer func() {
+		if p := recover(); p != nil {
+			f = Finding{Reason: SignatureInvalid, Detail: fmt.Sprintf("panic while checking a signature: %v", p)}
+		}
+	}()
+	return e.Checker.Check(ctx, ev, subject, statement)
+}
+
+// refuse makes the denial that says most: a source that was not conclusively
+// asked, else the envelope that came furthest, else that there is no signature.
+func refuse(seen []Finding, tried []Attempt, now time.Time) Decision {
+	d := Deny(SignatureMissing, "no Notary Project signature found")
+	if len(tried) == 0 {
+		d = Deny(SourceUnreachable, "no source of signatures is configured for this image")
+	}
+	for _, a := range tried {
+		if a.Reason.rank() < d.Reason.rank() {
+			d.Reason, d.Detail, d.Source = a.Reason, a.Detail, a.Source
+		}
+	}
+	if d.Reason == SignatureMissing {
+		d.Detail += " at " + names(tried)
+	} else if d.Source != "" {
+		d.Detail = d.Source + ": " + d.Detail
+	}
+	for _, f := range seen {
+		if f.Signer != (Signer{}) && len(d.Signers) < MaxOthers && !slices.Contains(d.Signers, f.Signer) {
+			d.Signers = append(d.Signers, f.Signer)
+		}
+	}
+	d.Tried, d.Made = tried, now
+	return d
+}
+
+// names lists sources for a message.
+func names(tried []Attempt) string {
+	s := ""
+	for i, a := range tried {
+		if i > 0 {
+			s += ", "
+		}
+		s += a.Source
+	}
+	return s
+}

@@ -1,0 +1,123 @@
+package verify
+
+import (
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// A Name is an image name in canonical form, split where policy matches it:
+// host and path are compared apart, never as one string. The zero Name matches
+// no rule.
+type Name struct {
+	Host   string        // "docker.io", "registry.acme.internal:5000", "[2001:db8::1]:5000"
+	Path   string        // "library/nginx"
+	Tag    string        // for messages only: never matched, never resolved
+	Digest digest.Digest // what the pod pinned, or empty
+}
+
+// Repository is the part of the name that policies speak of: host and path.
+func (n Name) Repository() string {
+	if n.Host == "" {
+		return n.Path
+	}
+	return n.Host + "/" + n.Path
+}
+
+// String is for messages.
+func (n Name) String() string {
+	s := n.Repository()
+	if n.Tag != "" {
+		s += ":" + n.Tag
+	}
+	if n.Digest != "" {
+		s += "@" + n.Digest.String()
+	}
+	return s
+}
+
+// A Use says what an image is for. The zero Use is denied.
+type Use uint8
+
+const (
+	_            Use = iota
+	UseContainer     // a container is about to be created from it
+	UseQuestion      // somebody asks (the CLI); nothing starts
+)
+
+// A Binding says how Target and Config were tied to what runs. The zero Binding
+// is denied with IMAGE_UNRESOLVED.
+type Binding uint8
+
+const (
+	_             Binding = iota
+	BoundRuntime          // the runtime handed over target and config digest
+	BoundSnapshot         // the chain ID equals the Parent of the container's snapshot
+	BoundDigest           // the asker named the digest; only with UseQuestion
+)
+
+// String names the binding as reports show it.
+func (b Binding) String() string {
+	switch b {
+	case BoundRuntime:
+		return "runtime"
+	case BoundSnapshot:
+		return "snapshot"
+	case BoundDigest:
+		return "digest"
+	}
+	return "none"
+}
+
+// MarshalText writes String.
+func (b Binding) MarshalText() ([]byte, error) { return []byte(b.String()), nil }
+
+// MaxOthers bounds Image.Others: any pod author can add image records.
+const MaxOthers = 8
+
+// An Image is what a runtime is about to run, as the runtime itself told it, and
+// bound to content. Nothing in it was resolved at a registry. The zero Image is
+// denied. Where the image could not be bound, Fault says why and nothing else
+// but Name, Asked and Pod is meaningful.
+type Image struct {
+	Name  Name   // selects the rule and the mirrors; never leads to content
+	Asked string // the pod's own string, for messages where Name is empty
+
+	Target   ocispec.Descriptor   // what the image record points to: an index or a manifest
+	Manifest ocispec.Descriptor   // the manifest selected from Target; Target itself if that is one
+	Config   digest.Digest        // digest of the image config that runs: the CRI image ID
+	Others   []ocispec.Descriptor // at most MaxOthers further targets that lead to Config
+
+	Use     Use
+	Binding Binding
+	Pod     Pod
+	Fault   *Fault
+}
+
+// subjects lists the descriptors that a signature of the image may be over, in
+// the order in which they are asked for.
+func (i Image) subjects() []ocispec.Descriptor {
+	list := []ocispec.Descriptor{i.Target}
+	if i.Manifest.Digest != i.Target.Digest {
+		list = append(list, i.Manifest)
+	}
+	return append(list, i.Others[:min(len(i.Others), MaxOthers)]...)
+}
+
+// A Pod says for whom an image starts. It identifies and does not authorise:
+// its author chose everything in it.
+type Pod struct {
+	Namespace string `json:"namespace,omitempty"`
+	Name      string `json:"name,omitempty"`
+	UID       string `json:"uid,omitempty"`
+	Container string `json:"container,omitempty"`
+}
+
+// A Fault says why an image could not be bound to what runs. It is an error so
+// that the code that binds can return it.
+type Fault struct {
+	Reason Reason
+	Detail string // one clause for a person; no argv, no environment
+}
+
+// Error implements error.
+func (f *Fault) Error() string { return f.Reason.String() + ": " + f.Detail }

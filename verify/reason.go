@@ -1,0 +1,89 @@
+package verify
+
+// A Reason is a stable code that says why a Decision came out as it did. The
+// zero Reason prints as INTERNAL. docs/reasons.md says what to do about each.
+type Reason string
+
+// Reasons of denials. Their names never change; a new situation gets a new one.
+const (
+	SignatureMissing      Reason = "SIGNATURE_MISSING"
+	SignatureInvalid      Reason = "SIGNATURE_INVALID"
+	SignerUntrusted       Reason = "SIGNER_UNTRUSTED"
+	IdentityMismatch      Reason = "IDENTITY_MISMATCH"
+	SignatureExpired      Reason = "SIGNATURE_EXPIRED"
+	CertificateExpired    Reason = "CERTIFICATE_EXPIRED"
+	TimestampInvalid      Reason = "TIMESTAMP_INVALID"
+	Revoked               Reason = "REVOKED"
+	RevocationUnknown     Reason = "REVOCATION_UNKNOWN"
+	CriticalAttribute     Reason = "CRITICAL_ATTRIBUTE"
+	PluginUnsupported     Reason = "PLUGIN_UNSUPPORTED"
+	SignedObject          Reason = "SIGNED_OBJECT"
+	SourceUnreachable     Reason = "SOURCE_UNREACHABLE"
+	SourceUnauthorized    Reason = "SOURCE_UNAUTHORIZED"
+	SourceNoReferrers     Reason = "SOURCE_NO_REFERRERS"
+	Pending               Reason = "PENDING"
+	Overloaded            Reason = "OVERLOADED"
+	BudgetExceeded        Reason = "BUDGET_EXCEEDED"
+	PolicyNoMatch         Reason = "POLICY_NO_MATCH"
+	PolicyInvalid         Reason = "POLICY_INVALID"
+	ImageUnresolved       Reason = "IMAGE_UNRESOLVED"
+	ImageMismatch         Reason = "IMAGE_MISMATCH"
+	ImageAmbiguous        Reason = "IMAGE_AMBIGUOUS"
+	ImageVolumeUnverified Reason = "IMAGE_VOLUME_UNVERIFIED"
+	SnapshotterUnverified Reason = "SNAPSHOTTER_UNVERIFIED"
+	RuntimeUnverified     Reason = "RUNTIME_UNVERIFIED"
+	Internal              Reason = "INTERNAL"
+)
+
+// Reasons of decisions that allow.
+const (
+	Verified  Reason = "VERIFIED"
+	AuditOnly Reason = "AUDIT_ONLY" // Decision.Would says what enforce would have answered
+)
+
+// String returns the code; the zero Reason is INTERNAL.
+func (r Reason) String() string {
+	if r == "" {
+		return string(Internal)
+	}
+	return string(r)
+}
+
+// MarshalText writes the code as String does, so that no JSON holds an empty one.
+func (r Reason) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
+
+// Unsettled reports whether r says that the answer could not be found out,
+// rather than that it is no. The CLI ends with exit status 2 for these.
+func (r Reason) Unsettled() bool {
+	switch r {
+	case SourceUnreachable, SourceUnauthorized, SourceNoReferrers, Pending, Overloaded,
+		PolicyInvalid, Internal, "", ImageUnresolved, RevocationUnknown:
+		return true
+	}
+	return false
+}
+
+// transient reports whether r may be different a moment later although nothing
+// on the node changed: what a cache must not hold.
+func (r Reason) transient() bool {
+	return r.Unsettled() || r == BudgetExceeded
+}
+
+// rank orders reasons from the one that says most (0) to the one that says
+// least: first sources that were not conclusively asked, then the envelope that
+// came furthest, and SIGNATURE_MISSING last, which is only true when nothing
+// else is. A reason that is not listed is as bad as INTERNAL and goes first.
+func (r Reason) rank() int {
+	for i, o := range [...]Reason{
+		Internal,
+		SourceUnreachable, SourceUnauthorized, SourceNoReferrers, BudgetExceeded, Pending,
+		Revoked, RevocationUnknown, CertificateExpired, TimestampInvalid, SignatureExpired,
+		SignedObject, IdentityMismatch, CriticalAttribute, PluginUnsupported,
+		SignerUntrusted, SignatureInvalid, SignatureMissing,
+	} {
+		if o == r {
+			return i
+		}
+	}
+	return 0
+}
