@@ -1,0 +1,163 @@
+// Package nri is the gate: it answers containerd, through the Node Resource
+// Interface, whether a container may be created.
+//
+// The gate decides in ValidateContainerAdjustment. Of NRI's hooks that one alone
+// stays closed: when a validating plugin hangs, dies or loses its connection,
+// the runtime refuses the container, and while the plugin is absent the default
+// validator does (required_plugins). In CreateContainer the runtime would go on
+// without the plugin (containerd/nri issue 316).
+//
+// On containerd 2.2 and 2.3, which do not say which image config they run,
+// StartContainer compares the config of the created container with what was
+// allowed. It compares only; a hang there is let through by the runtime.
+package nri
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/containerd/nri/pkg/api"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+)
+
+// A Resolver says which images a container would run. It answers from the
+// runtime's own records under ctx and asks no network.
+type Resolver interface {
+	// Resolve never returns an empty list; all images in it must be allowed.
+	Resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) []verify.Image
+	// Decided remembers the images for which a container was allowed.
+	Decided(id string, images []verify.Image)
+	// Started compares a created container with what was decided.
+	Started(ctx context.Context, id string) *verify.Fault
+	// Connected is called on each connection, before any question of it, and says
+	// whether Started will be asked.
+	Connected(compares bool)
+}
+
+// An Answer is what the gate told the runtime about one image of a container.
+type Answer struct {
+	Image    verify.Image
+	Decision verify.Decision
+	Took     time.Duration // from the request to this decision
+	Hook     string        // ValidateContainerAdjustment or StartContainer
+}
+
+// A Gate decides container creations. Its answer to anything unforeseen is a
+// denial. All fields are required. It is safe for concurrent use.
+type Gate struct {
+	Resolver Resolver
+	Verifier verify.Verifier
+	Observe  func(Answer) // log and metrics; must not block
+	Now      func() time.Time
+	Node     string // name of this node in messages
+}
+
+const (
+	// margin is kept free before the runtime's own deadline: an answer on the last
+	// millisecond would race with the runtime's timeout, which drops the plugin.
+	margin = 300 * time.Millisecond
+	// budget bounds an answer where the runtime gives no deadline or a long one.
+	budget = 1500 * time.Millisecond
+)
+
+// ValidateContainerAdjustment is the hook. Nil lets the container be created.
+func (g *Gate) ValidateContainerAdjustment(ctx context.Context, req *api.ValidateContainerAdjustmentRequest) error {
+	pod, ctr := req.GetPod(), req.GetContainer()
+	ask := question{pod: verify.Pod{Namespace: pod.GetNamespace(), Name: pod.GetName(), UID: pod.GetUid(), Container: ctr.GetName()}, hook: "ValidateContainerAdjustment"}
+	return g.answer(ctx, ask, func(ctx context.Context) []verify.Image {
+		return g.Resolver.Resolve(ctx, pod, ctr)
+	}, func(images []verify.Image) { g.Resolver.Decided(ctr.GetId(), images) })
+}
+
+// StartContainer compares what was created with what was allowed, on runtimes
+// that say it only now. Nil lets the container start.
+func (g *Gate) StartContainer(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) error {
+	ask := question{pod: verify.Pod{Namespace: pod.GetNamespace(), Name: pod.GetName(), UID: pod.GetUid(), Container: ctr.GetName()}, hook: "StartContainer"}
+	return g.answer(ctx, ask, func(ctx context.Context) []verify.Image {
+		fault := g.Resolver.Started(ctx, ctr.GetId())
+		if fault == nil {
+			return nil // nothing to decide: the creation was
+		}
+		return []verify.Image{{Pod: ask.pod, Use: verify.UseContainer, Fault: fault}}
+	}, nil)
+}
+
+// A question is one call of the runtime.
+type question struct {
+	pod  verify.Pod
+	hook string
+}
+
+// answer has images found and verified within the gate's own budget. Whatever
+// goes wrong on the way, a panic or a hang included, is verified as an image
+// with a fault, so that every answer takes the same path, audit included.
+func (g *Gate) answer(ctx context.Context, ask question, find func(context.Context) []verify.Image, allowed func([]verify.Image)) error {
+	start := g.Now()
+	ctx, cancel := context.WithTimeout(ctx, g.budget(ctx, start))
+	defer cancel()
+
+	done := make(chan error, 1)
+	go func() {
+		done <- g.decide(ctx, ask, start, find, allowed)
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	// Both may be ready; an answer that was reached counts.
+	select {
+	case err := <-done:
+		return err
+	default:
+		return g.verify(ctx, ask, start, fault(ask, verify.Pending, "no answer was found within the gate's own time; the next try may find it"))
+	}
+}
+
+func (g *Gate) decide(ctx context.Context, ask question, start time.Time, find func(context.Context) []verify.Image, allowed func([]verify.Image)) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = g.verify(ctx, ask, start, fault(ask, verify.Internal, fmt.Sprintf("panic in the gate: %v", p)))
+		}
+	}()
+	images := find(ctx)
+	if len(images) == 0 && allowed != nil {
+		images = []verify.Image{fault(ask, verify.Internal, "no image was found for the container")}
+	}
+	for _, img := range images {
+		if err := g.verify(ctx, ask, start, img); err != nil {
+			return err
+		}
+	}
+	if allowed != nil {
+		allowed(images)
+	}
+	return nil
+}
+
+// verify asks for one decision, has it observed, and renders a denial.
+func (g *Gate) verify(ctx context.Context, ask question, start time.Time, img verify.Image) error {
+	d := g.Verifier.Verify(ctx, img)
+	g.Observe(Answer{Image: img, Decision: d, Took: g.Now().Sub(start), Hook: ask.hook})
+	if !d.Allowed() {
+		return errors.New(d.Message(img, g.Node))
+	}
+	return nil
+}
+
+func fault(ask question, r verify.Reason, detail string) verify.Image {
+	return verify.Image{Pod: ask.pod, Use: verify.UseContainer, Fault: &verify.Fault{Reason: r, Detail: detail}}
+}
+
+// budget is how long an answer may take: well inside the runtime's deadline.
+func (g *Gate) budget(ctx context.Context, now time.Time) time.Duration {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		return budget
+	}
+	left := deadline.Sub(now)
+	return max(min(budget, left-min(margin, left/4)), 0)
+}

@@ -1,0 +1,430 @@
+// Package node says which image a container really runs.
+//
+// NRI tells the name that the pod asked for and, on containerd 2.4 and later,
+// the digests of what was resolved. Neither is believed as it stands: the name
+// must be that of an image record that leads to the config that runs, and the
+// config must be that of the manifest that containerd's own selection takes, or
+// belong to the root filesystem that was prepared for the container. Everything
+// is asked of containerd on this node; nothing is resolved at a registry.
+//
+// docs/security.md says what follows for each runtime.
+package node
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"sync/atomic"
+
+	"github.com/containerd/nri/pkg/api"
+	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+)
+
+// Snapshotters that containerd applies layers for and checks diff IDs of. Any
+// other may commit a snapshot under a chain ID without that check
+// (core/unpack/unpacker.go), so that the chain ID proves nothing.
+var Snapshotters = []string{"overlayfs", "native", "btrfs", "zfs", "devmapper", "blockfile"}
+
+// Runtimes are the runtime types that start what containerd prepared. Others may
+// resolve the image again by name when the task is made.
+var Runtimes = []string{"io.containerd.runc.v2"}
+
+// Records is what a Resolver asks of containerd. Errors wrap ErrNotFound where
+// there is no such record.
+type Records interface {
+	Image(ctx context.Context, name string) (ocispec.Descriptor, error)
+	Blob(ctx context.Context, d ocispec.Descriptor) ([]byte, error)
+	Snapshot(ctx context.Context, snapshotter, key string) (Snapshot, error)
+	Snapshotters(ctx context.Context) ([]string, error)
+	SandboxRuntime(ctx context.Context, id string) (string, error)
+	ContainerConfig(ctx context.Context, id string) (digest.Digest, error)
+}
+
+var _ Records = (*Containerd)(nil)
+
+// A Snapshot is what containerd knows of the root filesystem of a container.
+type Snapshot struct {
+	Parent string            // the chain ID that it was prepared from, or a remapped copy's name
+	Labels map[string]string // those of user namespaces, where the pod has one
+}
+
+// Options are what a Resolver needs besides containerd.
+type Options struct {
+	ParseName    func(string) (verify.Name, error) // canonical name, for policy
+	ParseRecord  func(string) (string, error)      // the name under which the CRI plugin keeps the same string
+	Snapshotters []string                          // trusted besides Snapshotters
+	Runtimes     []string                          // allowed besides Runtimes
+}
+
+// A Resolver binds containers to images. It is safe for concurrent use.
+type Resolver struct {
+	records  Records
+	options  atomic.Pointer[Options]
+	compares atomic.Bool                         // Started is asked
+	loaded   atomic.Pointer[[]string]            // snapshotters of the connected containerd, trusted first
+	leads    *lru.Cache[verify.Target, lead]     // what a target leads to: follows from its digest
+	runtime  *lru.Cache[string, string]          // sandbox to runtime type
+	decided  *lru.Cache[string, []digest.Digest] // container to the configs that were allowed for it
+}
+
+// A lead is what a target leads to on this platform.
+type lead struct {
+	manifest ocispec.Descriptor
+	config   digest.Digest
+	chain    string        // chain ID of the root filesystem
+	fault    *verify.Fault // set: the content cannot be judged
+}
+
+// Bounds of what a Resolver remembers: entries.
+const (
+	maxLeads   = 2048
+	maxRuntime = 1024
+	maxDecided = 4096
+)
+
+// NewResolver makes a Resolver.
+func NewResolver(r Records, o Options) *Resolver {
+	c, _ := lru.New[verify.Target, lead](maxLeads) // errors only for a size below one
+	rt, _ := lru.New[string, string](maxRuntime)
+	d, _ := lru.New[string, []digest.Digest](maxDecided)
+	n := &Resolver{records: r, leads: c, runtime: rt, decided: d}
+	n.options.Store(&o)
+	return n
+}
+
+// Configure puts other options in force.
+func (r *Resolver) Configure(o Options) { r.options.Store(&o) }
+
+// Connected drops what belongs to an earlier run of containerd. The gate calls it
+// each time it connects, since the runtime may have been replaced, and says
+// whether Started will be asked before a container starts.
+func (r *Resolver) Connected(compares bool) {
+	r.compares.Store(compares)
+	r.loaded.Store(nil)
+}
+
+// What containerd's CRI plugin writes into a container's annotations
+// (internal/cri/annotations/annotations.go; container_checkpoint_linux.go).
+const (
+	annotationImage    = "io.kubernetes.cri.image-name"
+	annotationRestored = "restored"
+)
+
+// Resolve returns the images that a container to be created would run; all of
+// them must be allowed. An image that could not be bound has its Fault set. It
+// never returns an empty list. It answers from containerd's records under ctx.
+func (r *Resolver) Resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) []verify.Image {
+	img := verify.Image{
+		Asked: ctr.GetAnnotations()[annotationImage],
+		Use:   verify.UseContainer,
+		Pod: verify.Pod{
+			Namespace: pod.GetNamespace(), Name: pod.GetName(), UID: pod.GetUid(), Container: ctr.GetName(),
+		},
+	}
+	if err := r.resolve(ctx, pod, ctr, &img); err != nil {
+		if !errors.As(err, &img.Fault) {
+			img.Fault = &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error()}
+		}
+	}
+	return []verify.Image{img}
+}
+
+func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Container, img *verify.Image) error {
+	o := r.options.Load()
+	var err error
+	if img.Name, err = o.ParseName(img.Asked); err != nil {
+		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the pod names no image that a policy could speak of: " + err.Error() + "; name it as repository:tag or repository@digest"}
+	}
+	if _, ok := ctr.GetAnnotations()[annotationRestored]; ok {
+		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the container is restored from a checkpoint, which no signature covers"}
+	}
+	if err := r.volumes(ctr); err != nil {
+		return err
+	}
+	if err := r.shim(ctx, o, pod.GetId()); err != nil {
+		return err
+	}
+	record, err := o.ParseRecord(img.Asked)
+	if err != nil {
+		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error()}
+	}
+	target, err := r.records.Image(ctx, record)
+	if errors.Is(err, ErrNotFound) {
+		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "no image record on this node has the name " + verify.Quote(record, 200) + ", so it does not prove which policy applies; pull the image by that name"}
+	}
+	if err != nil {
+		return err
+	}
+	c, err := r.follow(ctx, target)
+	if err != nil {
+		return err
+	}
+	img.Target, img.Manifest, img.Config = target, c.manifest, c.config
+	if d := img.Name.Digest; d != "" && d != target.Digest && d != c.manifest.Digest {
+		return &verify.Fault{Reason: verify.ImageMismatch, Detail: "the record " + verify.Quote(record, 200) + " points to " + target.Digest.String() + ", another image than the digest that the pod names"}
+	}
+	img.Binding, err = r.bind(ctx, o, ctr, target, c)
+	return err
+}
+
+// volumes refuses images that are mounted as volumes: they run, or are read by
+// what runs, without having been looked at. The path is that of containerd's CRI
+// plugin (internal/cri/server/helpers.go, getImageVolumeHostPath).
+func (r *Resolver) volumes(ctr *api.Container) error {
+	for _, m := range ctr.GetMounts() {
+		if imageVolume.MatchString(m.GetSource()) {
+			return &verify.Fault{Reason: verify.ImageVolumeUnverified, Detail: "an image is mounted at " + verify.Quote(m.GetDestination(), 120) + " as a volume, and image volumes cannot be verified yet"}
+		}
+	}
+	return nil
+}
+
+var imageVolume = regexp.MustCompile(`/image-volumes/[0-9a-f]{64}(/|$)`)
+
+// shim checks the runtime type of the pod.
+func (r *Resolver) shim(ctx context.Context, o *Options, sandbox string) error {
+	name, ok := r.runtime.Get(sandbox)
+	if !ok {
+		var err error
+		if name, err = r.records.SandboxRuntime(ctx, sandbox); err != nil {
+			return err
+		}
+		r.runtime.Add(sandbox, name)
+	}
+	if !slices.Contains(Runtimes, name) && !slices.Contains(o.Runtimes, name) {
+		return &verify.Fault{Reason: verify.RuntimeUnverified, Detail: "the pod's runtime type " + verify.Quote(name, 96) + " is not known to start what containerd prepared; list it under gate.runtimes if it does"}
+	}
+	return nil
+}
+
+// follow returns what target leads to. What follows from the content is
+// remembered; what containerd could not answer is not.
+func (r *Resolver) follow(ctx context.Context, target ocispec.Descriptor) (lead, error) {
+	key := verify.Target{MediaType: target.MediaType, Digest: target.Digest, Size: target.Size}
+	if c, ok := r.leads.Get(key); ok {
+		return c, c.err()
+	}
+	c, err := read(ctx, r.records.Blob, target)
+	var fault *verify.Fault
+	switch {
+	case err == nil:
+	case errors.As(err, &fault) && fault.Reason != verify.ImageMismatch: // the disk may be mended
+		c = lead{fault: fault}
+	default:
+		return c, err
+	}
+	r.leads.Add(key, c)
+	return c, c.err()
+}
+
+func (c lead) err() error {
+	if c.fault != nil {
+		return c.fault
+	}
+	return nil
+}
+
+func read(ctx context.Context, blob Reader, target ocispec.Descriptor) (lead, error) {
+	manifest, m, err := Select(ctx, blob, target)
+	if err != nil {
+		return lead{}, err
+	}
+	raw, err := blob(ctx, m.Config)
+	if err != nil {
+		return lead{}, err
+	}
+	diffs, err := rootfs(raw)
+	if err != nil {
+		return lead{}, err
+	}
+	return lead{manifest: manifest, config: m.Config.Digest, chain: identity.ChainID(diffs).String()}, nil
+}
+
+// bind ties what the record leads to to the container that is being created.
+func (r *Resolver) bind(ctx context.Context, o *Options, ctr *api.Container, target ocispec.Descriptor, c lead) (verify.Binding, error) {
+	loaded, err := r.snapshotters(ctx, o)
+	if err != nil {
+		return 0, err
+	}
+	image := ctr.GetImage()
+	config, told := digest.Digest(image.GetConfigDigest()), image.GetConfigDigest() != "" && image.GetDigest() != ""
+	if told && config != c.config {
+		return 0, &verify.Fault{Reason: verify.ImageMismatch, Detail: "the container runs image ID " + verify.Clean(config.String(), 96) + ", and the name that the pod gave leads to " + c.config.String()}
+	}
+	// The runtime resolved the very target that the record points to, and target
+	// leads to the config: where every snapshotter checks what it unpacks, that is
+	// all that there is to know, and no call is needed.
+	if told && digest.Digest(image.GetDigest()) == target.Digest && !slices.ContainsFunc(loaded, o.strange) {
+		return verify.BoundRuntime, nil
+	}
+	if err := r.snapshot(ctx, o, loaded, ctr.GetId(), c.chain); err != nil {
+		return 0, err
+	}
+	if told {
+		return verify.BoundRuntime, nil
+	}
+	// The chain ID binds the root filesystem. Images with equal layers can differ
+	// in their config, which Started compares.
+	if !r.compares.Load() {
+		return 0, &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the runtime does not say which image config it runs"}
+	}
+	return verify.BoundSnapshot, nil
+}
+
+// snapshot checks that the root filesystem prepared for the container has the
+// chain ID, and that its snapshotter can be believed about that.
+func (r *Resolver) snapshot(ctx context.Context, o *Options, loaded []string, id, chain string) error {
+	for _, s := range loaded {
+		snapshot, err := r.records.Snapshot(ctx, s, id)
+		if errors.Is(err, ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if o.strange(s) {
+			return &verify.Fault{Reason: verify.SnapshotterUnverified, Detail: "the snapshotter " + verify.Quote(s, 64) + " is not known to check what it mounts; list it under gate.snapshotters to trust it"}
+		}
+		if snapshot.Parent == chain || snapshot.Parent == remapped(chain, snapshot.Labels) {
+			return nil
+		}
+		return &verify.Fault{Reason: verify.ImageMismatch, Detail: "the container's root filesystem is " + verify.Clean(snapshot.Parent, 96) + ", not that of the image that the pod names (" + chain + ")"}
+	}
+	return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "no snapshotter has the container's root filesystem"}
+}
+
+// remapped returns the name of the copy that containerd makes of a chain for a
+// user namespace, on snapshotters that cannot remap IDs themselves
+// (client/snapshotter_opts_unix.go, remappedSnapshot.ID), or "" where the
+// snapshot has no user namespace. That the copy's own parent is the chain would
+// prove nothing: so it is for any image with one more layer.
+func remapped(chain string, labels map[string]string) string {
+	uids, err := idMap(labels["containerd.io/snapshot/uidmapping"])
+	if err != nil {
+		return ""
+	}
+	gids, err := idMap(labels["containerd.io/snapshot/gidmapping"])
+	if err != nil {
+		return ""
+	}
+	type maps struct{ UidMap, GidMap []mapping }
+	raw, err := json.Marshal(struct {
+		Parent string
+		IDMap  maps
+	}{chain, maps{uids, gids}})
+	if err != nil {
+		return ""
+	}
+	return digest.FromBytes(raw).String()
+}
+
+// A mapping is one line of a user namespace's ID map, in the JSON form of the
+// OCI runtime specification.
+type mapping struct {
+	ContainerID uint32 `json:"containerID"`
+	HostID      uint32 `json:"hostID"`
+	Size        uint32 `json:"size"`
+}
+
+// maxMappings is what the kernel takes in a user namespace.
+const maxMappings = 340
+
+func idMap(label string) ([]mapping, error) {
+	if label == "" {
+		return nil, errors.New("no ID map")
+	}
+	parts := strings.Split(label, ",")
+	if len(parts) > maxMappings {
+		return nil, errors.New("too many ID maps")
+	}
+	list := make([]mapping, len(parts))
+	for i, p := range parts {
+		if _, err := fmt.Sscanf(p, "%d:%d:%d", &list[i].ContainerID, &list[i].HostID, &list[i].Size); err != nil {
+			return nil, fmt.Errorf("ID map %s: %w", verify.Quote(p, 40), err)
+		}
+	}
+	slices.SortStableFunc(list, func(a, b mapping) int { return cmp.Compare(a.ContainerID, b.ContainerID) })
+	return list, nil
+}
+
+// strange reports whether nothing vouches for a snapshotter.
+func (o *Options) strange(s string) bool {
+	return !slices.Contains(Snapshotters, s) && !slices.Contains(o.Snapshotters, s)
+}
+
+// snapshotters lists the snapshotters of the connected containerd, those that
+// containerd itself vouches for first.
+func (r *Resolver) snapshotters(ctx context.Context, o *Options) ([]string, error) {
+	if l := r.loaded.Load(); l != nil {
+		return *l, nil
+	}
+	l, err := r.records.Snapshotters(ctx)
+	if err != nil {
+		return nil, err
+	}
+	rank := func(s string) int {
+		if i := slices.Index(Snapshotters, s); i >= 0 {
+			return i
+		}
+		return len(Snapshotters)
+	}
+	slices.SortStableFunc(l, func(a, b string) int { return rank(a) - rank(b) })
+	r.loaded.Store(&l)
+	return l, nil
+}
+
+// Decided remembers for which configs a container's creation was allowed, so
+// that Started can compare. Nothing else is remembered of a container.
+func (r *Resolver) Decided(id string, images []verify.Image) {
+	configs := make([]digest.Digest, 0, len(images))
+	for _, i := range images {
+		configs = append(configs, i.Config)
+	}
+	r.decided.Add(id, configs)
+}
+
+// Started compares the config with which a container was created with those that
+// were allowed for it, on runtimes that do not tell the config before: images
+// with equal layers may differ in entrypoint and environment. It compares only:
+// nothing is fetched and nothing is pending. Nil means that they agree.
+func (r *Resolver) Started(ctx context.Context, id string) *verify.Fault {
+	allowed, ok := r.decided.Get(id)
+	if !ok {
+		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the container was created before this gate was connected; create it anew"}
+	}
+	config, err := r.records.ContainerConfig(ctx, id)
+	if err != nil {
+		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error()}
+	}
+	if !slices.Contains(allowed, config) {
+		return &verify.Fault{Reason: verify.ImageMismatch, Detail: fmt.Sprintf("the container was created from image ID %s and allowed as %s: the name moved while it was created", verify.Clean(config.String(), 96), allowed[0])}
+	}
+	return nil
+}
+
+// imageRef reads the image ID out of the CRI plugin's own record of a container.
+func imageRef(raw []byte) (digest.Digest, error) {
+	var m struct {
+		Metadata struct {
+			ImageRef string
+		}
+	}
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return "", fmt.Errorf("the CRI plugin's record of the container: %w", err)
+	}
+	d := digest.Digest(m.Metadata.ImageRef)
+	if err := d.Validate(); err != nil {
+		return "", fmt.Errorf("the CRI plugin's record of the container: image ref: %w", err)
+	}
+	return d, nil
+}
