@@ -48,25 +48,22 @@ type Attempt struct {
 // Allowed reports whether the image may run.
 func (d Decision) Allowed() bool { return d.allowed }
 
-// Deny makes a denial.
-func Deny(r Reason, detail string) Decision { return Decision{Reason: r, Detail: detail} }
+// Deny makes a denial. A reason that allows is no reason to deny: it becomes
+// INTERNAL.
+func Deny(r Reason, detail string) Decision { return Decision{Reason: r.denial(), Detail: detail} }
 
 // allow makes the Decision that lets an image run: the only place in the program
 // that does. It looks again at everything that an allow rests on, so that a
 // mistake of a caller ends as a denial.
 func allow(q Question, f Finding, now time.Time) Decision {
-	img := q.Image
-	bound := img.Use == UseContainer && (img.Binding == BoundRuntime || img.Binding == BoundSnapshot) ||
-		img.Use == UseQuestion && img.Binding == BoundDigest
 	signed := false
-	for _, s := range img.subjects() {
+	for _, s := range q.Image.subjects() {
 		signed = signed || s.Digest != "" && s.Digest == f.Signed
 	}
+	unfit := q.Unfit()
 	switch {
-	case !bound || img.Fault != nil:
-		return Deny(ImageUnresolved, "the image is not bound to what runs")
-	case q.Rule == nil || q.Rule.Settled != "" || q.Rule.Statement == "" || q.Rule.Requirement == [32]byte{}:
-		return Deny(PolicyInvalid, "the rule asks for no signature")
+	case unfit != nil:
+		return Deny(unfit.Reason, unfit.Detail)
 	case f.Reason != Verified || !signed:
 		return Deny(Internal, "the finding does not support an allow")
 	case !f.Until.IsZero() && !now.Before(f.Until):
@@ -101,15 +98,15 @@ func (d Decision) Message(img Image, node string) string {
 	b.WriteString("tidewaiter: ")
 	r := d.Reason
 	switch {
+	case !d.allowed:
+		b.WriteString("denied")
 	case r == AuditOnly:
 		b.WriteString("allowed [AUDIT_ONLY], enforce would deny")
 		r = d.Would
-	case d.allowed:
-		b.WriteString("allowed")
 	default:
-		b.WriteString("denied")
+		b.WriteString("allowed")
 	}
-	b.WriteString(" [" + r.String() + "] " + describe(img))
+	b.WriteString(" [" + Clean(r.String(), 32) + "] " + describe(img))
 	tail := ""
 	if d.Rule != "" {
 		tail += "; rule " + Quote(d.Rule, 64)
@@ -141,7 +138,7 @@ func describe(img Image) string {
 		return Clean(s, 256)
 	}
 	// A long name is cut, the digest is not.
-	d := "@" + Clean(n.Digest.String(), 96)
+	d := "@" + Clean(n.Digest.String(), 144) // sha512
 	n.Digest = ""
 	return Clean(n.String(), 160) + d
 }
@@ -150,6 +147,7 @@ func describe(img Image) string {
 // what is not printable become spaces, and it is cut to at most limit bytes at a
 // character boundary.
 func Clean(s string, limit int) string {
+	limit = max(limit, 0)
 	if len(s) > 4*limit {
 		s = s[:4*limit]
 	}
@@ -162,8 +160,8 @@ func Clean(s string, limit int) string {
 	if len(s) <= limit {
 		return s
 	}
-	const more = "..."
-	limit = max(limit-len(more), 0)
+	more := "..."[:min(3, limit)]
+	limit -= len(more)
 	for limit > 0 && !utf8.RuneStart(s[limit]) {
 		limit--
 	}

@@ -65,19 +65,15 @@ func decide(ctx context.Context, s *Setup, img Image) (d Decision) {
 	if s == nil {
 		return Decision{}
 	}
-	if img.Fault != nil {
-		return Deny(img.Fault.Reason, img.Fault.Detail)
-	}
-	if img.Use == 0 || img.Binding == 0 || img.Target.Digest == "" || img.Manifest.Digest == "" {
-		return Deny(ImageUnresolved, "the image is not bound to what runs")
+	if f := img.unfit(); f != nil {
+		return Deny(f.Reason, f.Detail)
 	}
 	rule := s.Policy.Select(img)
-	if rule == nil || rule.Settled == "" && (rule.Statement == "" || rule.Requirement == [32]byte{}) {
-		return Deny(PolicyInvalid, "the policy asks for no signature")
-	}
 	q := Question{Image: img, Rule: rule}
-	if rule.Settled != "" {
+	if rule != nil && rule.Settled != "" {
 		d = Deny(rule.Settled, rule.Detail)
+	} else if f := q.Unfit(); f != nil {
+		return Deny(f.Reason, f.Detail)
 	} else {
 		wait := s.Wait
 		if s.Mode == Audit {

@@ -27,8 +27,14 @@ func (e *Engine) Judge(ctx context.Context, q Question) (d Decision) {
 		if p := recover(); p != nil {
 			d = Deny(Internal, fmt.Sprintf("panic while verifying: %v", p))
 		}
-		d.Rule, d.Key, d.Binding = q.Rule.Name, q.Key(), q.Image.Binding
+		if q.Rule != nil {
+			d.Rule = q.Rule.Name
+		}
+		d.Key, d.Binding = q.Key(), q.Image.Binding
 	}()
+	if f := q.Unfit(); f != nil {
+		return Deny(f.Reason, f.Detail)
+	}
 	var seen []Finding
 	var tried []Attempt
 	for _, src := range e.Sources(q.Image.Name) {
@@ -44,26 +50,29 @@ func (e *Engine) Judge(ctx context.Context, q Question) (d Decision) {
 }
 
 // ask asks one source for signatures of each subject and checks what it hands
-// over. If won, the last finding meets the rule.
+// over. If won, the last finding meets the rule. A panic costs only that source.
 func (e *Engine) ask(ctx context.Context, src Source, q Question) (a Attempt, found []Finding, won bool) {
+	defer func() {
+		if p := recover(); p != nil {
+			a.Reason, a.Detail, won = Internal, clip(fmt.Sprintf("panic while asking a source: %v", p)), false
+		}
+	}()
 	limits := e.Limits.Or(DefaultLimits)
 	ctx, cancel := context.WithTimeout(ctx, limits.Wall)
 	defer cancel()
 	budget := NewBudget(limits)
-	a = Attempt{Source: src.Name(), Reason: SignatureMissing}
+	a = Attempt{Source: clip(src.Name()), Reason: SignatureMissing}
 	for _, subject := range q.Image.subjects() {
 		if subject.Digest == "" {
 			continue
 		}
 		err := src.Find(ctx, q.Image.Name, subject, budget, func(ev Evidence) bool {
-			f := Finding{Reason: SignatureInvalid}
-			if ev.Err != nil {
-				f.Detail = ev.Err.Error()
-			} else {
-				f = e.check(ctx, ev, subject, q.Rule.Statement)
+			if won {
+				return false // the source was told to stop
 			}
+			f := e.check(ctx, ev, subject, q.Rule.Statement)
+			won = f.Reason == Verified
 			found = append(found, f)
-			won = f.Reason == Verified && f.Signed == subject.Digest
 			return !won
 		})
 		a.Seen = len(found)
@@ -71,8 +80,11 @@ func (e *Engine) ask(ctx context.Context, src Source, q Question) (a Attempt, fo
 			a.Reason = Verified
 			return a, found, true
 		}
+		if err == nil {
+			err = ctx.Err() // who was cut short has not answered, whatever it says
+		}
 		if err != nil {
-			a.Reason, a.Detail = reasonOf(err), err.Error()
+			a.Reason, a.Detail = reasonOf(err), clip(err.Error())
 			return a, found, false
 		}
 	}
@@ -84,15 +96,31 @@ func (e *Engine) ask(ctx context.Context, src Source, q Question) (a Attempt, fo
 }
 
 // check has one piece of evidence checked; a panic in a parser costs only that
-// piece.
+// piece. A yes about something else is none, and text is cut, since Decisions are
+// kept and much of it is an attacker's.
 func (e *Engine) check(ctx context.Context, ev Evidence, subject ocispec.Descriptor, statement string) (f Finding) {
 	defer func() {
 		if p := recover(); p != nil {
-			f = Finding{Reason: SignatureInvalid, Detail: fmt.Sprintf("panic while checking a signature: %v", p)}
+			f = Finding{Reason: SignatureInvalid, Detail: clip(fmt.Sprintf("panic while checking a signature: %v", p))}
 		}
 	}()
-	return e.Checker.Check(ctx, ev, subject, statement)
+	if ev.Err != nil {
+		return Finding{Reason: SignatureInvalid, Detail: clip(ev.Err.Error())}
+	}
+	f = e.Checker.Check(ctx, ev, subject, statement)
+	if f.Reason != Verified {
+		f.Reason = f.Reason.denial()
+	} else if f.Signed != subject.Digest {
+		f.Reason, f.Detail = Internal, "the checker accepted a signature of something else"
+	}
+	f.Signer = Signer{clip(f.Signer.Subject), clip(f.Signer.Thumbprint), clip(f.Signer.Anchor)}
+	f.Warnings = f.Warnings[:min(len(f.Warnings), MaxOthers)]
+	f.Detail = clip(f.Detail)
+	return f
 }
+
+// clip bounds a text that ends up in a Decision.
+func clip(s string) string { return Clean(s, MaxMessage) }
 
 // refuse makes the denial that says most: a source that was not conclusively
 // asked, else the envelope that came furthest, else that there is no signature.

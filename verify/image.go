@@ -93,6 +93,31 @@ type Image struct {
 	Fault   *Fault
 }
 
+// maxName bounds host and path of a name together; longer ones cannot be pulled
+// (distribution/reference allows 255 bytes of path, DNS 253 of host). maxPart
+// bounds digests and media types (RFC 6838 allows 255 bytes).
+const (
+	maxName = 600
+	maxPart = 255
+)
+
+// unfit says why no container may run from i whatever signatures there are, or
+// returns nil where they decide.
+func (i Image) unfit() *Fault {
+	bound := i.Use == UseContainer && (i.Binding == BoundRuntime || i.Binding == BoundSnapshot) && i.Config != "" ||
+		i.Use == UseQuestion && i.Binding == BoundDigest
+	switch {
+	case i.Fault != nil:
+		return i.Fault
+	case !bound || i.Target.Digest == "" || i.Manifest.Digest == "":
+		return &Fault{ImageUnresolved, "the image is not bound to what runs"}
+	case len(i.Name.Host)+len(i.Name.Path) > maxName ||
+		max(len(i.Config), len(i.Target.Digest), len(i.Manifest.Digest), len(i.Target.MediaType), len(i.Manifest.MediaType)) > maxPart:
+		return &Fault{ImageUnresolved, "the name, a digest or a media type of the image is too long"}
+	}
+	return nil
+}
+
 // subjects lists the descriptors that a signature of the image may be over, in
 // the order in which they are asked for.
 func (i Image) subjects() []ocispec.Descriptor {

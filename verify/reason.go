@@ -52,6 +52,14 @@ func (r Reason) String() string {
 // MarshalText writes the code as String does, so that no JSON holds an empty one.
 func (r Reason) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
 
+// denial is r where r can be the reason of a denial, and else INTERNAL.
+func (r Reason) denial() Reason {
+	if r == "" || r == Verified || r == AuditOnly {
+		return Internal
+	}
+	return r
+}
+
 // Unsettled reports whether r says that the answer could not be found out,
 // rather than that it is no. The CLI ends with exit status 2 for these.
 func (r Reason) Unsettled() bool {
@@ -63,9 +71,9 @@ func (r Reason) Unsettled() bool {
 	return false
 }
 
-// transient reports whether r may be different a moment later although nothing
+// Transient reports whether r may be different a moment later although nothing
 // on the node changed: what a cache must not hold.
-func (r Reason) transient() bool {
+func (r Reason) Transient() bool {
 	return r.Unsettled() || r == BudgetExceeded
 }
 

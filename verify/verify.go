@@ -22,6 +22,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -56,6 +57,39 @@ func (q Question) Key() Key {
 		k.Requirement = q.Rule.Requirement
 	}
 	return k
+}
+
+// Unfit says why the answer is no whatever signatures there are, or returns nil
+// where they decide. Every Judge that remembers answers asks this first, since
+// Key leaves out what it looks at.
+func (q Question) Unfit() *Fault {
+	if f := q.Image.unfit(); f != nil {
+		return f
+	}
+	if r := q.Rule; r == nil || r.Settled != "" || r.Statement == "" || r.Requirement == [32]byte{} {
+		return &Fault{PolicyInvalid, "the rule asks for no signature"}
+	}
+	return nil
+}
+
+// Bare copies what answering q takes and nothing else: no pod, no tag, none of
+// what a registry can put into a descriptor besides the three parts that are
+// signed. It shares no memory that can be changed with q. Rule must not be nil.
+func (q Question) Bare() Question {
+	i, rule := q.Image, *q.Rule
+	img := Image{
+		Name:   Name{Host: strings.Clone(i.Name.Host), Path: strings.Clone(i.Name.Path)},
+		Target: bare(i.Target), Manifest: bare(i.Manifest), Config: i.Config,
+		Use: i.Use, Binding: i.Binding,
+	}
+	for _, o := range i.Others[:min(len(i.Others), MaxOthers)] {
+		img.Others = append(img.Others, bare(o))
+	}
+	return Question{img, &rule}
+}
+
+func bare(d ocispec.Descriptor) ocispec.Descriptor {
+	return ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
 }
 
 // A Key is comparable and can key a map.
