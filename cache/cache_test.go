@@ -1,0 +1,932 @@
+package cache
+
+import (
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"go.uber.org/goleak"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+var start = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+
+// A clock is set by tests.
+type clock struct{ at atomic.Int64 }
+
+func newClock() *clock                { c := &clock{}; c.at.Store(start.UnixNano()); return c }
+func (c *clock) now() time.Time       { return time.Unix(0, c.at.Load()) }
+func (c *clock) add(by time.Duration) { c.at.Add(int64(by)) }
+
+// judge is a Judge made of a function, which counts.
+type judge struct {
+	calls atomic.Int64
+	f     func(context.Context, verify.Question) verify.Decision
+}
+
+func (j *judge) Judge(ctx context.Context, q verify.Question) verify.Decision {
+	j.calls.Add(1)
+	return j.f(ctx, q)
+}
+
+// signed is a Source with one signature and a Checker that accepts it as one
+// over sign, or over what it is asked about.
+type signed struct {
+	sign  digest.Digest
+	until time.Time
+}
+
+func (signed) Name() string { return "test" }
+
+func (signed) Find(_ context.Context, _ verify.Name, _ ocispec.Descriptor, _ *verify.Budget, yield func(verify.Evidence) bool) error {
+	yield(verify.Evidence{})
+	return nil
+}
+
+func (s signed) Check(_ context.Context, _ verify.Evidence, want ocispec.Descriptor, _ string) verify.Finding {
+	if s.sign != "" && s.sign != want.Digest {
+		return verify.Finding{Reason: verify.SignatureInvalid}
+	}
+	return verify.Finding{Reason: verify.Verified, Signed: want.Digest, Until: s.until}
+}
+
+// allow has the real Engine, which alone can, allow q until a time.
+func allow(q verify.Question, now, until time.Time) verify.Decision {
+	return allowBy(q, now, signed{until: until})
+}
+
+func allowBy(q verify.Question, now time.Time, s signed) verify.Decision {
+	e := &verify.Engine{
+		Sources: func(verify.Name) []verify.Source { return []verify.Source{s} },
+		Checker: s,
+		Now:     func() time.Time { return now },
+	}
+	return e.Judge(context.Background(), q)
+}
+
+func yes(c *clock, until time.Time) *judge {
+	return &judge{f: func(_ context.Context, q verify.Question) verify.Decision { return allow(q, c.now(), until) }}
+}
+
+func no(r verify.Reason) *judge {
+	return &judge{f: func(context.Context, verify.Question) verify.Decision { return verify.Deny(r, "as told") }}
+}
+
+func of(s string) digest.Digest { return digest.FromString(s) }
+
+// ask is a question about content named by s.
+func ask(s string) verify.Question {
+	d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: of(s), Size: 7}
+	return verify.Question{
+		Image: verify.Image{
+			Name:   verify.Name{Host: "registry.local", Path: "app", Tag: "1"},
+			Target: d, Manifest: d, Config: of("config of " + s),
+			Use: verify.UseContainer, Binding: verify.BoundRuntime,
+		},
+		Rule: &verify.Rule{Name: "prod", Statement: "prod", Requirement: sha256.Sum256([]byte("prod"))},
+	}
+}
+
+func at(q verify.Question, host, path string) verify.Question {
+	q.Image.Name.Host, q.Image.Name.Path = host, path
+	return q
+}
+
+func open(t *testing.T, next verify.Judge, o Options) *Cache {
+	t.Helper()
+	if o.Now == nil {
+		o.Now = newClock().now
+	}
+	c := New(next, o)
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+	})
+	return c
+}
+
+func expect(t *testing.T, d verify.Decision, r verify.Reason) {
+	t.Helper()
+	if d.Reason != r || d.Allowed() != (r == verify.Verified) {
+		t.Errorf("answer is allowed=%t %v (%s), want %v", d.Allowed(), d.Reason, d.Detail, r)
+	}
+}
+
+func called(t *testing.T, j *judge, want int64) {
+	t.Helper()
+	if n := j.calls.Load(); n != want {
+		t.Errorf("%d verifications, want %d", n, want)
+	}
+}
+
+var bg = context.Background()
+
+func ended() context.Context {
+	ctx, cancel := context.WithCancel(bg)
+	cancel()
+	return ctx
+}
+
+func TestAllowedIsKeptUntilItEnds(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		until time.Duration // after start; negative: zero time
+		after time.Duration
+		calls int64
+	}{
+		{"before the end", time.Hour, time.Hour - 1, 1},
+		{"at the end", time.Hour, time.Hour, 2},
+		{"after the end", time.Hour, 2 * time.Hour, 2},
+		{"good for this once", -1, 0, 2},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cl := newClock()
+			until := time.Time{}
+			if tt.until >= 0 {
+				until = start.Add(tt.until)
+			}
+			j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision {
+				if cl.now().After(start) {
+					return allow(q, cl.now(), cl.now().Add(time.Hour))
+				}
+				return allow(q, cl.now(), until)
+			}}
+			c := open(t, j, Options{Now: cl.now})
+			expect(t, c.Judge(bg, ask("a")), verify.Verified)
+			cl.add(tt.after)
+			expect(t, c.Judge(bg, ask("a")), verify.Verified)
+			called(t, j, tt.calls)
+		})
+	}
+}
+
+func TestDenialIsKept(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		d      verify.Decision
+		deny   time.Duration
+		within time.Duration // kept just before
+		never  bool
+	}{
+		{"settled", verify.Deny(verify.SignatureMissing, ""), 0, 30 * time.Second, false},
+		{"for as long as told", verify.Deny(verify.SignerUntrusted, ""), time.Minute, time.Minute, false},
+		{"no longer than it holds", verify.Decision{Reason: verify.SignatureInvalid, Until: start.Add(time.Second)}, 0, time.Second, false},
+		{"Until does not prolong", verify.Decision{Reason: verify.SignatureInvalid, Until: start.Add(time.Hour)}, 0, 30 * time.Second, false},
+		{"none are kept", verify.Deny(verify.SignatureMissing, ""), -1, 0, true},
+		{"zero", verify.Decision{}, 0, 0, true},
+		{"source", verify.Deny(verify.SourceUnreachable, ""), 0, 0, true},
+		{"credentials", verify.Deny(verify.SourceUnauthorized, ""), 0, 0, true},
+		{"referrers", verify.Deny(verify.SourceNoReferrers, ""), 0, 0, true},
+		{"budget", verify.Deny(verify.BudgetExceeded, ""), 0, 0, true},
+		{"pending", verify.Deny(verify.Pending, ""), 0, 0, true},
+		{"overloaded", verify.Deny(verify.Overloaded, ""), 0, 0, true},
+		{"internal", verify.Deny(verify.Internal, ""), 0, 0, true},
+		{"revocation unknown", verify.Deny(verify.RevocationUnknown, ""), 0, 0, true},
+		{"made in the future", verify.Decision{Reason: verify.SignatureMissing, Made: start.Add(1)}, 0, 0, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			cl := newClock()
+			j := &judge{f: func(context.Context, verify.Question) verify.Decision { return tt.d }}
+			c := open(t, j, Options{Now: cl.now, DenyFor: tt.deny})
+			want := verify.Reason(tt.d.Reason)
+			expect(t, c.Judge(bg, ask("a")), want)
+			if tt.never {
+				expect(t, c.Judge(bg, ask("a")), want)
+				called(t, j, 2)
+				return
+			}
+			cl.add(tt.within - 1)
+			expect(t, c.Judge(bg, ask("a")), want)
+			called(t, j, 1)
+			cl.add(1)
+			expect(t, c.Judge(bg, ask("a")), want)
+			called(t, j, 2)
+		})
+	}
+}
+
+// TestClockGoesBack: what was kept under a later clock does not last for as long
+// again.
+func TestClockGoesBack(t *testing.T) {
+	cl := newClock()
+	until := start.Add(time.Hour)
+	j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision {
+		if q.Image.Target.Digest == of("bad") {
+			return verify.Deny(verify.SignatureMissing, "")
+		}
+		return allow(q, cl.now(), until)
+	}}
+	c := open(t, j, Options{Now: cl.now})
+	both := func(calls int64) {
+		t.Helper()
+		expect(t, c.Judge(bg, ask("a")), verify.Verified)
+		expect(t, c.Judge(bg, ask("bad")), verify.SignatureMissing)
+		called(t, j, calls)
+	}
+	both(2)
+	cl.add(-slack) // a step of NTP
+	both(2)
+	cl.add(slack)
+	both(2)
+	cl.add(-10 * 365 * 24 * time.Hour)
+	both(4)
+	both(4) // and is kept again under the new clock
+	cl.add(20 * 365 * 24 * time.Hour)
+	expect(t, c.Judge(bg, ask("a")), verify.SignatureExpired)
+}
+
+// TestSmallStepsBackDoNotAddUp: time stands still while the clock is within the
+// slack, so that steps cannot prolong an entry one after the other.
+func TestSmallStepsBackDoNotAddUp(t *testing.T) {
+	cl := newClock()
+	j := yes(cl, start.Add(time.Hour))
+	c := open(t, j, Options{Now: cl.now})
+	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	cl.add(-slack * 3 / 4)
+	c.Judge(bg, ask("a"))
+	called(t, j, 1)
+	cl.add(-slack * 3 / 4)
+	c.Judge(bg, ask("a"))
+	called(t, j, 2)
+}
+
+// TestClockGoesBackDuringFlight: what an answer made under another clock is worth
+// is not known, so it is good for those who waited and no longer.
+func TestClockGoesBackDuringFlight(t *testing.T) {
+	cl := newClock()
+	j := &judge{}
+	j.f = func(_ context.Context, q verify.Question) verify.Decision {
+		d := allow(q, cl.now(), start.Add(time.Hour))
+		if j.calls.Load() == 1 {
+			cl.add(-time.Minute)
+		}
+		return d
+	}
+	c := open(t, j, Options{Now: cl.now})
+	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	called(t, j, 2)
+	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	called(t, j, 2)
+}
+
+// TestMonotonicReadingIsDropped: ends of entries are times of the wall clock, and
+// a comparison by the monotonic clock would not see that it was set.
+func TestMonotonicReadingIsDropped(t *testing.T) {
+	real := time.Now()
+	now := real
+	j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision { return allow(q, now, now.Add(time.Hour)) }}
+	c := open(t, j, Options{Now: func() time.Time { return now }})
+	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	now = real.Add(-time.Minute).Round(0) // the wall clock was set back
+	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	called(t, j, 2)
+}
+
+func TestWhatIsShared(t *testing.T) {
+	base := ask("a")
+	with := func(f func(*verify.Question)) verify.Question {
+		q := ask("a")
+		f(&q)
+		return q
+	}
+	for _, tt := range []struct {
+		name       string
+		q          verify.Question
+		allow, dny bool // shared with base
+	}{
+		{"the same", base, true, true},
+		{"another pod and tag", with(func(q *verify.Question) {
+			q.Image.Name.Tag, q.Image.Name.Digest, q.Image.Asked = "2", of("a"), "app:2"
+			q.Image.Pod = verify.Pod{Namespace: "n", Name: "p", UID: "u", Container: "c"}
+		}), true, true},
+		{"another binding", with(func(q *verify.Question) { q.Image.Binding = verify.BoundSnapshot }), true, true},
+		{"another rule, same requirement", with(func(q *verify.Question) { q.Rule.Name = "other" }), true, true},
+		{"another path", at(base, "registry.local", "other"), true, false},
+		{"another host", at(base, "other.local", "app"), true, false},
+		{"another split of the same name", at(base, "", "registry.local/app"), true, false},
+		{"only asked", with(func(q *verify.Question) { q.Image.Use, q.Image.Binding = verify.UseQuestion, verify.BoundDigest }), true, false},
+		{"another requirement", with(func(q *verify.Question) { q.Rule.Requirement[0]++ }), false, false},
+		{"another target", with(func(q *verify.Question) { q.Image.Target.Digest = of("b") }), false, false},
+		{"another size", with(func(q *verify.Question) { q.Image.Target.Size++ }), false, false},
+		{"another media type", with(func(q *verify.Question) { q.Image.Target.MediaType += "x" }), false, false},
+		{"another manifest", with(func(q *verify.Question) { q.Image.Manifest.Digest = of("b") }), false, false},
+		{"another config", with(func(q *verify.Question) { q.Image.Config = of("b") }), false, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			for _, allowed := range []bool{true, false} {
+				cl := newClock()
+				j, shared := no(verify.SignatureMissing), tt.dny
+				if allowed {
+					j, shared = yes(cl, start.Add(time.Hour)), tt.allow
+				}
+				c := open(t, j, Options{Now: cl.now})
+				c.Judge(bg, base)
+				d := c.Judge(bg, tt.q)
+				if d.Allowed() != allowed {
+					t.Errorf("answer is %v, want allowed %t", d.Reason, allowed)
+				}
+				if got := j.calls.Load() == 1; got != shared {
+					t.Errorf("allowed %t: shared %t, want %t", allowed, got, shared)
+				}
+			}
+		})
+	}
+}
+
+// TestDenialElsewhereDoesNotSpoil: a pod that starts the content under a name
+// without signatures costs those who use the right name nothing.
+func TestDenialElsewhereDoesNotSpoil(t *testing.T) {
+	cl := newClock()
+	j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision {
+		if q.Image.Name.Path == "evil" {
+			return verify.Deny(verify.SignatureMissing, "")
+		}
+		return allow(q, cl.now(), start.Add(time.Hour))
+	}}
+	c := open(t, j, Options{Now: cl.now})
+	evil := at(ask("a"), "registry.local", "evil")
+	expect(t, c.Judge(bg, evil), verify.SignatureMissing)
+	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	// The content is signed, and now everybody knows.
+	expect(t, c.Judge(bg, evil), verify.Verified)
+	called(t, j, 2)
+}
+
+// TestOtherTargetOnlyForContainers: an allow that rests on another target of the
+// same config is not kept where nobody proved that it is one.
+func TestOtherTargetOnlyForContainers(t *testing.T) {
+	other := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: of("other"), Size: 9}
+	for _, tt := range []struct {
+		use     verify.Use
+		binding verify.Binding
+		sign    digest.Digest
+		kept    bool
+	}{
+		{verify.UseContainer, verify.BoundRuntime, of("other"), true},
+		{verify.UseQuestion, verify.BoundDigest, of("other"), false},
+		{verify.UseQuestion, verify.BoundDigest, of("a"), true},
+		{verify.UseQuestion, verify.BoundDigest, of("manifest"), true},
+	} {
+		cl := newClock()
+		j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision {
+			return allowBy(q, cl.now(), signed{sign: tt.sign, until: start.Add(time.Hour)})
+		}}
+		c := open(t, j, Options{Now: cl.now})
+		q := ask("a")
+		q.Image.Manifest.Digest = of("manifest")
+		q.Image.Others = []ocispec.Descriptor{other}
+		q.Image.Use, q.Image.Binding = tt.use, tt.binding
+		expect(t, c.Judge(bg, q), verify.Verified)
+		expect(t, c.Judge(bg, q), verify.Verified)
+		if kept := j.calls.Load() == 1; kept != tt.kept {
+			t.Errorf("%+v: kept %t", tt, kept)
+		}
+	}
+}
+
+// TestUnfitIsNotAnswered: a question that no signature can answer gets a denial
+// although its key is that of content which is allowed.
+func TestUnfitIsNotAnswered(t *testing.T) {
+	cl := newClock()
+	j := yes(cl, start.Add(time.Hour))
+	c := open(t, j, Options{Now: cl.now})
+	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	for name, tt := range map[string]struct {
+		weaken func(*verify.Question)
+		want   verify.Reason
+	}{
+		"fault":         {func(q *verify.Question) { q.Image.Fault = &verify.Fault{Reason: verify.ImageMismatch} }, verify.ImageMismatch},
+		"no use":        {func(q *verify.Question) { q.Image.Use = 0 }, verify.ImageUnresolved},
+		"no binding":    {func(q *verify.Question) { q.Image.Binding = 0 }, verify.ImageUnresolved},
+		"weak binding":  {func(q *verify.Question) { q.Image.Binding = verify.BoundDigest }, verify.ImageUnresolved},
+		"no rule":       {func(q *verify.Question) { q.Rule = nil }, verify.PolicyInvalid},
+		"settled":       {func(q *verify.Question) { q.Rule.Settled = verify.PolicyNoMatch }, verify.PolicyInvalid},
+		"no statement":  {func(q *verify.Question) { q.Rule.Statement = "" }, verify.PolicyInvalid},
+		"zero question": {func(q *verify.Question) { *q = verify.Question{} }, verify.ImageUnresolved},
+	} {
+		q := ask("a")
+		tt.weaken(&q)
+		t.Run(name, func(t *testing.T) { expect(t, c.Judge(bg, q), tt.want) })
+	}
+	called(t, j, 1)
+}
+
+// TestAnswerToAnotherQuestion: an allow that the Judge behind made for something
+// else is not handed out.
+func TestAnswerToAnotherQuestion(t *testing.T) {
+	cl := newClock()
+	j := &judge{f: func(context.Context, verify.Question) verify.Decision {
+		return allow(ask("b"), cl.now(), start.Add(time.Hour))
+	}}
+	c := open(t, j, Options{Now: cl.now})
+	expect(t, c.Judge(bg, ask("a")), verify.Internal)
+	expect(t, c.Judge(bg, ask("a")), verify.Internal)
+	called(t, j, 2)
+}
+
+func TestOneFlightForAll(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		want verify.Reason
+		kept bool
+	}{
+		{"allowed", verify.Verified, true},
+		{"not kept", verify.SourceUnreachable, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				cl := newClock()
+				release := make(chan struct{})
+				j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision {
+					<-release
+					if tt.want == verify.Verified {
+						return allow(q, cl.now(), start.Add(time.Hour))
+					}
+					return verify.Deny(tt.want, "")
+				}}
+				c := open(t, j, Options{Now: cl.now})
+				var wg sync.WaitGroup
+				for i := range 200 {
+					wg.Go(func() {
+						q := ask("a")
+						q.Image.Pod.Name = fmt.Sprint(i)
+						expect(t, c.Judge(bg, q), tt.want)
+					})
+				}
+				synctest.Wait() // all wait
+				called(t, j, 1)
+				close(release)
+				wg.Wait()
+				called(t, j, 1)
+				expect(t, c.Judge(bg, ask("a")), tt.want)
+				if kept := j.calls.Load() == 1; kept != tt.kept {
+					t.Errorf("kept %t, want %t", kept, tt.kept)
+				}
+				if err := c.Close(); err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
+
+func TestContextEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cl := newClock()
+		release := make(chan struct{})
+		type key struct{}
+		j := &judge{f: func(ctx context.Context, q verify.Question) verify.Decision {
+			if ctx.Value(key{}) != nil {
+				t.Error("the flight has the asker's context")
+			}
+			<-release
+			if ctx.Err() != nil {
+				t.Error("the flight ended with the asker's context")
+			}
+			return allow(q, cl.now(), start.Add(time.Hour))
+		}}
+		c := open(t, j, Options{Now: cl.now})
+		short, cancel := context.WithTimeout(context.WithValue(bg, key{}, 1), 50*time.Millisecond)
+		defer cancel()
+		d := c.Judge(short, ask("a"))
+		expect(t, d, verify.Pending)
+		if d.Detail == "" {
+			t.Error("PENDING without a detail")
+		}
+		expect(t, c.Judge(ended(), ask("a")), verify.Pending)
+		expect(t, c.Judge(ended(), ask("b")), verify.Pending) // starts all the same
+		synctest.Wait()
+		called(t, j, 2)
+		close(release)
+		synctest.Wait()
+		expect(t, c.Judge(ended(), ask("a")), verify.Verified)
+		expect(t, c.Judge(ended(), ask("b")), verify.Verified)
+		called(t, j, 2)
+		c.Close()
+	})
+}
+
+func TestFlightHasItsOwnDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var took time.Duration
+		j := &judge{f: func(ctx context.Context, _ verify.Question) verify.Decision {
+			began := time.Now()
+			<-ctx.Done()
+			took = time.Since(began)
+			return verify.Deny(verify.SignatureMissing, "cut short, and says so wrongly")
+		}}
+		for deadline, want := range map[time.Duration]time.Duration{0: time.Minute, time.Second: time.Second} {
+			j.calls.Store(0)
+			c := open(t, j, Options{Now: time.Now, Deadline: deadline})
+			expect(t, c.Judge(bg, ask("a")), verify.SignatureMissing)
+			if took != want {
+				t.Errorf("deadline %v: the flight took %v, want %v", deadline, took, want)
+			}
+			// What came after the deadline is not believed for longer.
+			expect(t, c.Judge(bg, ask("a")), verify.SignatureMissing)
+			called(t, j, 2)
+			c.Close()
+		}
+	})
+}
+
+func TestOverload(t *testing.T) {
+	for _, tt := range []struct{ flights, queue, running, waiting int }{
+		{0, 0, 2, 64},
+		{3, 5, 3, 5},
+		{1, -1, 1, 0},
+	} {
+		t.Run(fmt.Sprint(tt), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				cl := newClock()
+				release := make(chan struct{})
+				var running, peak atomic.Int64
+				var mu sync.Mutex
+				var order []digest.Digest
+				j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision {
+					n := running.Add(1)
+					defer running.Add(-1)
+					for p := peak.Load(); n > p && !peak.CompareAndSwap(p, n); p = peak.Load() {
+					}
+					mu.Lock()
+					order = append(order, q.Image.Target.Digest)
+					mu.Unlock()
+					<-release
+					return allow(q, cl.now(), start.Add(time.Hour))
+				}}
+				c := open(t, j, Options{Now: cl.now, Flights: tt.flights, Queue: tt.queue})
+				room := tt.running + tt.waiting
+				for i := range room {
+					expect(t, c.Judge(ended(), ask(fmt.Sprint(i))), verify.Pending)
+				}
+				synctest.Wait()
+				called(t, j, int64(tt.running))
+				for i := range 100 {
+					d := c.Judge(bg, ask(fmt.Sprint("more", i))) // answers although nothing is released
+					expect(t, d, verify.Overloaded)
+					if d.Detail == "" {
+						t.Error("OVERLOADED without a detail")
+					}
+				}
+				// Who asks for what is under way or waits already still may.
+				expect(t, c.Judge(ended(), ask("0")), verify.Pending)
+				expect(t, c.Judge(ended(), ask(fmt.Sprint(room-1))), verify.Pending)
+				if n := len(c.flights); n != room {
+					t.Errorf("%d flights are held, want %d", n, room)
+				}
+				close(release)
+				synctest.Wait()
+				for i := range room {
+					expect(t, c.Judge(ended(), ask(fmt.Sprint(i))), verify.Verified)
+				}
+				called(t, j, int64(room))
+				if peak.Load() > int64(tt.running) {
+					t.Errorf("%d verifications at once, want at most %d", peak.Load(), tt.running)
+				}
+				if tt.running == 1 { // with more the scheduler chooses among those that run
+					for i, d := range order {
+						if d != of(fmt.Sprint(i)) {
+							t.Errorf("verification %d is not the oldest", i)
+						}
+					}
+				}
+				if len(c.flights) != 0 || len(c.queue) != 0 || c.running != 0 {
+					t.Errorf("left over: %d flights, %d queued, %d running", len(c.flights), len(c.queue), c.running)
+				}
+				expect(t, c.Judge(bg, ask("after")), verify.Verified)
+				c.Close()
+			})
+		})
+	}
+}
+
+func TestQueueIsFirstInFirstOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		var order []digest.Digest
+		j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision {
+			order = append(order, q.Image.Target.Digest)
+			<-release
+			return verify.Deny(verify.SignatureMissing, "")
+		}}
+		c := open(t, j, Options{Flights: 1, Queue: 8})
+		for i := range 8 {
+			expect(t, c.Judge(ended(), ask(fmt.Sprint(i))), verify.Pending)
+		}
+		close(release)
+		synctest.Wait()
+		if len(order) != 8 {
+			t.Fatalf("%d verifications, want 8", len(order))
+		}
+		for i, d := range order {
+			if d != of(fmt.Sprint(i)) {
+				t.Errorf("verification %d is not the oldest", i)
+			}
+		}
+		c.Close()
+	})
+}
+
+func TestPanicIsADenial(t *testing.T) {
+	for name, end := range map[string]func(){
+		"panic":     func() { panic("a parser") },
+		"nil panic": func() { panic(nil) },
+		"goexit":    runtime.Goexit,
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				cl := newClock()
+				release := make(chan struct{})
+				j := &judge{}
+				j.f = func(_ context.Context, q verify.Question) verify.Decision {
+					if j.calls.Load() == 1 {
+						<-release
+						end()
+					}
+					return allow(q, cl.now(), start.Add(time.Hour))
+				}
+				c := open(t, j, Options{Now: cl.now, Flights: 1})
+				var wg sync.WaitGroup
+				for range 10 {
+					wg.Go(func() {
+						d := c.Judge(bg, ask("a"))
+						if d.Allowed() || d.Reason.String() != "INTERNAL" {
+							t.Errorf("answer is allowed=%t %v", d.Allowed(), d.Reason)
+						}
+					})
+				}
+				synctest.Wait()
+				close(release)
+				wg.Wait()
+				// The flight is forgotten and its slot is free.
+				expect(t, c.Judge(bg, ask("a")), verify.Verified)
+				called(t, j, 2)
+				c.Close()
+			})
+		})
+	}
+}
+
+func TestObserve(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cl := newClock()
+		type seen struct {
+			q verify.Question
+			d verify.Decision
+		}
+		told := make(chan seen, 10)
+		j := yes(cl, start.Add(time.Hour))
+		c := open(t, j, Options{Now: cl.now, Observe: func(q verify.Question, d verify.Decision) {
+			told <- seen{q, d}
+			panic("who watches must not bring down who decides")
+		}})
+		q := ask("a")
+		q.Image.Asked = "app"
+		q.Image.Name.Digest = of("a")
+		q.Image.Pod = verify.Pod{Namespace: "n", Name: "p", UID: "u", Container: "c"}
+		q.Image.Target.Annotations = map[string]string{"huge": "text"}
+		q.Image.Target.Data = []byte("data")
+		q.Image.Others = make([]ocispec.Descriptor, 3*verify.MaxOthers)
+		expect(t, c.Judge(bg, q), verify.Verified)
+		expect(t, c.Judge(bg, q), verify.Verified) // a hit is not told
+		synctest.Wait()
+		if len(told) != 1 {
+			t.Fatalf("told %d times, want once", len(told))
+		}
+		s := <-told
+		expect(t, s.d, verify.Verified)
+		i := s.q.Image
+		if i.Pod != (verify.Pod{}) || i.Asked != "" || i.Name.Tag != "" || i.Name.Digest != "" ||
+			i.Target.Annotations != nil || i.Target.Data != nil || len(i.Others) != verify.MaxOthers {
+			t.Errorf("the flight retained more than it needs: %+v", i)
+		}
+		if i.Name.Repository() != "registry.local/app" || s.q.Key() != q.Key() {
+			t.Errorf("the flight is about %v", i.Name)
+		}
+		if s.q.Rule == q.Rule {
+			t.Error("the flight shares the asker's rule")
+		}
+		expect(t, c.Judge(bg, ask("b")), verify.Verified) // the panic cost nothing
+		c.Close()
+	})
+}
+
+func TestClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cl := newClock()
+		stuck := make(chan struct{})
+		j := &judge{f: func(ctx context.Context, q verify.Question) verify.Decision {
+			if q.Image.Target.Digest != of("hit") {
+				<-ctx.Done()
+				<-stuck // it takes a while to notice
+			}
+			return allow(q, cl.now(), start.Add(time.Hour)) // and answers all the same
+		}}
+		var told atomic.Int64
+		c := open(t, j, Options{Now: cl.now, Flights: 1, Observe: func(_ verify.Question, d verify.Decision) {
+			if told.Add(1) > 1 {
+				expect(t, d, verify.Pending)
+			}
+		}})
+		expect(t, c.Judge(bg, ask("hit")), verify.Verified)
+		var waiters, closers sync.WaitGroup
+		for _, s := range []string{"running", "queued", "running"} {
+			waiters.Go(func() { expect(t, c.Judge(bg, ask(s)), verify.Pending) })
+		}
+		synctest.Wait()
+		called(t, j, 2)
+		closed := make(chan struct{})
+		for range 2 {
+			closers.Go(func() {
+				if err := c.Close(); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		go func() { closers.Wait(); close(closed) }()
+		waiters.Wait() // they do not wait for the flight that is stuck
+		synctest.Wait()
+		select {
+		case <-closed:
+			t.Error("Close did not wait for the flight")
+		default:
+		}
+		for _, s := range []string{"hit", "running", "queued", "new"} {
+			expect(t, c.Judge(bg, ask(s)), verify.Pending)
+		}
+		close(stuck)
+		<-closed
+		for _, s := range []string{"hit", "running", "queued", "new"} {
+			expect(t, c.Judge(bg, ask(s)), verify.Pending)
+		}
+		called(t, j, 2)
+		if told.Load() != 2 {
+			t.Errorf("told %d times, want 2", told.Load())
+		}
+	})
+}
+
+func TestFlood(t *testing.T) {
+	cl := newClock()
+	j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision {
+		if q.Image.Name.Path == "unsigned" {
+			return verify.Deny(verify.SignatureMissing, "")
+		}
+		return allow(q, cl.now(), start.Add(time.Hour))
+	}}
+	const size, hot = 64, 16
+	c := open(t, j, Options{Now: cl.now, Allowed: size, Denied: size})
+	heat := func(want int64) {
+		t.Helper()
+		for i := range hot {
+			expect(t, c.Judge(bg, ask(fmt.Sprint("hot", i))), verify.Verified)
+		}
+		called(t, j, want)
+	}
+	heat(hot)
+	n := int64(hot)
+	for i := range 1000 {
+		// Any number of denials pushes no allow out.
+		for range 5 {
+			n++
+			expect(t, c.Judge(bg, at(ask(fmt.Sprint("junk", n)), "registry.local", "unsigned")), verify.SignatureMissing)
+		}
+		// Others that are allowed do, but not those in use.
+		n++
+		expect(t, c.Judge(bg, ask(fmt.Sprint("cold", i))), verify.Verified)
+		if i%(size-hot) == 0 {
+			heat(n)
+		}
+	}
+	heat(n)
+	if a, d := c.allowed.Len(), c.denied.Len(); a != size || d != size {
+		t.Errorf("%d allowed and %d denied are kept, want %d each", a, d, size)
+	}
+	if len(c.flights) != 0 || len(c.queue) != 0 {
+		t.Errorf("left over: %d flights, %d queued", len(c.flights), len(c.queue))
+	}
+}
+
+func TestDefaultSizes(t *testing.T) {
+	cl := newClock()
+	c := open(t, yes(cl, start.Add(time.Hour)), Options{Now: cl.now, Allowed: -1})
+	for i := range 5000 {
+		put(c.allowed, verify.Key{Config: of(fmt.Sprint(i))}, verify.Decision{}, start.Add(time.Hour), start)
+		put(c.denied, place{path: fmt.Sprint(i)}, verify.Decision{}, start.Add(time.Hour), start)
+	}
+	if a, d := c.allowed.Len(), c.denied.Len(); a != 4096 || d != 1024 {
+		t.Errorf("%d allowed and %d denied are kept, want 4096 and 1024", a, d)
+	}
+}
+
+// TestManyAtOnce mixes everything, for the race detector. Nothing that is not
+// signed may come out allowed, and nothing may after Close.
+func TestManyAtOnce(t *testing.T) {
+	cl := newClock()
+	j := &judge{f: func(ctx context.Context, q verify.Question) verify.Decision {
+		switch q.Image.Name.Path {
+		case "signed":
+			return allow(q, cl.now(), cl.now().Add(time.Second))
+		case "panic":
+			panic("a parser")
+		case "slow":
+			<-ctx.Done()
+		}
+		return verify.Deny(verify.SignatureMissing, "")
+	}}
+	c := open(t, j, Options{Now: cl.now, Allowed: 8, Denied: 8, Flights: 4, Queue: 4, Deadline: time.Millisecond,
+		Observe: func(verify.Question, verify.Decision) { cl.add(time.Millisecond) }})
+	var wg, closer sync.WaitGroup
+	var closed atomic.Bool
+	paths := []string{"signed", "unsigned", "panic", "slow", "signed"}
+	for g := range 8 {
+		wg.Go(func() {
+			for i := range 300 {
+				if i == 200 && g == 0 {
+					closer.Go(func() { c.Close(); closed.Store(true) })
+				}
+				path := paths[(i+g)%len(paths)]
+				ctx := bg
+				if i%3 == 0 {
+					ctx = ended()
+				}
+				late := closed.Load()
+				d := c.Judge(ctx, at(ask(fmt.Sprint(path, i%20)), "registry.local", path))
+				if d.Allowed() && path != "signed" {
+					t.Errorf("%s is allowed", path)
+				}
+				if d.Allowed() && late {
+					t.Error("a retired cache allows")
+				}
+			}
+		})
+	}
+	wg.Wait()
+	closer.Wait()
+	if j.calls.Load() == 0 {
+		t.Error("nothing was verified")
+	}
+}
+
+func TestNewPanics(t *testing.T) {
+	for name, f := range map[string]func(){
+		"no judge": func() { New(nil, Options{Now: time.Now}) },
+		"no clock": func() { New(&judge{}, Options{}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			defer func() {
+				if recover() == nil {
+					t.Error("New did not panic")
+				}
+			}()
+			f()
+		})
+	}
+}
+
+// TestClockPanicsAfterFlight: the answer is handed out, is not kept, and nothing
+// hangs.
+func TestClockPanicsAfterFlight(t *testing.T) {
+	cl := newClock()
+	var broken atomic.Bool
+	j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision {
+		broken.Store(true)
+		return allow(q, cl.now(), start.Add(time.Hour))
+	}}
+	c := open(t, j, Options{Now: func() time.Time {
+		if broken.CompareAndSwap(true, false) {
+			panic("no clock")
+		}
+		return cl.now()
+	}})
+	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	called(t, j, 2)
+}
+
+func BenchmarkHit(b *testing.B) {
+	cl := newClock()
+	c := New(yes(cl, start.Add(time.Hour)), Options{Now: cl.now})
+	defer c.Close()
+	q := ask("a")
+	c.Judge(bg, q)
+	b.ReportAllocs()
+	for b.Loop() {
+		if !c.Judge(bg, q).Allowed() {
+			b.Fatal("denied")
+		}
+	}
+}
