@@ -1,6 +1,7 @@
 package verify
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -73,6 +74,9 @@ const (
 func EnvelopeIn(raw []byte, subject ocispec.Descriptor) (ocispec.Descriptor, error) {
 	var none ocispec.Descriptor
 	var m ocispec.Manifest
+	if err := Bounded(raw); err != nil {
+		return none, fmt.Errorf("signature manifest: %w", err)
+	}
 	if err := json.Unmarshal(raw, &m); err != nil {
 		return none, fmt.Errorf("signature manifest: %w", err)
 	}
@@ -97,6 +101,22 @@ func EnvelopeIn(raw []byte, subject ocispec.Descriptor) (ocispec.Descriptor, err
 		return none, fmt.Errorf("signature envelope has size %d", l.Size)
 	}
 	return ocispec.Descriptor{MediaType: l.MediaType, Digest: l.Digest, Size: l.Size}, nil
+}
+
+// maxElements bounds the elements of a JSON document. An index of 13,000
+// manifests has fewer.
+const maxElements = 1 << 16
+
+// Bounded returns an error that wraps ErrBudget if raw, a JSON document that
+// somebody else wrote, could have more than 65,536 elements. It belongs before
+// every decoding into a struct with slices: of the three bytes "{}," a decoder
+// makes a descriptor of 120, and so of a manifest of 4 MiB more than 500 MiB.
+// Commas inside strings count too.
+func Bounded(raw []byte) error {
+	if n := bytes.Count(raw, []byte{','}); n > maxElements {
+		return fmt.Errorf("%w: JSON of %d elements, limit %d", ErrBudget, n, maxElements)
+	}
+	return nil
 }
 
 // Limits bound what one source may cost for one question. A zero field means
