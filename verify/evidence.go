@@ -119,6 +119,53 @@ func Bounded(raw []byte) error {
 	return nil
 }
 
+// Media types of Docker's images. Its signatures have OCI types.
+const (
+	dockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
+	dockerList     = "application/vnd.docker.distribution.manifest.list.v2+json"
+)
+
+// MediaTypeOf returns the media type of an image manifest or index: what the
+// document says itself, else listed, which whoever pointed to it said, else what
+// its shape says. If these do not agree, or the document is both or neither,
+// there is more than one way to read it (GHSA-77vh-xpmg-72qh) and the error is a
+// *Fault with IMAGE_AMBIGUOUS.
+func MediaTypeOf(raw []byte, listed string) (string, error) {
+	ambiguous := func(detail string) (string, error) {
+		return "", &Fault{Reason: ImageAmbiguous, Detail: detail}
+	}
+	var doc struct {
+		MediaType string          `json:"mediaType"`
+		Manifests json.RawMessage `json:"manifests"`
+		Config    json.RawMessage `json:"config"`
+		Layers    json.RawMessage `json:"layers"`
+	}
+	if err := json.Unmarshal(raw, &doc); err != nil {
+		return ambiguous("the document is not an image manifest or index: " + err.Error())
+	}
+	index := doc.Manifests != nil
+	if manifest := doc.Config != nil || doc.Layers != nil; index == manifest {
+		return ambiguous("the document is not plainly an image manifest or an index")
+	}
+	mediaType := doc.MediaType
+	if mediaType == "" {
+		mediaType = listed
+	}
+	if mediaType == "" && index {
+		mediaType = ocispec.MediaTypeImageIndex
+	} else if mediaType == "" {
+		mediaType = ocispec.MediaTypeImageManifest
+	}
+	fits := mediaType == ocispec.MediaTypeImageManifest || mediaType == dockerManifest
+	if index {
+		fits = mediaType == ocispec.MediaTypeImageIndex || mediaType == dockerList
+	}
+	if !fits || listed != "" && listed != mediaType {
+		return ambiguous("media type " + Quote(mediaType, 80) + " does not fit the document, referred to as " + Quote(listed, 80))
+	}
+	return mediaType, nil
+}
+
 // Limits bound what one source may cost for one question. A zero field means
 // the default that Or documents.
 type Limits struct {

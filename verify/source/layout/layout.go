@@ -1,0 +1,252 @@
+// Package layout finds signatures in an OCI image layout directory: a bundle on
+// a USB stick, what `oras copy --to-oci-layout` or `notation sign --oci-layout`
+// wrote, a directory that configuration management keeps up to date.
+//
+// The directory is read anew for every question, so that new signatures count at
+// once, and nothing in it is ever written: read-only media work. Nothing in it is
+// trusted. Every blob is checked against its digest and size, everything read is
+// counted against the budget of the question, and no file outside the directory
+// is opened, whatever links lie in it.
+//
+// The format is that of image-spec v1.1, image-layout.md.
+package layout
+
+import (
+	"context"
+	_ "crypto/sha256" // digests of the subjects and blobs
+	_ "crypto/sha512"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"syscall"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+)
+
+// maxDepth is how many indexes deep a signature may lie below index.json.
+// Signatures lie at the first level, or at the second below a referrers tag.
+const maxDepth = 4
+
+// A Source is one layout directory. It holds no open file and no state, and is
+// safe for concurrent use.
+type Source struct{ dir string }
+
+var _ verify.Source = (*Source)(nil)
+
+// New returns the source for the layout at dir. The directory need not exist
+// yet: whether it does is asked each time.
+func New(dir string) *Source { return &Source{dir} }
+
+// Name implements [verify.Source].
+func (s *Source) Name() string { return "layout " + s.dir }
+
+// Find implements [verify.Source]. Signatures that a referrers tag of the
+// subject lists (distribution-spec v1.1, "Referrers Tag Schema") come first,
+// then those among the other manifests that index.json leads to.
+//
+// A manifest that is missing, or that is not what its digest says, can never
+// become a signature and costs only itself; it is handed over with Err set where
+// a referrers tag says that it is a signature of the subject. What could be a
+// signature and was not looked at, since a file could not be read or the budget
+// did not allow it, hides nothing else, and makes Find end with an error.
+func (s *Source) Find(ctx context.Context, _ verify.Name, subject ocispec.Descriptor, b *verify.Budget, yield func(verify.Evidence) bool) error {
+	if err := subject.Digest.Validate(); err != nil {
+		return fmt.Errorf("%w: subject %q: %w", verify.ErrUnreachable, subject.Digest, err)
+	}
+	l, entries, err := open(s.dir, b)
+	if err != nil {
+		return err
+	}
+	defer l.root.Close()
+	w := &walk{layout: l, subject: subject, yield: yield, seen: map[verify.Target]bool{}}
+	w.run(ctx, entries)
+	return w.failed
+}
+
+// Manifest returns the image manifest or index of the layout that has digest d,
+// with its bytes, at most 4 MiB. The bytes have been checked against d; size and
+// media type in the descriptor are theirs. It need not be named in index.json.
+//
+// The error is a [*verify.Fault] if the document is not plainly one or the other,
+// wraps one of the errors that [verify.Source] speaks of if it was not found out
+// what the layout holds, and else [fs.ErrNotExist]: the layout does not hold it.
+func (s *Source) Manifest(ctx context.Context, d digest.Digest) (ocispec.Descriptor, []byte, error) {
+	var none ocispec.Descriptor
+	if err := d.Validate(); err != nil {
+		return none, nil, fmt.Errorf("digest %q: %w", d, err)
+	}
+	if err := ctx.Err(); err != nil {
+		return none, nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
+	}
+	b := verify.NewBudget(verify.Limits{})
+	l, entries, err := open(s.dir, b)
+	if err != nil {
+		return none, nil, err
+	}
+	defer l.root.Close()
+	raw, err := l.read(blobPath(d), func(n int64) error { return b.Manifest(n) })
+	if err != nil {
+		return none, nil, err
+	}
+	if d.Algorithm().FromBytes(raw) != d {
+		return none, nil, fmt.Errorf("%w: %s is not what its digest says", verify.ErrUnreachable, blobPath(d))
+	}
+	listed := ""
+	for _, e := range entries {
+		if e.Digest == d {
+			listed = e.MediaType
+		}
+	}
+	mediaType, err := verify.MediaTypeOf(raw, listed)
+	if err != nil {
+		return none, nil, err
+	}
+	return ocispec.Descriptor{MediaType: mediaType, Digest: d, Size: int64(len(raw))}, raw, nil
+}
+
+// A layout is an open directory.
+type layout struct {
+	root *os.Root
+	b    *verify.Budget
+}
+
+// open opens the layout at dir and returns the entries of its index.json.
+func open(dir string, b *verify.Budget) (*layout, []ocispec.Descriptor, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
+	}
+	l := &layout{root, b}
+	entries, err := l.start()
+	if err != nil {
+		root.Close()
+		return nil, nil, err
+	}
+	return l, entries, nil
+}
+
+// start reads oci-layout and index.json.
+func (l *layout) start() ([]ocispec.Descriptor, error) {
+	raw, err := l.read(ocispec.ImageLayoutFile, l.b.Manifest)
+	if err != nil {
+		return nil, unreachable(err)
+	}
+	var v ocispec.ImageLayout
+	if err := json.Unmarshal(raw, &v); err != nil {
+		return nil, fmt.Errorf("%w: %s: %w", verify.ErrUnreachable, ocispec.ImageLayoutFile, err)
+	}
+	if v.Version != ocispec.ImageLayoutVersion {
+		return nil, fmt.Errorf("%w: %s: version %s, not %s", verify.ErrUnreachable,
+			ocispec.ImageLayoutFile, verify.Quote(v.Version, 32), ocispec.ImageLayoutVersion)
+	}
+	if err := l.b.Page(); err != nil {
+		return nil, err
+	}
+	if raw, err = l.read(ocispec.ImageIndexFile, l.b.Manifest); err != nil {
+		return nil, unreachable(err)
+	}
+	entries, err := entriesOf(raw)
+	if err != nil {
+		return nil, unreachable(fmt.Errorf("%s: %w", ocispec.ImageIndexFile, err))
+	}
+	return entries, nil
+}
+
+// entriesOf decodes an index. An entry that is no descriptor costs only itself.
+func entriesOf(raw []byte) ([]ocispec.Descriptor, error) {
+	if err := verify.Bounded(raw); err != nil {
+		return nil, err
+	}
+	var index struct {
+		Manifests []json.RawMessage `json:"manifests"`
+	}
+	if err := json.Unmarshal(raw, &index); err != nil {
+		return nil, err
+	}
+	var list []ocispec.Descriptor
+	for _, r := range index.Manifests {
+		var d ocispec.Descriptor
+		if json.Unmarshal(r, &d) == nil && d.Digest.Validate() == nil {
+			list = append(list, d)
+		}
+	}
+	return list, nil
+}
+
+// unreachable makes err, which kept the whole layout from being read, one of
+// those that verify.Source speaks of.
+func unreachable(err error) error {
+	if inconclusive(err) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
+}
+
+// inconclusive reports whether err left open what a file holds.
+func inconclusive(err error) bool {
+	return errors.Is(err, verify.ErrUnreachable) || errors.Is(err, verify.ErrBudget)
+}
+
+// blobPath is where the blob with a valid digest lies.
+func blobPath(d digest.Digest) string {
+	return path.Join(ocispec.ImageBlobsDir, d.Algorithm().String(), d.Encoded())
+}
+
+// read reads a regular file after admit, told its size, has agreed. Links that
+// lead out of the directory are refused (os.Root); a FIFO or a device is opened
+// without waiting and then refused. A file that is not there is fs.ErrNotExist;
+// what else keeps it from being read is verify.ErrUnreachable.
+func (l *layout) read(name string, admit func(int64) error) ([]byte, error) {
+	f, err := l.root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%s: %w", name, fs.ErrNotExist)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%w: %s is not a regular file", verify.ErrUnreachable, name)
+	}
+	if err := admit(info.Size()); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	raw := make([]byte, info.Size())
+	if _, err := io.ReadFull(f, raw); err != nil {
+		return nil, fmt.Errorf("%w: %s: %w", verify.ErrUnreachable, name, err)
+	}
+	return raw, nil
+}
+
+// blob reads the blob that d describes and checks it. take is asked before
+// anything is read.
+func (l *layout) blob(d ocispec.Descriptor, take func(int64) error) ([]byte, error) {
+	if err := d.Digest.Validate(); err != nil {
+		return nil, fmt.Errorf("digest %s: %w", verify.Quote(d.Digest.String(), 80), err)
+	}
+	name := blobPath(d.Digest)
+	raw, err := l.read(name, func(n int64) error {
+		if n != d.Size {
+			return fmt.Errorf("%d bytes, but its descriptor says %d", n, d.Size)
+		}
+		return take(n)
+	})
+	if err != nil {
+		return nil, err
+	}
+	if d.Digest.Algorithm().FromBytes(raw) != d.Digest {
+		return nil, fmt.Errorf("%s is not what its digest says", name)
+	}
+	return raw, nil
+}
