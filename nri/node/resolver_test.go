@@ -1,0 +1,524 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/containerd/nri/pkg/api"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+)
+
+// records is containerd's state as a test sets it up.
+type records struct {
+	images       map[string]ocispec.Descriptor
+	blobs        map[digest.Digest][]byte
+	snapshots    map[string]map[string]Snapshot // snapshotter, key
+	snapshotters []string
+	runtimes     map[string]string
+	configs      map[string]digest.Digest
+	err          error // every call fails with it
+	calls        int
+}
+
+func newRecords() *records {
+	return &records{
+		images:       map[string]ocispec.Descriptor{},
+		blobs:        map[digest.Digest][]byte{},
+		snapshots:    map[string]map[string]Snapshot{"overlayfs": {}, "native": {}},
+		snapshotters: []string{"native", "overlayfs"},
+		runtimes:     map[string]string{"pod": "io.containerd.runc.v2"},
+		configs:      map[string]digest.Digest{},
+	}
+}
+
+func (r *records) Image(_ context.Context, name string) (ocispec.Descriptor, error) {
+	r.calls++
+	d, ok := r.images[name]
+	if !ok {
+		return d, errors.Join(r.err, fmt.Errorf("image %s: %w", name, ErrNotFound))
+	}
+	return d, r.err
+}
+
+func (r *records) Blob(_ context.Context, d ocispec.Descriptor) ([]byte, error) {
+	r.calls++
+	if d.Size > MaxBlob {
+		return nil, &verify.Fault{Reason: verify.ImageAmbiguous, Detail: "too large"}
+	}
+	raw, ok := r.blobs[d.Digest]
+	if !ok {
+		return nil, fmt.Errorf("blob: %w", ErrNotFound)
+	}
+	if r.err != nil {
+		return nil, r.err
+	}
+	return checked(raw, d)
+}
+
+func (r *records) Snapshot(_ context.Context, snapshotter, key string) (Snapshot, error) {
+	r.calls++
+	s, ok := r.snapshots[snapshotter][key]
+	if !ok {
+		return s, fmt.Errorf("snapshot: %w", ErrNotFound)
+	}
+	return s, r.err
+}
+
+func (r *records) Snapshotters(context.Context) ([]string, error) {
+	r.calls++
+	return r.snapshotters, r.err
+}
+
+func (r *records) SandboxRuntime(_ context.Context, id string) (string, error) {
+	r.calls++
+	return r.runtimes[id], r.err
+}
+
+func (r *records) ContainerConfig(_ context.Context, id string) (digest.Digest, error) {
+	r.calls++
+	d, ok := r.configs[id]
+	if !ok {
+		return "", ErrNotFound
+	}
+	return d, r.err
+}
+
+// put stores v as JSON (or bytes as they are) under its digest.
+func (r *records) put(mediaType string, v any) ocispec.Descriptor {
+	raw, ok := v.([]byte)
+	if !ok {
+		raw, _ = json.Marshal(v)
+	}
+	d := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
+	r.blobs[d.Digest] = raw
+	return d
+}
+
+// image is one made up image.
+type image struct {
+	config, manifest ocispec.Descriptor
+	chain            string
+}
+
+// image stores an image with the given layers; entry makes its config its own.
+func (r *records) image(entry string, layers ...string) image {
+	var diffs []digest.Digest
+	for _, l := range layers {
+		diffs = append(diffs, digest.FromString(l))
+	}
+	p := platforms.DefaultSpec()
+	c := ocispec.Image{Platform: p, Config: ocispec.ImageConfig{Entrypoint: []string{entry}}, RootFS: ocispec.RootFS{Type: "layers", DiffIDs: diffs}}
+	config := r.put(ocispec.MediaTypeImageConfig, c)
+	m := ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Config: config,
+		Layers: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: digest.FromString("gz" + entry), Size: 3}}}
+	m.SchemaVersion = 2
+	return image{config, r.put(ocispec.MediaTypeImageManifest, m), identity.ChainID(diffs).String()}
+}
+
+func (r *records) index(list ...ocispec.Descriptor) ocispec.Descriptor {
+	i := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: list}
+	i.SchemaVersion = 2
+	return r.put(ocispec.MediaTypeImageIndex, i)
+}
+
+// on says for which platform an index lists a manifest.
+func on(d ocispec.Descriptor, p ocispec.Platform) ocispec.Descriptor {
+	d.Platform = &p
+	return d
+}
+
+var (
+	here      = platforms.DefaultSpec()
+	elsewhere = ocispec.Platform{OS: "linux", Architecture: "s390x"}
+)
+
+// names parse as in the program, but for aliases; verify/policy tests those.
+func testOptions() Options {
+	return Options{
+		ParseName: func(s string) (verify.Name, error) {
+			if s == "" || strings.HasPrefix(s, "sha256:") {
+				return verify.Name{}, errors.New("is an image ID")
+			}
+			name, d, _ := strings.Cut(s, "@")
+			host, path, _ := strings.Cut(name, "/")
+			return verify.Name{Host: host, Path: path, Digest: digest.Digest(d)}, nil
+		},
+		ParseRecord: func(s string) (string, error) { return s, nil },
+	}
+}
+
+const ctrID = "c1"
+
+// container is what NRI sends; config and target are empty before containerd 2.4.
+func container(name string, target, config digest.Digest) *api.Container {
+	c := &api.Container{Id: ctrID, PodSandboxId: "pod", Name: "main", Annotations: map[string]string{annotationImage: name}}
+	if config != "" {
+		c.Image = &api.Image{Name: name, Digest: target.String(), ConfigDigest: config.String()}
+	}
+	return c
+}
+
+func resolveOne(t *testing.T, r *Resolver, c *api.Container) verify.Image {
+	t.Helper()
+	images := r.Resolve(context.Background(), &api.PodSandbox{Id: "pod", Name: "p", Namespace: "ns", Uid: "u"}, c)
+	if len(images) != 1 {
+		t.Fatalf("%d images, want 1", len(images))
+	}
+	if images[0].Fault == nil && images[0].Binding == 0 {
+		t.Fatal("an image without a fault is not bound")
+	}
+	return images[0]
+}
+
+func TestBinding(t *testing.T) {
+	const name = "registry.example/app:1"
+	tests := map[string]struct {
+		setup func(r *records) (target ocispec.Descriptor, run image, told digest.Digest) // record, what runs, NRI digest
+		want  verify.Reason                                                               // "": bound
+	}{
+		"single manifest": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
+			i := r.image("good", "a")
+			return i.manifest, i, i.manifest.Digest
+		}, ""},
+		"index": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
+			i, o := r.image("good", "a"), r.image("other", "b")
+			x := r.index(on(o.manifest, elsewhere), on(i.manifest, here))
+			return x, i, x.Digest
+		}, ""},
+		"nested index": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
+			i := r.image("good", "a")
+			x := r.index(r.index(on(i.manifest, here)))
+			return x, i, x.Digest
+		}, ""},
+		"tag moved to another image": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
+			i, evil := r.image("good", "a"), r.image("evil", "b")
+			return i.manifest, evil, evil.manifest.Digest
+		}, verify.ImageMismatch},
+		"evil image with one more layer": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
+			i, evil := r.image("good", "a"), r.image("evil", "a", "b")
+			return i.manifest, evil, evil.manifest.Digest
+		}, verify.ImageMismatch},
+		"index with the signed manifest as a decoy": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
+			i, evil := r.image("good", "a"), r.image("evil", "b")
+			x := r.index(on(evil.manifest, here), on(i.manifest, elsewhere))
+			return x, i, x.Digest // the runtime claims the good config with the evil index
+		}, verify.ImageMismatch},
+		"another record of the same config": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
+			i := r.image("good", "a")
+			return i.manifest, i, r.index(on(i.manifest, here)).Digest
+		}, ""},
+		"no manifest for this platform": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
+			i := r.image("good", "a")
+			x := r.index(on(i.manifest, elsewhere))
+			return x, i, x.Digest
+		}, verify.ImageAmbiguous},
+		"index and manifest at once": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
+			i := r.image("good", "a")
+			x := r.put(ocispec.MediaTypeImageIndex, map[string]any{"schemaVersion": 2,
+				"manifests": []any{on(i.manifest, here)}, "config": i.config, "layers": []any{}})
+			return x, i, x.Digest
+		}, verify.ImageAmbiguous},
+		"manifest that calls itself an index": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
+			i := r.image("good", "a")
+			x := r.put(ocispec.MediaTypeImageManifest, map[string]any{"mediaType": ocispec.MediaTypeImageIndex, "config": i.config})
+			return x, i, x.Digest
+		}, verify.ImageAmbiguous},
+		"index that embeds its manifest": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
+			i := r.image("good", "a")
+			d := on(i.manifest, here)
+			d.Data = r.blobs[d.Digest]
+			x := r.index(d)
+			return x, i, x.Digest
+		}, verify.ImageAmbiguous},
+		"artifact that is no image": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
+			i := r.image("good", "a")
+			x := r.put(ocispec.MediaTypeImageManifest, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Config: r.put("application/vnd.example", map[string]any{})})
+			return x, i, x.Digest
+		}, verify.SignedObject},
+		"config without a root filesystem": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
+			i := r.image("good")
+			return i.manifest, i, i.manifest.Digest
+		}, verify.SignedObject},
+		"config of 500 MB": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
+			i := r.image("good", "a")
+			c := i.config
+			c.Size = 500 << 20
+			x := r.put(ocispec.MediaTypeImageManifest, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Config: c})
+			return x, i, x.Digest
+		}, verify.ImageAmbiguous},
+		"bytes changed on the disk": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
+			i := r.image("good", "a")
+			raw := append([]byte{}, r.blobs[i.manifest.Digest]...)
+			raw[len(raw)/2] ^= 1
+			r.blobs[i.manifest.Digest] = raw
+			return i.manifest, i, i.manifest.Digest
+		}, verify.ImageMismatch},
+	}
+	for label, tt := range tests {
+		for _, runtime := range []string{"2.4", "2.2"} {
+			t.Run(label+"/"+runtime, func(t *testing.T) {
+				rec := newRecords()
+				target, run, told := tt.setup(rec)
+				rec.images[name] = target
+				rec.snapshots["overlayfs"][ctrID] = Snapshot{Parent: run.chain}
+				r := NewResolver(rec, testOptions())
+				ctr, binding := container(name, told, run.config.Digest), verify.BoundRuntime
+				if runtime == "2.2" {
+					ctr.Image, binding = nil, verify.BoundSnapshot
+					r.Connected(true)
+				}
+				img := resolveOne(t, r, ctr)
+				if tt.want != "" {
+					if img.Fault == nil || img.Fault.Reason != tt.want {
+						t.Fatalf("fault %v, want %s", img.Fault, tt.want)
+					}
+					return
+				}
+				if img.Fault != nil {
+					t.Fatal(img.Fault)
+				}
+				if img.Binding != binding || img.Config != run.config.Digest || img.Target.Digest != target.Digest || img.Manifest.Digest != run.manifest.Digest {
+					t.Fatalf("bound to %+v", img)
+				}
+			})
+		}
+	}
+}
+
+// An image whose layers are the good one's and whose config is not has the same
+// chain ID: before containerd 2.4 only StartContainer can tell them apart.
+func TestStartedComparesConfigs(t *testing.T) {
+	rec := newRecords()
+	good, evil := rec.image("good", "a"), rec.image("evil", "a")
+	rec.images["r.example/app:1"] = good.manifest
+	rec.snapshots["overlayfs"][ctrID] = Snapshot{Parent: evil.chain}
+	r := NewResolver(rec, testOptions())
+	ctr := container("r.example/app:1", "", "")
+	if img := resolveOne(t, r, ctr); img.Fault == nil || img.Fault.Reason != verify.ImageUnresolved {
+		t.Fatalf("a runtime that tells nothing and asks nothing at StartContainer: %v", img.Fault)
+	}
+	r.Connected(true)
+	img := resolveOne(t, r, ctr)
+	if img.Fault != nil {
+		t.Fatal(img.Fault)
+	}
+	if f := r.Started(context.Background(), ctrID); f == nil || f.Reason != verify.ImageUnresolved {
+		t.Fatalf("a container that was never decided: %v", f)
+	}
+	r.Decided(ctrID, []verify.Image{img})
+	if f := r.Started(context.Background(), ctrID); f == nil || f.Reason != verify.ImageUnresolved {
+		t.Fatalf("a container without a record: %v", f)
+	}
+	rec.configs[ctrID] = evil.config.Digest
+	if f := r.Started(context.Background(), ctrID); f == nil || f.Reason != verify.ImageMismatch {
+		t.Fatalf("the evil config: %v", f)
+	}
+	rec.configs[ctrID] = good.config.Digest
+	if f := r.Started(context.Background(), ctrID); f != nil {
+		t.Fatalf("the good config: %v", f)
+	}
+}
+
+func TestFaults(t *testing.T) {
+	const name = "registry.example/app:1"
+	volume := func(source string) func(*records, *api.Container) {
+		return func(_ *records, c *api.Container) {
+			c.Mounts = []*api.Mount{{Source: "/etc", Destination: "/a"}, {Source: source, Destination: "/data"}}
+		}
+	}
+	hex := strings.Repeat("0123456789abcdef", 4)
+	tests := map[string]struct {
+		change func(*records, *api.Container)
+		want   verify.Reason
+	}{
+		"nothing":               {func(*records, *api.Container) {}, ""},
+		"no name":               {func(_ *records, c *api.Container) { c.Annotations = nil }, verify.ImageUnresolved},
+		"image ID as name":      {func(_ *records, c *api.Container) { c.Annotations[annotationImage] = "sha256:" + hex }, verify.ImageUnresolved},
+		"name without a record": {func(_ *records, c *api.Container) { c.Annotations[annotationImage] = "registry.example/copy:1" }, verify.ImageUnresolved},
+		"digest that is not there": {func(r *records, c *api.Container) {
+			n := "registry.example/app@sha256:" + hex
+			r.images[n] = r.images[name]
+			c.Annotations[annotationImage] = n
+		}, verify.ImageMismatch},
+		"restored from a checkpoint": {func(_ *records, c *api.Container) { c.Annotations[annotationRestored] = "true" }, verify.ImageUnresolved},
+		"image volume":               {volume("/run/containerd/io.containerd.grpc.v1.cri/image-volumes/" + hex + "/" + hex), verify.ImageVolumeUnverified},
+		"image volume with subpath":  {volume("/run/k3s/containerd/io.containerd.grpc.v1.cri/image-volumes/" + hex + "/" + hex + "/sub"), verify.ImageVolumeUnverified},
+		"host path of a like name":   {volume("/srv/image-volumes/mine"), ""},
+		"wasm runtime":               {func(r *records, _ *api.Container) { r.runtimes["pod"] = "io.containerd.wasmtime.v1" }, verify.RuntimeUnverified},
+		"unknown sandbox":            {func(r *records, _ *api.Container) { delete(r.runtimes, "pod") }, verify.RuntimeUnverified},
+		"stargz": {func(r *records, _ *api.Container) {
+			r.snapshotters = append(r.snapshotters, "stargz")
+			r.snapshots["stargz"] = r.snapshots["overlayfs"]
+			r.snapshots["overlayfs"] = nil
+		}, verify.SnapshotterUnverified},
+		"stargz loaded, not used":    {func(r *records, _ *api.Container) { r.snapshotters = append([]string{"stargz"}, r.snapshotters...) }, ""},
+		"no root filesystem":         {func(r *records, c *api.Container) { c.Image = nil; r.snapshots["overlayfs"] = nil }, verify.ImageUnresolved},
+		"containerd does not answer": {func(r *records, _ *api.Container) { r.err = errors.New("no answer") }, verify.ImageUnresolved},
+		"another config than told":   {func(_ *records, c *api.Container) { c.Image.ConfigDigest = "sha256:" + hex }, verify.ImageMismatch},
+		"config told, target not":    {func(_ *records, c *api.Container) { c.Image.Digest = "" }, ""},
+		"told another target, snapshot of another": {func(r *records, c *api.Container) {
+			c.Image.Digest = "sha256:" + hex
+			r.snapshots["overlayfs"][ctrID] = Snapshot{Parent: "sha256:" + hex}
+		}, verify.ImageMismatch},
+	}
+	for label, tt := range tests {
+		t.Run(label, func(t *testing.T) {
+			rec := newRecords()
+			i := rec.image("good", "a")
+			rec.images[name] = i.manifest
+			rec.snapshots["overlayfs"][ctrID] = Snapshot{Parent: i.chain}
+			ctr := container(name, i.manifest.Digest, i.config.Digest)
+			tt.change(rec, ctr)
+			r := NewResolver(rec, testOptions())
+			r.Connected(true)
+			img := resolveOne(t, r, ctr)
+			switch {
+			case tt.want == "" && img.Fault != nil:
+				t.Fatal(img.Fault)
+			case tt.want != "" && (img.Fault == nil || img.Fault.Reason != tt.want):
+				t.Fatalf("fault %v, want %s", img.Fault, tt.want)
+			}
+		})
+	}
+	t.Run("listed snapshotter and runtime", func(t *testing.T) {
+		rec := newRecords()
+		i := rec.image("good", "a")
+		rec.images[name] = i.manifest
+		rec.snapshotters = []string{"stargz"}
+		rec.snapshots["stargz"] = map[string]Snapshot{ctrID: {Parent: i.chain}}
+		rec.runtimes["pod"] = "io.containerd.kata.v2"
+		o := testOptions()
+		o.Snapshotters, o.Runtimes = []string{"stargz"}, []string{"io.containerd.kata.v2"}
+		if img := resolveOne(t, NewResolver(rec, o), container(name, i.manifest.Digest, i.config.Digest)); img.Fault != nil {
+			t.Fatal(img.Fault)
+		}
+	})
+}
+
+// With user namespaces on a snapshotter that cannot remap, the parent is a copy
+// under a name that containerd computes from the chain ID and the ID maps: the
+// digest of this JSON (client/snapshotter_opts_unix.go of 2.2.9 and 2.4.2).
+func TestUserNamespace(t *testing.T) {
+	labels := map[string]string{
+		"containerd.io/snapshot/uidmapping": "0:65536:65536",
+		"containerd.io/snapshot/gidmapping": "0:65536:65536",
+	}
+	chain := digest.FromString("chain").String()
+	raw := fmt.Sprintf(`{"Parent":%q,"IDMap":{"UidMap":[{"containerID":0,"hostID":65536,"size":65536}],"GidMap":[{"containerID":0,"hostID":65536,"size":65536}]}}`, chain)
+	if got, want := remapped(chain, labels), digest.FromString(raw).String(); got != want {
+		t.Fatalf("remapped %s, want %s", got, want)
+	}
+	for _, bad := range []map[string]string{nil, {"containerd.io/snapshot/uidmapping": "0:1:2"},
+		{"containerd.io/snapshot/uidmapping": "x", "containerd.io/snapshot/gidmapping": "0:1:2"},
+		{"containerd.io/snapshot/uidmapping": strings.Repeat("0:1:2,", 400), "containerd.io/snapshot/gidmapping": "0:1:2"}} {
+		if got := remapped(chain, bad); got != "" {
+			t.Fatalf("labels %v give %s", bad, got)
+		}
+	}
+
+	const name = "registry.example/app:1"
+	rec := newRecords()
+	good, evil := rec.image("good", "a"), rec.image("evil", "a", "b")
+	rec.images[name] = good.manifest
+	r := NewResolver(rec, testOptions())
+	r.Connected(true)
+	rec.snapshots["native"][ctrID] = Snapshot{Parent: remapped(good.chain, labels), Labels: labels}
+	if img := resolveOne(t, r, container(name, "", "")); img.Fault != nil {
+		t.Fatal(img.Fault)
+	}
+	// The evil image's own chain has the good one's as its parent, like a remapped copy.
+	rec.snapshots["native"][ctrID] = Snapshot{Parent: evil.chain, Labels: labels}
+	rec.snapshots["native"][evil.chain] = Snapshot{Parent: good.chain}
+	if img := resolveOne(t, r, container(name, "", "")); img.Fault == nil || img.Fault.Reason != verify.ImageMismatch {
+		t.Fatalf("an image with one more layer: %v", img.Fault)
+	}
+}
+
+// What follows from content is remembered, what containerd could not say is not.
+func TestRemembers(t *testing.T) {
+	const name = "registry.example/app:1"
+	rec := newRecords()
+	i := rec.image("good", "a")
+	rec.images[name] = i.manifest
+	ctr := container(name, i.manifest.Digest, i.config.Digest)
+	r := NewResolver(rec, testOptions())
+	config := rec.blobs[i.config.Digest]
+	delete(rec.blobs, i.config.Digest)
+	if img := resolveOne(t, r, ctr); img.Fault == nil {
+		t.Fatal("bound without its config")
+	}
+	rec.blobs[i.config.Digest] = config
+	if img := resolveOne(t, r, ctr); img.Fault != nil {
+		t.Fatal(img.Fault)
+	}
+	rec.calls = 0
+	if img := resolveOne(t, r, ctr); img.Fault != nil || rec.calls != 1 {
+		t.Fatalf("fault %v, %d calls where one (the record) is needed", img.Fault, rec.calls)
+	}
+}
+
+func TestImageRef(t *testing.T) {
+	d := digest.FromString("x")
+	got, err := imageRef([]byte(`{"Version":"v1","Metadata":{"ID":"c","ImageRef":"` + d.String() + `"}}`))
+	if err != nil || got != d {
+		t.Fatal(got, err)
+	}
+	for _, bad := range []string{"", "{}", "null", `{"Metadata":{"ImageRef":"latest"}}`, `[]`} {
+		if got, err := imageRef([]byte(bad)); err == nil {
+			t.Errorf("%s gives %s", bad, got)
+		}
+	}
+}
+
+func FuzzSelect(f *testing.F) {
+	seed := newRecords()
+	i := seed.image("good", "a")
+	f.Add(seed.blobs[i.manifest.Digest], true)
+	x := seed.index(on(i.manifest, here))
+	f.Add(seed.blobs[x.Digest], false)
+	f.Add([]byte(`{"manifests":[],"layers":[]}`), false)
+	f.Add([]byte("null"), true)
+	f.Fuzz(func(t *testing.T, raw []byte, manifest bool) {
+		rec := newRecords()
+		i := rec.image("good", "a")
+		mediaType := ocispec.MediaTypeImageIndex
+		if manifest {
+			mediaType = ocispec.MediaTypeImageManifest
+		}
+		target := rec.put(mediaType, raw)
+		d, m, err := Select(context.Background(), rec.Blob, target)
+		if err != nil {
+			return
+		}
+		// Whatever was selected is a manifest that is really there, and is not an
+		// index too.
+		var doc map[string]json.RawMessage
+		if json.Unmarshal(rec.blobs[d.Digest], &doc) != nil || d.Digest != target.Digest && d.Digest != i.manifest.Digest {
+			t.Fatalf("selected %s of %s", d.Digest, raw)
+		}
+		if _, ok := doc["manifests"]; ok && string(doc["manifests"]) != "null" {
+			t.Fatalf("selected an index: %s", raw)
+		}
+		if err := m.Config.Digest.Validate(); err == nil {
+			_, _ = rootfs(rec.blobs[m.Config.Digest])
+		}
+	})
+}
+
+func FuzzImageRef(f *testing.F) {
+	f.Add([]byte(`{"Metadata":{"ImageRef":"` + digest.FromString("x").String() + `"}}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		if d, err := imageRef(raw); err == nil && d.Validate() != nil {
+			t.Fatalf("%q is no digest", d)
+		}
+	})
+}
