@@ -233,7 +233,7 @@ func (c *Cache) fly(f *flight) {
 	var d verify.Decision
 	defer func() {
 		if p := recover(); p != nil {
-			d = verify.Deny(verify.Internal, verify.Clean(fmt.Sprintf("panic while verifying: %v", p), verify.MaxMessage))
+			d = verify.Deny(verify.Internal, fmt.Sprintf("panic while verifying: %v", p))
 		}
 		d = c.end(f, d, ctx.Err() == nil)
 		if c.o.Observe != nil {

@@ -49,8 +49,10 @@ type Attempt struct {
 func (d Decision) Allowed() bool { return d.allowed }
 
 // Deny makes a denial. A reason that allows is no reason to deny: it becomes
-// INTERNAL.
-func Deny(r Reason, detail string) Decision { return Decision{Reason: r.denial(), Detail: detail} }
+// INTERNAL. The detail is cut, since denials are kept and it may be a registry's.
+func Deny(r Reason, detail string) Decision {
+	return Decision{Reason: r.denial(), Detail: clip(detail)}
+}
 
 // allow makes the Decision that lets an image run: the only place in the program
 // that does. It looks again at everything that an allow rests on, so that a

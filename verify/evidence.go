@@ -3,6 +3,8 @@ package verify
 import (
 	"bytes"
 	"context"
+	_ "crypto/sha256" // go-digest knows only the algorithms that are linked in,
+	_ "crypto/sha512" // and panics when it is to hash with another
 	"encoding/json"
 	"errors"
 	"fmt"

@@ -1,0 +1,311 @@
+package verify
+
+import (
+	"context"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+type policy func(Image) *Rule
+
+func (p policy) Select(i Image) *Rule { return p(i) }
+
+type judge func(context.Context, Question) Decision
+
+func (j judge) Judge(ctx context.Context, q Question) Decision { return j(ctx, q) }
+
+func prod(Image) *Rule { return bound().Rule }
+
+func yes(_ context.Context, q Question) Decision {
+	d := allow(q, Finding{Reason: Verified, Signed: q.Image.Target.Digest}, start)
+	d.Rule, d.Key, d.Binding = "of whoever asked first", Key{}, BoundDigest
+	return d
+}
+
+func setup(m Mode) *Setup {
+	return &Setup{Epoch: Epoch{7}, Mode: m, Policy: policy(prod), Judge: judge(yes), Wait: time.Hour}
+}
+
+func enforcer(s *Setup) *Enforcer {
+	e := new(Enforcer)
+	e.Swap(s)
+	return e
+}
+
+func TestVerify(t *testing.T) {
+	panics := judge(func(context.Context, Question) Decision { panic("judge") })
+	for _, tt := range []struct {
+		name   string
+		change func(*Setup, *Image)
+		want   Reason // VERIFIED: allowed
+	}{
+		{"allowed", func(*Setup, *Image) {}, Verified},
+		{"denied", func(s *Setup, _ *Image) {
+			s.Judge = judge(func(context.Context, Question) Decision { return Deny(SignerUntrusted, "x") })
+		}, SignerUntrusted},
+		{"zero answer", func(s *Setup, _ *Image) {
+			s.Judge = judge(func(context.Context, Question) Decision { return Decision{} })
+		}, Internal},
+		{"an answer that only claims to allow", func(s *Setup, _ *Image) {
+			s.Judge = judge(func(context.Context, Question) Decision { return Deny(Verified, "") })
+		}, Internal},
+		{"judge panics", func(s *Setup, _ *Image) { s.Judge = panics }, Internal},
+		{"judge panics with nil", func(s *Setup, _ *Image) {
+			s.Judge = judge(func(context.Context, Question) Decision { panic(nil) })
+		}, Internal},
+		{"no judge", func(s *Setup, _ *Image) { s.Judge = nil }, Internal},
+		{"policy panics", func(s *Setup, _ *Image) { s.Policy = policy(func(Image) *Rule { panic("policy") }) }, Internal},
+		{"no policy", func(s *Setup, _ *Image) { s.Policy = nil }, Internal},
+		{"policy without rule", func(s *Setup, _ *Image) { s.Policy = policy(func(Image) *Rule { return nil }) }, PolicyInvalid},
+		{"settled", func(s *Setup, _ *Image) {
+			s.Judge, s.Policy = panics, policy(func(Image) *Rule { return &Rule{Settled: PolicyNoMatch} })
+		}, PolicyNoMatch},
+		{"settled as an allow", func(s *Setup, _ *Image) {
+			s.Judge, s.Policy = panics, policy(func(Image) *Rule { return &Rule{Settled: Verified} })
+		}, Internal},
+		{"settled with a statement", func(s *Setup, _ *Image) {
+			s.Policy = policy(func(Image) *Rule { r := bound().Rule; r.Settled = PolicyInvalid; return r })
+		}, PolicyInvalid},
+		{"zero wait does not forbid what is known", func(s *Setup, _ *Image) { s.Wait = 0 }, Verified},
+	} {
+		for _, m := range []Mode{Enforce, Audit} {
+			t.Run(tt.name+" "+m.String(), func(t *testing.T) {
+				s, img := setup(m), bound().Image
+				tt.change(s, &img)
+				check(t, s, img, tt.want)
+			})
+		}
+	}
+	for _, tt := range weakened {
+		for _, m := range []Mode{Enforce, Audit} {
+			t.Run(tt.name+" "+m.String(), func(t *testing.T) {
+				q := with(tt.weaken)
+				s := setup(m)
+				s.Policy = policy(func(Image) *Rule { return q.Rule })
+				s.Judge = judge(func(_ context.Context, got Question) Decision { return yes(bg, bound()) })
+				check(t, s, q.Image, tt.want)
+			})
+		}
+	}
+}
+
+// check has img judged under s and looks whether the answer is what enforce says,
+// or in audit an allow that keeps it.
+func check(t *testing.T, s *Setup, img Image, want Reason) {
+	t.Helper()
+	d := enforcer(s).Verify(bg, img)
+	switch {
+	case want == Verified:
+		allowed(t, d, Verified)
+		if d.Would != "" {
+			t.Errorf("enforce would answer %v", d.Would)
+		}
+	case s.Mode == Audit:
+		allowed(t, d, AuditOnly)
+		if d.Would != want {
+			t.Errorf("enforce would answer %v, want %v", d.Would, want)
+		}
+	default:
+		denied(t, d, want)
+		if d.Would != "" {
+			t.Errorf("enforce would answer %v", d.Would)
+		}
+	}
+	if d.Epoch != s.Epoch {
+		t.Errorf("epoch is %v", d.Epoch)
+	}
+}
+
+// TestAnswerIsAboutThisContainer: rule, key and binding are of the question, and
+// not of whoever asked the cache first.
+func TestAnswerIsAboutThisContainer(t *testing.T) {
+	q := with(func(q *Question) { q.Image.Binding = BoundSnapshot })
+	d := enforcer(setup(Enforce)).Verify(bg, q.Image)
+	allowed(t, d, Verified)
+	if d.Rule != "prod" || d.Key != q.Key() || d.Binding != BoundSnapshot || d.Epoch != (Epoch{7}) {
+		t.Errorf("decision is %+v", d)
+	}
+	s := setup(Enforce)
+	s.Policy = policy(func(Image) *Rule { return &Rule{Name: "none", Settled: PolicyNoMatch, Detail: "add a rule"} })
+	d = enforcer(s).Verify(bg, q.Image)
+	denied(t, d, PolicyNoMatch)
+	if d.Rule != "none" || d.Detail != "add a rule" || d.Key.Target.Digest != q.Image.Target.Digest || d.Binding != BoundSnapshot {
+		t.Errorf("decision is %+v", d)
+	}
+}
+
+// TestFaultIsNotMatched: a policy is not asked about an image that is not bound,
+// so that no rule can speak of it.
+func TestFaultIsNotMatched(t *testing.T) {
+	s := setup(Enforce)
+	s.Policy = policy(func(Image) *Rule { t.Error("the policy was asked"); return prod(Image{}) })
+	img := bound().Image
+	img.Fault = &Fault{ImageAmbiguous, "two records"}
+	d := enforcer(s).Verify(bg, img)
+	denied(t, d, ImageAmbiguous)
+	if d.Detail != "two records" {
+		t.Errorf("detail is %q", d.Detail)
+	}
+	denied(t, enforcer(s).Verify(bg, Image{Name: img.Name}), ImageUnresolved)
+}
+
+func TestWait(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		mode Mode
+		wait time.Duration
+		use  Use
+		left func(time.Duration, bool) bool // what is left of ctx, whether it has an end
+	}{
+		{"enforce waits", Enforce, time.Hour, UseContainer, func(d time.Duration, ends bool) bool { return ends && d > time.Minute && d <= time.Hour }},
+		{"enforce without wait", Enforce, 0, UseContainer, func(d time.Duration, ends bool) bool { return ends && d <= 0 }},
+		{"audit never waits", Audit, time.Hour, UseContainer, func(d time.Duration, ends bool) bool { return ends && d <= 0 }},
+		{"a question waits for its asker", Enforce, time.Nanosecond, UseQuestion, func(_ time.Duration, ends bool) bool { return !ends }},
+		{"also in audit", Audit, 0, UseQuestion, func(_ time.Duration, ends bool) bool { return !ends }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			asked := false
+			s := setup(tt.mode)
+			s.Wait = tt.wait
+			s.Judge = judge(func(ctx context.Context, q Question) Decision {
+				asked = true
+				end, ends := ctx.Deadline()
+				if !tt.left(time.Until(end), ends) {
+					t.Errorf("ctx ends %v in %v", ends, time.Until(end))
+				}
+				return Deny(Pending, "")
+			})
+			img := bound().Image
+			if img.Use = tt.use; tt.use == UseQuestion {
+				img.Binding = BoundDigest
+			}
+			enforcer(s).Verify(bg, img)
+			if !asked {
+				t.Error("the judge was not asked")
+			}
+		})
+	}
+}
+
+// TestSwapDuringAnswer: an answer that was made under a configuration that is not
+// in force any more does not count.
+func TestSwapDuringAnswer(t *testing.T) {
+	strict := setup(Enforce)
+	strict.Epoch = Epoch{8}
+	strict.Judge = judge(func(context.Context, Question) Decision { return Deny(SignerUntrusted, "") })
+	for _, tt := range []struct {
+		name  string
+		to    *Setup
+		want  Reason
+		epoch Epoch
+	}{
+		{"to one that denies", strict, SignerUntrusted, Epoch{8}},
+		{"to none", nil, PolicyInvalid, Epoch{}},
+		{"to one that allows", setup(Enforce), Verified, Epoch{7}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			e := new(Enforcer)
+			old := setup(Enforce)
+			old.Judge = judge(func(ctx context.Context, q Question) Decision {
+				if e.Swap(tt.to) != old {
+					t.Error("Swap returned another configuration")
+				}
+				return yes(ctx, q)
+			})
+			e.Swap(old)
+			d := e.Verify(bg, bound().Image)
+			if tt.want == Verified {
+				allowed(t, d, Verified)
+			} else {
+				denied(t, d, tt.want)
+			}
+			if d.Epoch != tt.epoch || e.Setup() != tt.to {
+				t.Errorf("epoch is %v", d.Epoch)
+			}
+		})
+	}
+	// Audit that is left while it answers does not let the image run.
+	e := new(Enforcer)
+	old := setup(Audit)
+	old.Judge = judge(func(context.Context, Question) Decision { e.Swap(strict); return Deny(SignatureMissing, "") })
+	e.Swap(old)
+	denied(t, e.Verify(bg, bound().Image), SignerUntrusted)
+}
+
+// TestSwapAllTheTime: who changes the configuration faster than answers are made
+// gets denials, and in audit allows that say why.
+func TestSwapAllTheTime(t *testing.T) {
+	for _, m := range []Mode{Enforce, Audit} {
+		e := new(Enforcer)
+		n := 0
+		var fresh func() *Setup
+		fresh = func() *Setup {
+			s := setup(m)
+			s.Judge = judge(func(ctx context.Context, q Question) Decision { n++; e.Swap(fresh()); return yes(ctx, q) })
+			return s
+		}
+		e.Swap(fresh())
+		d := e.Verify(bg, bound().Image)
+		if n != 2 {
+			t.Errorf("%v: judged %d times, want 2", m, n)
+		}
+		if m == Audit {
+			allowed(t, d, AuditOnly)
+			if d.Would != Pending {
+				t.Errorf("enforce would answer %v", d.Would)
+			}
+		} else {
+			denied(t, d, Pending)
+		}
+		if d.Detail == "" || d.Epoch != (Epoch{7}) {
+			t.Errorf("%v: decision is %+v", m, d)
+		}
+	}
+}
+
+func TestPanicDetailIsBoundedInMessages(t *testing.T) {
+	s := setup(Enforce)
+	s.Judge = judge(func(context.Context, Question) Decision { panic(strings.Repeat("x\n", 1<<20)) })
+	d := enforcer(s).Verify(bg, bound().Image)
+	denied(t, d, Internal)
+	if len(d.Detail) > MaxMessage || strings.Contains(d.Detail, "\n") {
+		t.Errorf("detail has %d bytes", len(d.Detail))
+	}
+	checkLine(t, d.Message(bound().Image, "n"))
+}
+
+// TestSwapConcurrently is for the race detector: under a configuration that
+// denies nothing is allowed once Swap has returned.
+func TestSwapConcurrently(t *testing.T) {
+	e := enforcer(setup(Enforce))
+	var closed atomic.Bool
+	var wg sync.WaitGroup
+	var before atomic.Int64
+	for range 4 {
+		wg.Go(func() {
+			for {
+				late := closed.Load()
+				d := e.Verify(bg, bound().Image)
+				if d.Allowed() && late {
+					t.Error("allowed after the configuration was taken away")
+				}
+				if d.Allowed() {
+					before.Add(1)
+				}
+				if late {
+					return
+				}
+			}
+		})
+	}
+	for before.Load() == 0 {
+		e.Swap(setup(Enforce))
+	}
+	e.Swap(nil)
+	closed.Store(true)
+	wg.Wait()
+	denied(t, e.Verify(bg, bound().Image), PolicyInvalid)
+}
