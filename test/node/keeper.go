@@ -1,0 +1,273 @@
+package node
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A keeper is a process of its own that removes what is left of a node when its
+// standard input ends. Stop ends it, and so does the death of the process that
+// started the node, however that happens: a panic, os.Exit, ctrl-C, a test's
+// timeout, SIGKILL. There is one way to clean up, and every Stop goes it.
+//
+// It is this same program, started again with an environment variable that the
+// init function below sees before main and tests run.
+type keeper struct {
+	cmd   *exec.Cmd
+	stdin io.Closer
+	said  bytes.Buffer
+}
+
+const keeperVariable = "TIDEWAITER_TEST_KEEPER"
+
+func init() {
+	dir := os.Getenv(keeperVariable)
+	if dir == "" {
+		return
+	}
+	// Whatever ends the tests must not end the keeper before it is done.
+	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE, syscall.SIGQUIT)
+	io.Copy(io.Discard, os.Stdin)
+	if err := remove(dir); err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// keep starts a keeper for dir.
+func keep(dir string) (*keeper, error) {
+	k := &keeper{cmd: exec.Command("/proc/self/exe")}
+	k.cmd.Env = append(os.Environ(), keeperVariable+"="+dir)
+	k.cmd.Dir = "/"
+	k.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	k.cmd.Stdout = &k.said
+	stdin, err := k.cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	k.stdin = stdin
+	if err := k.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("starting the process that cleans up: %w", err)
+	}
+	return k, nil
+}
+
+// clean lets the keeper do its work and waits for it.
+func (k *keeper) clean() error {
+	k.stdin.Close()
+	if err := k.cmd.Wait(); err != nil {
+		return fmt.Errorf("cleaning up: %w: %s", err, bytes.TrimSpace(k.said.Bytes()))
+	}
+	return nil
+}
+
+// remove ends every process of the node in dir, unmounts what lies below dir and
+// deletes it. It finds processes by what only this node's can have: the
+// node's cgroup, and the paths of its own sockets and configuration as arguments.
+func remove(dir string) error {
+	if base := filepath.Base(dir); !filepath.IsAbs(dir) || !strings.HasPrefix(base, dirPrefix) {
+		return fmt.Errorf("%s is not the directory of a node", dir)
+	}
+	var err error
+	for range 250 {
+		// New processes can appear until containerd is gone, so all of it is done
+		// again until nothing is found.
+		pids := slices.Concat(daemonPIDs(dir), containerPIDs(dir))
+		for _, pid := range pids {
+			// What ended in the meantime is what we want.
+			_ = unix.Kill(pid, unix.SIGKILL)
+		}
+		if err = unmount(dir); err == nil && len(pids) == 0 {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	if err != nil {
+		return err
+	}
+	if pids := slices.Concat(daemonPIDs(dir), containerPIDs(dir)); len(pids) > 0 {
+		return fmt.Errorf("processes %v of %s do not end", pids, dir)
+	}
+	for _, socket := range shimSockets(dir) {
+		if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	for _, top := range cgroups(dir) {
+		if err := removeCgroup(top); err != nil {
+			return err
+		}
+	}
+	return os.RemoveAll(dir)
+}
+
+// daemonPIDs finds the node's containerd, shims, gates and runcs at work, dead
+// ones that nobody has waited for left out.
+func daemonPIDs(dir string) []int {
+	want := [][2]string{
+		{"--config", filepath.Join(dir, configFile)},            // containerd
+		{"-address", filepath.Join(dir, socketFile)},            // a shim
+		{"--containerd-socket", filepath.Join(dir, socketFile)}, // a gate
+		{"--root", filepath.Join(dir, runcDir, "k8s.io")},
+	}
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil
+	}
+	var pids []int
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		b, err := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline")) // empty for a zombie
+		if err != nil {
+			continue
+		}
+		args := strings.Split(string(b), "\x00")
+		for i := 1; i < len(args); i++ {
+			if slices.Contains(want, [2]string{args[i-1], args[i]}) {
+				pids = append(pids, pid)
+				break
+			}
+		}
+	}
+	return pids
+}
+
+// cgroupParent is the cgroup that all pods of the node in dir are under.
+func cgroupParent(dir string) string { return "/" + filepath.Base(dir) }
+
+// cgroups returns the node's cgroup in each hierarchy where it exists: many with
+// version 1, one with version 2.
+func cgroups(dir string) []string {
+	var found []string
+	for _, m := range mounts() {
+		if m.kind != "cgroup" && m.kind != "cgroup2" {
+			continue
+		}
+		path := filepath.Join(m.point, cgroupParent(dir))
+		if _, err := os.Stat(path); err == nil {
+			found = append(found, path)
+		}
+	}
+	return found
+}
+
+// containerPIDs finds the processes in the node's cgroups.
+func containerPIDs(dir string) []int {
+	var pids []int
+	for _, top := range cgroups(dir) {
+		// A cgroup may vanish while it is walked; what is left is found next time.
+		_ = filepath.WalkDir(top, func(path string, d fs.DirEntry, err error) error {
+			if err != nil || !d.IsDir() {
+				return nil
+			}
+			b, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
+			if err != nil {
+				return nil
+			}
+			for _, f := range strings.Fields(string(b)) {
+				if pid, err := strconv.Atoi(f); err == nil && pid > 0 && !slices.Contains(pids, pid) {
+					pids = append(pids, pid)
+				}
+			}
+			return nil
+		})
+	}
+	return pids
+}
+
+// removeCgroup removes a cgroup and those below it, the innermost first.
+func removeCgroup(top string) error {
+	var dirs []string
+	_ = filepath.WalkDir(top, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			dirs = append(dirs, path)
+		}
+		return nil
+	})
+	slices.Reverse(dirs)
+	for _, d := range dirs {
+		var err error
+		for range 50 {
+			// A cgroup stays busy for a moment after its last process.
+			if err = unix.Rmdir(d); err == nil || errors.Is(err, unix.ENOENT) {
+				err = nil
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		if err != nil {
+			return fmt.Errorf("removing cgroup %s: %w", d, err)
+		}
+	}
+	return nil
+}
+
+// shimSockets returns the sockets of shims that did not remove them themselves.
+// containerd before 2.4 keeps them in a directory of the host, under a name that
+// is the hash of containerd's socket, the namespace and the sandbox.
+func shimSockets(dir string) []string {
+	var found []string
+	tasks, _ := filepath.Glob(filepath.Join(dir, "state", "io.containerd.runtime.v2.task", "*", "*"))
+	for _, task := range tasks {
+		ns := filepath.Base(filepath.Dir(task))
+		path := filepath.Join(dir, socketFile, ns, filepath.Base(task))
+		found = append(found, fmt.Sprintf("/run/containerd/s/%x", sha256.Sum256([]byte(path))))
+	}
+	return found
+}
+
+type mount struct{ point, kind string }
+
+// mounts returns what this process sees mounted, in the order of mounting.
+func mounts() []mount {
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil
+	}
+	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
+	var all []mount
+	for line := range strings.Lines(string(b)) {
+		// 36 35 98:0 /root /point options - kind source options
+		fields := strings.Fields(line)
+		dash := slices.Index(fields, "-")
+		if len(fields) < 5 || dash < 0 || dash+1 >= len(fields) {
+			continue
+		}
+		all = append(all, mount{unescape.Replace(fields[4]), fields[dash+1]})
+	}
+	return all
+}
+
+// unmount unmounts everything below dir, the newest first.
+func unmount(dir string) error {
+	all := mounts()
+	slices.Reverse(all)
+	for _, m := range all {
+		if !strings.HasPrefix(m.point, dir+"/") {
+			continue
+		}
+		if err := unix.Unmount(m.point, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("unmounting %s: %w", m.point, err)
+		}
+	}
+	return nil
+}

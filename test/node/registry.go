@@ -1,0 +1,232 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/registry"
+)
+
+// RegistryOptions say what registry to start. The zero value serves the
+// Referrers API.
+type RegistryOptions struct {
+	NoReferrers bool // 404 at the Referrers API: referrers are found by tag only
+}
+
+// A Registry is a registry in this process, on a loopback port that it keeps
+// while it lives. Its contents are in memory and survive Stop and Start.
+// All methods but Stop and Start may be called from several goroutines.
+type Registry struct {
+	Host string // the made-up host in the names of its images: "registry.example"
+	Addr string // where it listens: "127.0.0.1:41234"
+
+	handler     http.Handler
+	log         *log.Logger
+	noReferrers bool
+
+	mu       sync.Mutex
+	server   *http.Server // nil while stopped
+	served   chan struct{}
+	fault    func(http.Handler) http.Handler
+	requests []Request
+}
+
+// A Request is one that a registry was asked.
+type Request struct {
+	Method, Path, Query string
+	UserAgent           string
+	Status              int // what it answered; 0 if the handler gave up
+}
+
+// NewRegistry starts a registry for images of host. Names of images say host;
+// [Node.Use] maps it to the registry, which never resolves host itself.
+func NewRegistry(host string, o RegistryOptions) (*Registry, error) {
+	logger := log.New(io.Discard, "", 0)
+	r := &Registry{
+		Host:    host,
+		Addr:    "127.0.0.1:0",
+		handler: registry.New(registry.WithReferrersSupport(!o.NoReferrers), registry.Logger(logger)),
+		log:     logger,
+
+		noReferrers: o.NoReferrers,
+	}
+	return r, r.Start()
+}
+
+// URL returns "http://" and the address.
+func (r *Registry) URL() string { return "http://" + r.Addr }
+
+// Start makes the registry answer again after Stop, on the port that it had.
+func (r *Registry) Start() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.server != nil {
+		return nil
+	}
+	l, err := net.Listen("tcp", r.Addr)
+	if err != nil {
+		return fmt.Errorf("registry of %s: %w", r.Host, err)
+	}
+	if r.served == nil { // the first time; Addr does not change after that
+		r.Addr = l.Addr().String()
+	}
+	s := &http.Server{Handler: http.HandlerFunc(r.serve), ReadHeaderTimeout: 10 * time.Second, ErrorLog: r.log}
+	served := make(chan struct{})
+	r.server, r.served = s, served
+	go func() {
+		defer close(served)
+		_ = s.Serve(l)
+	}()
+	return nil
+}
+
+// Stop makes the registry unreachable: connections are cut and new ones refused.
+func (r *Registry) Stop() error {
+	r.mu.Lock()
+	s, served := r.server, r.served
+	r.server = nil
+	r.mu.Unlock()
+	if s == nil {
+		return nil
+	}
+	err := s.Close()
+	<-served
+	return err
+}
+
+// Fault puts wrap around the registry, to delay, refuse or falsify; what wrap
+// answers itself is in Requests too. Nil removes it.
+func (r *Registry) Fault(wrap func(http.Handler) http.Handler) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.fault = wrap
+}
+
+// Requests returns the requests that ended since the start or Forget, the oldest
+// first. Those that Push and Attach make are among them.
+func (r *Registry) Requests() []Request {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return append([]Request(nil), r.requests...)
+}
+
+// Forget empties Requests.
+func (r *Registry) Forget() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.requests = nil
+}
+
+func (r *Registry) serve(w http.ResponseWriter, req *http.Request) {
+	r.mu.Lock()
+	h, fault := r.handler, r.fault
+	r.mu.Unlock()
+	if fault != nil {
+		h = fault(h)
+	}
+	s := &statusWriter{ResponseWriter: w}
+	defer func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.requests = append(r.requests, Request{req.Method, req.URL.Path, req.URL.RawQuery, req.UserAgent(), s.status})
+	}()
+	h.ServeHTTP(s, req)
+	if s.status == 0 {
+		s.status = http.StatusOK
+	}
+}
+
+// statusWriter remembers the status.
+type statusWriter struct {
+	http.ResponseWriter
+	status int
+}
+
+func (w *statusWriter) WriteHeader(status int) {
+	w.status = status
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *statusWriter) Write(b []byte) (int, error) {
+	if w.status == 0 {
+		w.status = http.StatusOK
+	}
+	return w.ResponseWriter.Write(b)
+}
+
+// Unwrap lets faults use http.ResponseController to flush or hijack.
+func (w *statusWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// reference is where the registry really has an image of its host: "app:1",
+// "app@sha256:…", or the same with the host in front.
+func (r *Registry) reference(image string) (name.Reference, error) {
+	image = strings.TrimPrefix(image, r.Host+"/")
+	ref, err := name.ParseReference(r.Addr+"/"+image, name.Insecure)
+	if err != nil {
+		return nil, fmt.Errorf("image %q: %w", image, err)
+	}
+	return ref, nil
+}
+
+// Use makes containerd pull what names a registry's host from that registry and
+// from nowhere else. Several with one host are its mirrors, asked in this order.
+// It counts from the next pull, without a restart.
+func (n *Node) Use(registries ...*Registry) error {
+	hosts := map[string]string{}
+	for _, r := range registries {
+		if hosts[r.Host] == "" {
+			// Without a server line containerd would ask the host itself in the end.
+			hosts[r.Host] = fmt.Sprintf("server = %q\n", r.URL())
+		}
+		hosts[r.Host] += fmt.Sprintf("\n[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n", r.URL())
+	}
+	for host, toml := range hosts {
+		if err := n.Hosts(host, toml); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Hosts writes certs.d/HOST/hosts.toml, or with empty content removes it. It
+// counts from the next pull, without a restart.
+func (n *Node) Hosts(host, toml string) error {
+	if host == "" || strings.Contains(host, "/") || strings.HasPrefix(host, ".") {
+		return fmt.Errorf("%q is not a host", host)
+	}
+	dir := filepath.Join(n.CertsDir, host)
+	if toml == "" {
+		return os.RemoveAll(dir)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(toml), 0o600)
+}
+
+// pauseImage makes a registry with the image that sandboxes run.
+func pauseImage(ctx context.Context) (p struct {
+	registry *Registry
+	image    *Image
+}, err error) {
+	p.registry, err = NewRegistry("pause.example", RegistryOptions{})
+	if err != nil {
+		return p, err
+	}
+	p.image, err = p.registry.Push(ctx, "pause:1", ImageOptions{Word: "pause"})
+	if err != nil {
+		return p, errors.Join(err, p.registry.Stop())
+	}
+	return p, nil
+}

@@ -1,0 +1,306 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The versions that the suites run on. Any other 2.x release of containerd can
+// be asked for in [Options].
+const (
+	Containerd24 = "2.4.2" // hands the image to NRI
+	Containerd22 = "2.2.9" // does not
+
+	runcVersion = "1.5.2"
+	cniVersion  = "1.9.1"
+)
+
+// Tools are the programs that a node runs.
+type Tools struct {
+	Containerd string // path; the shim and ctr lie beside it
+	Shim       string
+	Ctr        string
+	Runc       string
+	CNIDir     string // holds the loopback plugin
+}
+
+// FindTools returns the tools for a version of containerd such as "2.4.2" and
+// builds what the cache does not hold, each with `go install package@version`:
+// about two minutes for a version of containerd, once. The cache is
+// $TIDEWAITER_TEST_CACHE, else tidewaiter-test in the user's cache directory.
+//
+// A tool is built in a directory of its own that is renamed when it is complete,
+// under a lock of the cache, so that an interrupted build leaves nothing behind
+// that a later one believes, and two processes build it once. progress gets a
+// line for each build; what a build prints is seen only in the error of one that
+// fails. runc needs a C compiler, pkg-config and libseccomp's headers: where they
+// are missing and this is root they are installed with apt-get.
+func FindTools(ctx context.Context, containerd string, progress io.Writer) (*Tools, error) {
+	const c = "github.com/containerd/containerd/v2/cmd/"
+	ctrd, err := install(ctx, progress, tool{
+		name: "containerd", version: containerd, takes: "2 minutes",
+		packages: []string{c + "containerd", c + "containerd-shim-runc-v2", c + "ctr"},
+	})
+	if err != nil {
+		return nil, err
+	}
+	runc, err := install(ctx, progress, tool{
+		name: "runc", version: runcVersion, takes: "20 seconds",
+		packages: []string{"github.com/opencontainers/runc"}, tags: "seccomp", cgo: true, before: needSeccomp,
+	})
+	if err != nil {
+		return nil, err
+	}
+	cni, err := install(ctx, progress, tool{
+		name: "cni-plugins", version: cniVersion, takes: "20 seconds",
+		packages: []string{"github.com/containernetworking/plugins/plugins/main/loopback"},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &Tools{
+		Containerd: filepath.Join(ctrd, "containerd"),
+		Shim:       filepath.Join(ctrd, "containerd-shim-runc-v2"),
+		Ctr:        filepath.Join(ctrd, "ctr"),
+		Runc:       filepath.Join(runc, "runc"),
+		CNIDir:     cni,
+	}, nil
+}
+
+// BuildTidewaiter builds the program under test from the tree that this module
+// stands in and returns its path. It builds each time: Go's own cache knows what
+// changed. The working directory must be inside this module, as it is in a test.
+func BuildTidewaiter(ctx context.Context) (string, error) {
+	var out, stderr bytes.Buffer
+	cmd := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", "github.com/tidewaiter/tidewaiter")
+	cmd.Stdout, cmd.Stderr = &out, &stderr
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("finding the module tidewaiter: %w\n%s", err, stderr.Bytes())
+	}
+	root := strings.TrimSpace(out.String())
+	// One path a checkout, so that two of them do not run each other's program.
+	sum := sha256.Sum256([]byte(root))
+	bin, err := cached("tidewaiter-" + hex.EncodeToString(sum[:6]))
+	if err != nil {
+		return "", err
+	}
+	unlock, err := lock(ctx, bin)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	// go build writes in place and a gate may be running the old program: build
+	// beside it and rename.
+	next := bin + ".next"
+	if err := goTool(ctx, root, nil, "build", "-trimpath", "-ldflags", "-s -w", "-o", next, "./cmd/tidewaiter"); err != nil {
+		return "", fmt.Errorf("building tidewaiter: %w", err)
+	}
+	return bin, os.Rename(next, bin)
+}
+
+//go:embed testdata/program/main.go
+var programSource []byte
+
+// buildProgram builds the program that images hold and returns its bytes.
+func buildProgram(ctx context.Context) ([]byte, error) {
+	sum := sha256.Sum256(programSource)
+	bin, err := cached("program-" + hex.EncodeToString(sum[:6]))
+	if err != nil {
+		return nil, err
+	}
+	unlock, err := lock(ctx, bin)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if b, err := os.ReadFile(bin); err == nil {
+		return b, nil
+	}
+	dir, err := os.MkdirTemp(filepath.Dir(bin), ".building-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	if err := os.WriteFile(filepath.Join(dir, "main.go"), programSource, 0o644); err != nil {
+		return nil, err
+	}
+	out := filepath.Join(dir, "program")
+	if err := goTool(ctx, dir, []string{"CGO_ENABLED=0"}, "build", "-trimpath", "-ldflags", "-s -w -buildid=", "-o", out, "main.go"); err != nil {
+		return nil, fmt.Errorf("building the program of the images: %w", err)
+	}
+	b, err := os.ReadFile(out)
+	if err != nil {
+		return nil, err
+	}
+	return b, os.Rename(out, bin)
+}
+
+// A tool is what one `go install` builds.
+type tool struct {
+	name, version string
+	packages      []string
+	tags          string
+	cgo           bool
+	takes         string // about how long the first time, for the progress line
+	before        func(context.Context, io.Writer) error
+}
+
+// install returns the directory that holds the binaries of t.
+func install(ctx context.Context, progress io.Writer, t tool) (string, error) {
+	version := strings.TrimPrefix(t.version, "v")
+	if version == "" || strings.ContainsAny(version, "/ ") {
+		return "", fmt.Errorf("%q is not a version of %s", t.version, t.name)
+	}
+	dir, err := cached(t.name + "-" + version)
+	if err != nil {
+		return "", err
+	}
+	unlock, err := lock(ctx, dir)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil
+	}
+	if t.before != nil {
+		if err := t.before(ctx, progress); err != nil {
+			return "", fmt.Errorf("building %s %s: %w", t.name, version, err)
+		}
+	}
+	fmt.Fprintf(progress, "building %s %s (about %s the first time)\n", t.name, version, t.takes)
+	start := time.Now()
+	tmp, err := os.MkdirTemp(filepath.Dir(dir), ".building-")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(tmp)
+	// MkdirTemp makes 0700; runc started in a user namespace has to reach the files.
+	if err := os.Chmod(tmp, 0o755); err != nil {
+		return "", err
+	}
+	cgo := "CGO_ENABLED=0"
+	if t.cgo {
+		cgo = "CGO_ENABLED=1"
+	}
+	args := []string{"install"}
+	if t.tags != "" {
+		args = append(args, "-tags", t.tags)
+	}
+	for _, p := range t.packages {
+		args = append(args, p+"@v"+version)
+	}
+	if err := goTool(ctx, tmp, []string{cgo, "GOBIN=" + tmp}, args...); err != nil {
+		return "", fmt.Errorf("building %s %s: %w", t.name, version, err)
+	}
+	if err := os.Rename(tmp, dir); err != nil {
+		return "", err
+	}
+	fmt.Fprintf(progress, "built %s %s in %s\n", t.name, version, time.Since(start).Round(time.Second))
+	return dir, nil
+}
+
+// goTool runs the go command in dir without the flags and the workspace of
+// whoever runs the tests.
+func goTool(ctx context.Context, dir string, env []string, args ...string) error {
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), append([]string{"GOFLAGS=", "GOWORK=off", "GOOS=", "GOARCH="}, env...)...)
+	return run(cmd)
+}
+
+// run runs cmd and puts what it printed into the error.
+func run(cmd *exec.Cmd) error {
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.WaitDelay = time.Second
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("%s: %w\n%s", strings.Join(cmd.Args, " "), err, out.Bytes())
+	}
+	return nil
+}
+
+// needSeccomp makes sure that runc can be built with seccomp: without it runc
+// refuses every pod that a kubelet makes.
+func needSeccomp(ctx context.Context, progress io.Writer) error {
+	_, gcc := exec.LookPath("gcc")
+	if gcc == nil && exec.CommandContext(ctx, "pkg-config", "--exists", "libseccomp").Run() == nil {
+		return nil
+	}
+	const wants = "runc needs gcc, pkg-config and libseccomp-dev"
+	if os.Geteuid() != 0 {
+		return errors.New(wants + ": install them, or run this as root once")
+	}
+	if _, err := exec.LookPath("apt-get"); err != nil {
+		return errors.New(wants + ", and there is no apt-get to install them with")
+	}
+	fmt.Fprintln(progress, "installing gcc, pkg-config and libseccomp-dev")
+	if err := run(aptGet(ctx, "update")); err != nil {
+		return fmt.Errorf("%s: %w", wants, err)
+	}
+	if err := run(aptGet(ctx, "install", "-y", "--no-install-recommends", "gcc", "libc6-dev", "pkg-config", "libseccomp-dev")); err != nil {
+		return fmt.Errorf("%s: %w", wants, err)
+	}
+	return nil
+}
+
+func aptGet(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, "apt-get", args...)
+	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
+	return cmd
+}
+
+// cached returns the path of name in the cache, whose directory it makes.
+func cached(name string) (string, error) {
+	dir := os.Getenv("TIDEWAITER_TEST_CACHE")
+	if dir == "" {
+		user, err := os.UserCacheDir()
+		if err != nil {
+			return "", fmt.Errorf("no cache directory, set TIDEWAITER_TEST_CACHE: %w", err)
+		}
+		dir = filepath.Join(user, "tidewaiter-test")
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	return filepath.Join(dir, name), os.MkdirAll(dir, 0o755)
+}
+
+// lock takes the lock of a path in the cache, also against other processes, and
+// waits for it until ctx ends. The lock of a process that died is free.
+func lock(ctx context.Context, path string) (unlock func(), err error) {
+	f, err := os.OpenFile(path+".lock", os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			f.Close()
+			return nil, fmt.Errorf("locking %s: %w", f.Name(), err)
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("waiting for the lock %s: %w", f.Name(), ctx.Err())
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}
