@@ -87,7 +87,7 @@ type PodOptions struct {
 	Name, Namespace string
 	Labels          map[string]string
 	Annotations     map[string]string
-	RuntimeHandler  string // empty: containerd's default, runc
+	RuntimeHandler  string // empty: containerd's default, runc; or OtherHandler
 }
 
 // A Pod is a running sandbox. It uses the host's network.

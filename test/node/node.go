@@ -78,6 +78,9 @@ const RequiredDropIn = `version = 3
   required_plugins = ["tidewaiter"]
 `
 
+// OtherHandler is a second runtime handler of every node: runc by another name.
+const OtherHandler = "other"
+
 // RequiredFile is the name of the drop-in with RequiredDropIn.
 const RequiredFile = "99-tidewaiter.toml"
 
@@ -303,12 +306,14 @@ func (n *Node) config(schema int, pause string, timeout time.Duration) string {
 	p("[plugins.'io.containerd.cri.v1.runtime'.cni]")
 	p("  bin_dirs = [%q]", n.Tools.CNIDir)
 	p("  conf_dir = %q", in("cni"))
-	p("[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]")
-	p("  runtime_type = 'io.containerd.runc.v2'")
-	p("[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]")
-	p("  BinaryName = %q", n.Tools.Runc)
-	p("  Root = %q", in(runcDir))
-	p("  SystemdCgroup = false")
+	for _, handler := range []string{"runc", OtherHandler} {
+		p("[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.%s]", handler)
+		p("  runtime_type = 'io.containerd.runc.v2'")
+		p("[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.%s.options]", handler)
+		p("  BinaryName = %q", n.Tools.Runc)
+		p("  Root = %q", in(runcDir))
+		p("  SystemdCgroup = false")
+	}
 	return b.String()
 }
 

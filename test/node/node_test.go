@@ -162,10 +162,14 @@ func TestRun(t *testing.T) {
 		}
 
 		// What a pod's author wrote reaches the runtime beside the image ID.
-		c, _ := run(t, ctx, n, plain.Name, node.RunOptions{Pod: node.PodOptions{Namespace: "team-a"}})
+		c, _ := run(t, ctx, n, plain.Name, node.RunOptions{Pod: node.PodOptions{Namespace: "team-a", RuntimeHandler: node.OtherHandler}})
 		info, err := n.Ctr(ctx, "container", "info", c.ID)
 		if err != nil || !strings.Contains(info, `"io.kubernetes.cri.image-name": "registry.example/app:1"`) || !strings.Contains(info, `"team-a"`) {
 			t.Errorf("container info: %v\n%s", err, info)
+		}
+
+		if _, err := n.RunPod(ctx, node.PodOptions{RuntimeHandler: "unheard-of"}); err == nil || !strings.Contains(node.Text(err), "unheard-of") {
+			t.Errorf("a runtime handler that does not exist: %v", err)
 		}
 
 		// An image volume.

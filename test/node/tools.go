@@ -129,7 +129,7 @@ func buildProgram(ctx context.Context) ([]byte, error) {
 	if b, err := os.ReadFile(bin); err == nil {
 		return b, nil
 	}
-	dir, err := os.MkdirTemp(filepath.Dir(bin), ".building-")
+	dir, err := building(bin)
 	if err != nil {
 		return nil, err
 	}
@@ -183,15 +183,11 @@ func install(ctx context.Context, progress io.Writer, t tool) (string, error) {
 	}
 	fmt.Fprintf(progress, "building %s %s (about %s the first time)\n", t.name, version, t.takes)
 	start := time.Now()
-	tmp, err := os.MkdirTemp(filepath.Dir(dir), ".building-")
+	tmp, err := building(dir)
 	if err != nil {
 		return "", err
 	}
 	defer os.RemoveAll(tmp)
-	// MkdirTemp makes 0700; runc started in a user namespace has to reach the files.
-	if err := os.Chmod(tmp, 0o755); err != nil {
-		return "", err
-	}
 	cgo := "CGO_ENABLED=0"
 	if t.cgo {
 		cgo = "CGO_ENABLED=1"
@@ -278,6 +274,16 @@ func cached(name string) (string, error) {
 		return "", err
 	}
 	return filepath.Join(dir, name), os.MkdirAll(dir, 0o755)
+}
+
+// building makes the directory where a path in the cache is built, empty also
+// after a build that was killed. The caller holds the lock of path.
+func building(path string) (string, error) {
+	dir := path + ".building"
+	if err := os.RemoveAll(dir); err != nil {
+		return "", err
+	}
+	return dir, os.Mkdir(dir, 0o755)
 }
 
 // lock takes the lock of a path in the cache, also against other processes, and
