@@ -48,14 +48,16 @@ func (w *walk) scan(ctx context.Context, entries []ocispec.Descriptor, depth int
 			w.candidate(e)
 		}
 	}
-	if depth == maxDepth {
-		return
-	}
 	for _, e := range entries {
 		if w.over(ctx) {
 			return
 		}
-		if e.MediaType == ocispec.MediaTypeImageIndex && w.fresh(e) {
+		if e.MediaType != ocispec.MediaTypeImageIndex || !w.fresh(e) {
+			continue
+		}
+		if depth == maxDepth {
+			w.fail(fmt.Errorf("%w: indexes more than %d deep", verify.ErrBudget, maxDepth))
+		} else {
 			w.scan(ctx, w.index(e), depth+1)
 		}
 	}
@@ -172,6 +174,9 @@ func (w *walk) signature(d ocispec.Descriptor, raw []byte, err error) {
 	}
 	ev := verify.Evidence{Manifest: ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}}
 	var envelope ocispec.Descriptor
+	if err == nil && d.MediaType != ocispec.MediaTypeImageManifest {
+		err = fmt.Errorf("media type %s is not that of a manifest", verify.Quote(d.MediaType, 80))
+	}
 	if err == nil {
 		envelope, err = verify.EnvelopeIn(raw, w.subject)
 	}

@@ -1,0 +1,205 @@
+// Package mirror finds signatures at a registry: the mirror of an image's host, or
+// the host itself.
+//
+// A cold question costs three requests: the list of referrers, the signature
+// manifest, the envelope. Where the registry has no Referrers API, as CNCF
+// distribution, the index that the referrers tag schema describes is read instead
+// (distribution-spec v1.1, "Listing Referrers" and "Referrers Tag Schema").
+//
+// # What a registry can do to us
+//
+// It is not trusted: whoever answers can withhold signatures and can not make
+// one. It can not cost more than the budget of the question either. Every answer
+// is read whole into memory, up to a length that is known before, and only then
+// looked at; the bytes on the wire are the bytes that count (no compression).
+// Nothing is asked twice. The deadline is that of the context.
+//
+// Nothing but the scheme, host and port of the URL is ever spoken to: redirects
+// and links that lead elsewhere are errors, also for blobs. No credentials are
+// sent to anybody, so that a registry that wants a token, from itself or from
+// elsewhere, is unauthorized. Proxies from the environment are not used.
+package mirror
+
+import (
+	"context"
+	_ "crypto/sha256" // digests of the subjects and blobs
+	_ "crypto/sha512"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"oras.land/oras-go/v2/content"
+	"oras.land/oras-go/v2/registry"
+	"oras.land/oras-go/v2/registry/remote"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+)
+
+// A Mirror says where the registry is. Host and URL are required.
+type Mirror struct {
+	// Host is the canonical host of the image names that it serves, such as
+	// "docker.io". Images of another host are not asked for.
+	Host string
+
+	// URL is http or https, host and port. A path is put before the repository:
+	// with https://harbor.internal/hub the manifests of library/nginx are at
+	// https://harbor.internal/v2/hub/library/nginx/manifests/.
+	// It has no user, query or fragment.
+	URL *url.URL
+
+	// Client sends the requests; its Transport and Timeout are used, not its
+	// Jar or CheckRedirect. Nil
+	// means a client that all such mirrors share, with [Transport] and 30 seconds
+	// a request.
+	Client *http.Client
+}
+
+// Transport returns a transport fit for a Client: HTTP/1.1, 5 seconds each to
+// connect, for the TLS handshake and until an answer begins, at most 64 KiB of
+// header, no proxy. config may be nil. The caller keeps it, since it keeps
+// connections.
+func Transport(config *tls.Config) *http.Transport {
+	return &http.Transport{
+		DialContext:            (&net.Dialer{Timeout: 5 * time.Second}).DialContext,
+		TLSClientConfig:        config,
+		TLSHandshakeTimeout:    5 * time.Second,
+		ResponseHeaderTimeout:  5 * time.Second,
+		MaxResponseHeaderBytes: 64 << 10,
+		DisableCompression:     true,
+		MaxIdleConnsPerHost:    2,
+		IdleConnTimeout:        30 * time.Second,
+	}
+}
+
+var defaultClient = &http.Client{Transport: Transport(nil), Timeout: 30 * time.Second}
+
+// A Source is one mirror. It does not change and is safe for concurrent use.
+type Source struct {
+	name   string
+	host   string
+	base   registry.Reference // registry, and what goes before the repository
+	plain  bool
+	client *http.Client
+	err    error // what is wrong with the Mirror
+}
+
+var _ verify.Source = (*Source)(nil)
+
+// New returns the source for m. What is wrong with m, Find says.
+func New(m Mirror) *Source {
+	s := &Source{name: "mirror", host: m.Host}
+	u := m.URL
+	if u == nil {
+		s.err = errors.New("mirror has no URL")
+		return s
+	}
+	s.name = "mirror " + (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+	s.base = registry.Reference{Registry: u.Host, Repository: strings.Trim(u.Path, "/")}
+	s.plain = u.Scheme == "http"
+	switch {
+	case m.Host == "":
+		s.err = errors.New("mirror serves no host")
+	case u.Scheme != "http" && u.Scheme != "https":
+		s.err = fmt.Errorf("scheme %s is not http or https", verify.Quote(u.Scheme, 16))
+	case u.User != nil || u.RawQuery != "" || u.Fragment != "":
+		s.err = errors.New("the URL of a mirror has no user, query or fragment")
+	case s.base.ValidateRegistry() != nil:
+		s.err = s.base.ValidateRegistry()
+	case s.base.Host() != u.Host:
+		s.err = fmt.Errorf("the registry of %s is %s", u.Host, s.base.Host())
+	}
+	c := m.Client
+	if c == nil {
+		c = defaultClient
+	}
+	transport := c.Transport
+	if transport == nil { // http.DefaultTransport would use a proxy from the environment
+		transport = defaultClient.Transport
+	}
+	s.client = &http.Client{Transport: transport, Timeout: c.Timeout, CheckRedirect: s.redirect}
+	return s
+}
+
+// Name implements [verify.Source]. It shows scheme, host and path of the URL.
+func (s *Source) Name() string { return s.name }
+
+// repository is the image's repository at the mirror. get sends its requests.
+func (s *Source) repository(in verify.Name, get *getter) (*remote.Repository, error) {
+	ref := s.base
+	ref.Repository = in.Path
+	err := s.err
+	if err == nil && in.Host != s.host {
+		err = fmt.Errorf("the mirror serves %s, not %s", s.host, verify.Clean(in.Host, 80))
+	}
+	if err == nil {
+		err = ref.ValidateRepository()
+	}
+	if s.base.Repository != "" {
+		ref.Repository = s.base.Repository + "/" + in.Path
+	}
+	if err == nil {
+		err = ref.ValidateRepository()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s", verify.ErrUnreachable, verify.Clean(err.Error(), 200))
+	}
+	get.source = s
+	repo := &remote.Repository{Client: get, Reference: ref, PlainHTTP: s.plain, MaxMetadataBytes: math.MaxInt64} // get has the limit
+	// Not to let oras-go fall back to the tag schema by itself: it takes a
+	// registry with neither API nor tag for one without referrers, and does not
+	// cut the tags of long digests.
+	return repo, repo.SetReferrersCapability(true)
+}
+
+// maxManifest bounds what Manifest reads, in bytes.
+const maxManifest = 4 << 20
+
+// Manifest returns the image manifest or index with digest d of the repository
+// named by in, with its bytes, at most 4 MiB. The bytes have been checked against
+// d; the size in the descriptor is theirs, and the media type is what they and the
+// registry agree on.
+//
+// The error is a [*verify.Fault] if the document is not plainly one or the other,
+// wraps one of the errors that [verify.Source] speaks of if it was not found out
+// what the registry holds, and else [fs.ErrNotExist]: the registry does not hold it.
+func (s *Source) Manifest(ctx context.Context, in verify.Name, d digest.Digest) (ocispec.Descriptor, []byte, error) {
+	var none ocispec.Descriptor
+	if err := d.Validate(); err != nil {
+		return none, nil, fmt.Errorf("digest %s: %w", verify.Quote(d.String(), 80), err)
+	}
+	repo, err := s.repository(in, &getter{limit: func() (int64, error) { return maxManifest, nil }})
+	if err != nil {
+		return none, nil, err
+	}
+	repo.ManifestMediaTypes = []string{
+		ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageManifest,
+		"application/vnd.docker.distribution.manifest.list.v2+json", "application/vnd.docker.distribution.manifest.v2+json",
+	}
+	got, body, err := repo.Manifests().FetchReference(ctx, d.String())
+	if status(err) == http.StatusNotFound {
+		return none, nil, fmt.Errorf("the registry does not have %s: %w", d, fs.ErrNotExist)
+	}
+	if err != nil {
+		return none, nil, unanswered(err)
+	}
+	defer body.Close()
+	got.Digest = d
+	raw, err := content.ReadAll(body, got)
+	if err != nil {
+		return none, nil, unanswered(err)
+	}
+	mediaType, err := verify.MediaTypeOf(raw, got.MediaType)
+	if err != nil {
+		return none, nil, err
+	}
+	return ocispec.Descriptor{MediaType: mediaType, Digest: d, Size: int64(len(raw))}, raw, nil
+}
