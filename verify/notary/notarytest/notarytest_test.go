@@ -63,6 +63,16 @@ func TestSign(t *testing.T) {
 	}
 }
 
+// TestSeed: fuzz workers are processes of their own and must trust the same CA.
+func TestSeed(t *testing.T) {
+	leaf := func(seed string) string {
+		return NewCA(CAOptions{CertOptions: CertOptions{Seed: "root"}}).Leaf(CertOptions{Seed: seed}).Thumbprint()
+	}
+	if a := leaf("a"); a != leaf("a") || a == leaf("b") {
+		t.Error("a seed does not make the certificate")
+	}
+}
+
 func TestManifest(t *testing.T) {
 	s := NewCA(CAOptions{}).Leaf(CertOptions{})
 	for _, style := range []Style{ArtifactType, ConfigType} {

@@ -20,6 +20,7 @@ import (
 	"encoding/hex"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"math/big"
 	"sync/atomic"
 	"time"
@@ -43,10 +44,14 @@ const (
 	RSA3072 KeyType = "RSA-3072"
 )
 
-func (k KeyType) generate() crypto.Signer {
+func (o CertOptions) generate() crypto.Signer {
 	var key crypto.Signer
 	var err error
-	switch k {
+	if o.Seed != "" {
+		h := sha256.Sum256([]byte(o.Seed)) // is below the order of the curve but for one seed in 2^32
+		return must(ecdsa.ParseRawPrivateKey(elliptic.P256(), h[:]))
+	}
+	switch o.Key {
 	case "", P256:
 		key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	case P384:
@@ -56,7 +61,7 @@ func (k KeyType) generate() crypto.Signer {
 	case RSA3072:
 		key, err = rsa.GenerateKey(rand.Reader, 3072)
 	default:
-		err = fmt.Errorf("no key type %q", k)
+		err = fmt.Errorf("no key type %q", o.Key)
 	}
 	return must(key, err)
 }
@@ -72,6 +77,7 @@ type CertOptions struct {
 	Subject             pkix.Name // default: Name with the certificate's role as CN
 	RawSubject          []byte    // DER of the subject, instead of Subject
 	Key                 KeyType
+	Seed                string           // makes key and serial number the same in every process; the key is P256
 	NotBefore, NotAfter time.Time        // default: Begin, End
 	Extensions          []pkix.Extension // further extensions, critical or not
 	CRL, OCSP           []string         // URLs of distribution points and responders
@@ -94,12 +100,12 @@ type CA struct {
 
 // NewCA makes a CA with new keys.
 func NewCA(o CAOptions) *CA {
-	key := o.Key.generate()
+	key := o.generate()
 	root := caTemplate(o.CertOptions, "root")
 	cert := issue(root, root, key.Public(), key)
 	ca := &CA{Chain: []*x509.Certificate{cert}, key: key}
 	for i := range o.Intermediates {
-		key := o.Intermediate.Key.generate()
+		key := o.Intermediate.generate()
 		cert := issue(caTemplate(o.Intermediate, fmt.Sprintf("intermediate %d", i+1)), ca.Chain[0], key.Public(), ca.key)
 		ca = &CA{Chain: append([]*x509.Certificate{cert}, ca.Chain...), key: key}
 	}
@@ -114,14 +120,14 @@ func (ca *CA) PEM() []byte { return PEM(ca.Root()) }
 
 // Leaf issues a signing certificate.
 func (ca *CA) Leaf(o CertOptions) *Signer {
-	key := o.Key.generate()
+	key := o.generate()
 	cert := issue(template(o, "signer"), ca.Chain[0], key.Public(), ca.key)
 	return &Signer{Key: key, Chain: append([]*x509.Certificate{cert}, ca.Chain...)}
 }
 
 // SelfSigned makes a signing certificate that is its own root.
 func SelfSigned(o CertOptions) *Signer {
-	key := o.Key.generate()
+	key := o.generate()
 	t := template(o, "self-signed")
 	return &Signer{Key: key, Chain: []*x509.Certificate{issue(t, t, key.Public(), key)}}
 }
@@ -163,6 +169,10 @@ func template(o CertOptions, role string) *x509.Certificate {
 		CRLDistributionPoints: o.CRL,
 		OCSPServer:            o.OCSP,
 	}
+	if o.Seed != "" {
+		h := sha256.Sum256([]byte("serial" + o.Seed))
+		t.SerialNumber.SetBytes(h[:16])
+	}
 	if t.Subject.String() == "" && t.RawSubject == nil {
 		t.Subject = Name(role)
 	}
@@ -183,7 +193,14 @@ func caTemplate(o CertOptions, role string) *x509.Certificate {
 }
 
 func issue(t, parent *x509.Certificate, pub crypto.PublicKey, key crypto.Signer) *x509.Certificate {
-	return must(x509.ParseCertificate(must(x509.CreateCertificate(rand.Reader, t, parent, pub, key))))
+	return must(x509.ParseCertificate(must(x509.CreateCertificate(rand.Reader, t, parent, pub, steady{key}))))
+}
+
+// steady signs the same bytes alike each time, where the algorithm can.
+type steady struct{ crypto.Signer }
+
+func (s steady) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	return s.Signer.Sign(nil, digest, opts)
 }
 
 func must[T any](v T, err error) T {
