@@ -11,13 +11,16 @@ import (
 
 // A Warning is something in a valid trust policy that its author may not mean.
 type Warning struct {
-	Statement string // name of the statement
+	Statement string // name of the statement; empty where it is about no statement
 	Field     string // "trustPolicies[2].registryScopes[0]"
 	Text      string // one clause
 }
 
 // String is the warning in one line.
 func (w Warning) String() string {
+	if w.Statement == "" {
+		return w.Field + ": " + w.Text
+	}
 	return fmt.Sprintf("%s (statement %s): %s", w.Field, verify.Quote(w.Statement, 64), w.Text)
 }
 

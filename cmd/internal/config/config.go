@@ -1,0 +1,228 @@
+// Package config reads the configuration directory of a node, says what is wrong
+// with it by file, line and field, builds what runs from it, and watches it.
+//
+// Every file is read once, with a bound, and what is parsed is exactly what the
+// Epoch is the digest of. docs/configuration.md describes the files.
+package config
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"net/url"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/notary"
+	"github.com/tidewaiter/tidewaiter/verify/policy"
+	"github.com/tidewaiter/tidewaiter/verify/source/layout"
+	"github.com/tidewaiter/tidewaiter/verify/source/mirror"
+)
+
+// DefaultWait is Gate.Wait where config.yaml is silent. The defaults of limits are
+// verify.DefaultLimits.
+const DefaultWait = 50 * time.Millisecond
+
+// A Config is a valid configuration. It does not change.
+type Config struct {
+	Dir        string // that it was read from
+	Mode       verify.Mode
+	Mirrors    []Mirror
+	Layouts    []string      // directories, absolute
+	Limits     verify.Limits // zero fields mean verify.DefaultLimits
+	Gate       Gate
+	Statements []verify.Statement
+	Warnings   []policy.Warning // what the author may not mean
+	Epoch      verify.Epoch     // digest of every file that was read
+
+	store   *notary.Store
+	outside []string // files that were read outside Dir
+}
+
+// A Mirror is a registry that holds the signatures of images of another.
+type Mirror struct {
+	Host string   // canonical, as images are named; "*": every host without a mirror of its own
+	URL  *url.URL // http or https, without user, query and fragment
+	CA   string   // file of the only CAs that its certificate may come from; empty: those of the system
+
+	roots *x509.CertPool // of CA
+}
+
+// Gate is how the gate behaves.
+type Gate struct {
+	Wait         time.Duration // longest wait of one answer for a verification under way
+	Snapshotters []string      // trusted to apply layers as containerd does, besides the built-in list
+	Runtimes     []string      // runtime types allowed besides the built-in list
+}
+
+// ErrNone is wrapped where a directory holds no configuration at all.
+var ErrNone = errors.New("no configuration")
+
+// An Error is what is wrong in one place of a file.
+type Error struct {
+	File  string
+	Line  int    // from 1; 0 where it is about the whole file
+	Field string // "sources.mirrors[0].url"; may be empty
+	Text  string // one clause
+}
+
+// Error implements error: "file:line: field: text".
+func (e *Error) Error() string {
+	s := e.File
+	if e.Line > 0 {
+		s += ":" + strconv.Itoa(e.Line)
+	}
+	if e.Field != "" {
+		s += ": " + e.Field
+	}
+	return s + ": " + e.Text
+}
+
+// Load reads the configuration in dir. What it returns, Setup accepts. Errors
+// name the file, and line and field where there is one; they wrap ErrNone where
+// dir does not exist or holds neither config.yaml nor a trust policy.
+func Load(dir string) (*Config, error) {
+	d, err := openDirectory(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %s does not exist", ErrNone, dir)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	return load(d)
+}
+
+func load(d *directory) (*Config, error) {
+	own, err := d.optional("config.yaml", maxFile)
+	if err != nil {
+		return nil, err
+	}
+	if misnamed, _ := d.exists("config.yml"); misnamed && own == nil {
+		// Without it the node would enforce, which its author may not want yet.
+		return nil, &Error{File: d.path("config.yml"), Text: "the name of this file must be config.yaml"}
+	}
+	policyFile, policyRaw, err := d.trustPolicy()
+	if err != nil {
+		return nil, err
+	}
+	if policyRaw == nil {
+		if own == nil {
+			return nil, fmt.Errorf("%w: %s holds neither config.yaml nor trustpolicy.json", ErrNone, d.dir)
+		}
+		return nil, &Error{File: d.path("trustpolicy.json"), Text: "there must be a trust policy beside config.yaml"}
+	}
+	trust, err := d.trustStore()
+	if err != nil {
+		return nil, err
+	}
+
+	c := &Config{Dir: d.dir, Gate: Gate{Wait: DefaultWait}}
+	if own != nil {
+		if err := decode(d, own, c); err != nil {
+			return nil, err
+		}
+	}
+	if c.Statements, err = policy.Parse(policyRaw); err != nil {
+		bad := &Error{File: d.path(policyFile), Text: err.Error()}
+		if e := (*policy.Error)(nil); errors.As(err, &e) {
+			bad.Line, bad.Field, bad.Text = e.Line, e.Field, e.Text
+		}
+		return nil, bad
+	}
+	if c.store, err = notary.LoadStore(trust); err != nil {
+		return nil, fmt.Errorf("%s: %w", d.path("truststore"), err)
+	}
+	c.Epoch, c.outside = d.epoch(), d.outside
+	// Once here, so that what Load returns can run.
+	if _, err := c.Setup(func(e *verify.Engine) verify.Judge { return e }, time.Now); err != nil {
+		return nil, fmt.Errorf("%s: %w", d.path(policyFile), err)
+	}
+	c.Warnings = append(c.Warnings, policy.Lint(c.Statements, c.Mode)...)
+	return c, nil
+}
+
+// Setup builds what an Enforcer runs. build puts a cache in front of the engine;
+// it is not called where there is an error. now is the clock that signatures are
+// judged by.
+func (c *Config) Setup(build func(*verify.Engine) verify.Judge, now func() time.Time) (*verify.Setup, error) {
+	checker, err := notary.New(c.Statements, c.store, notary.Options{Limits: c.Limits, Now: now})
+	if err != nil {
+		return nil, err
+	}
+	rules, _, err := policy.New(c.Statements, c.Mode, checker.Requirement)
+	if err != nil {
+		return nil, err
+	}
+	return &verify.Setup{
+		Epoch:  c.Epoch,
+		Mode:   c.Mode,
+		Policy: rules,
+		Judge:  build(&verify.Engine{Sources: c.sources(), Checker: checker, Limits: c.Limits, Now: now}),
+		Wait:   c.Gate.Wait,
+	}, nil
+}
+
+// sources returns where signatures of an image may be, in the order to ask: every
+// layout, then the mirrors of its host, or else those of host "*", or else the
+// host itself.
+func (c *Config) sources() func(verify.Name) []verify.Source {
+	var layouts []verify.Source
+	for _, dir := range c.Layouts {
+		layouts = append(layouts, layout.New(dir))
+	}
+	type endpoint struct {
+		url    *url.URL
+		client *http.Client // shared by the sources of all hosts, with its connections
+	}
+	mirrors := map[string][]endpoint{}
+	for _, m := range c.Mirrors {
+		e := endpoint{url: m.URL}
+		if m.roots != nil {
+			e.client = &http.Client{
+				Transport: mirror.Transport(&tls.Config{RootCAs: m.roots, MinVersion: tls.VersionTLS12}),
+				Timeout:   requestTimeout,
+			}
+		}
+		mirrors[m.Host] = append(mirrors[m.Host], e)
+	}
+	return func(n verify.Name) []verify.Source {
+		list := append([]verify.Source(nil), layouts...)
+		served := mirrors[n.Host]
+		if served == nil {
+			served = mirrors["*"]
+		}
+		if served == nil {
+			served = []endpoint{{url: origin(n.Host)}}
+		}
+		for _, e := range served {
+			list = append(list, mirror.New(mirror.Mirror{Host: n.Host, URL: e.url, Client: e.client}))
+		}
+		return list
+	}
+}
+
+// requestTimeout ends one request of a mirror with a CA of its own; the limits
+// end all of them together.
+const requestTimeout = 30 * time.Second
+
+// origin is where a registry itself is.
+func origin(host string) *url.URL {
+	if host == "docker.io" {
+		host = "registry-1.docker.io"
+	}
+	return &url.URL{Scheme: "https", Host: host}
+}
+
+// absolute is p, which a file in dir names.
+func absolute(dir, p string) string {
+	if filepath.IsAbs(p) {
+		return filepath.Clean(p)
+	}
+	return filepath.Join(dir, p)
+}

@@ -1,0 +1,381 @@
+package config
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"net/url"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/policy"
+)
+
+// Limits of config.yaml besides its length.
+const (
+	maxMirrors = 100
+	maxLayouts = 20
+	maxNames   = 50 // snapshotters, and runtimes
+	maxWait    = time.Second
+)
+
+var (
+	snapshotterName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
+	runtimeType     = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}$`)
+	mirrorPath      = regexp.MustCompile(`^(/[a-z0-9]+([._-]+[a-z0-9]+)*)*/?$`)
+	yamlError       = regexp.MustCompile(`^yaml: (?:line (\d+): )?`)
+)
+
+// decode reads config.yaml into c. It keeps to a small part of YAML, so that a
+// file means one thing: one document, no anchors, aliases or merge keys, no key
+// twice, no null, and each value of exactly its type.
+func decode(d *directory, raw []byte, c *Config) error {
+	r := &reader{dir: d, file: d.path("config.yaml")}
+	dec := yaml.NewDecoder(bytes.NewReader(raw))
+	var doc, more yaml.Node
+	switch err := dec.Decode(&doc); {
+	case errors.Is(err, io.EOF):
+		return &Error{File: r.file, Text: "is empty"}
+	case err != nil:
+		return r.syntax(err)
+	}
+	switch err := dec.Decode(&more); {
+	case err == nil:
+		return &Error{File: r.file, Line: more.Line, Text: "has more than one document"}
+	case !errors.Is(err, io.EOF):
+		return r.syntax(err)
+	}
+	r.plain(&doc)
+	if r.err == nil {
+		r.config(doc.Content[0], c)
+	}
+	if r.err != nil {
+		return r.err
+	}
+	return nil
+}
+
+// reader walks the nodes of config.yaml. It keeps the first error.
+type reader struct {
+	dir  *directory
+	file string
+	err  error
+}
+
+func (r *reader) fail(n *yaml.Node, field, format string, args ...any) {
+	if r.err == nil {
+		r.err = &Error{File: r.file, Line: n.Line, Field: field, Text: fmt.Sprintf(format, args...)}
+	}
+}
+
+// syntax is an error of the YAML parser, which leaves out the line where that is 1.
+func (r *reader) syntax(err error) error {
+	e := &Error{File: r.file, Line: 1, Text: "not YAML: " + yamlError.ReplaceAllString(err.Error(), "")}
+	if m := yamlError.FindStringSubmatch(err.Error()); m != nil && m[1] != "" {
+		e.Line, _ = strconv.Atoi(m[1])
+	}
+	return e
+}
+
+// plain refuses what makes one node stand in several places.
+func (r *reader) plain(n *yaml.Node) {
+	if n.Kind == yaml.AliasNode || n.Anchor != "" {
+		r.fail(n, "", "anchors and aliases are not supported")
+		return
+	}
+	for _, sub := range n.Content {
+		r.plain(sub)
+	}
+}
+
+func (r *reader) config(n *yaml.Node, c *Config) {
+	top := r.mapping(n, "", "version", "mode", "sources", "limits", "gate")
+	if v, there := top["version"]; !there {
+		r.fail(n, "version", "is required: version: 1")
+	} else if r.integer(v, "version", 0, 1<<31) != 1 {
+		r.fail(v, "version", "must be 1")
+	}
+	if v, there := top["mode"]; !there {
+		r.fail(n, "mode", "is required: enforce or audit")
+	} else {
+		switch s := r.text(v, "mode"); s {
+		case verify.Enforce.String():
+			c.Mode = verify.Enforce
+		case verify.Audit.String():
+			c.Mode = verify.Audit
+		default:
+			r.fail(v, "mode", "%s is not enforce or audit", verify.Quote(s, 64))
+		}
+	}
+	if v, there := top["sources"]; there {
+		r.sources(v, c)
+	}
+	if v, there := top["limits"]; there {
+		c.Limits = r.limits(v)
+	}
+	if v, there := top["gate"]; there {
+		r.gate(v, &c.Gate)
+	}
+}
+
+func (r *reader) sources(n *yaml.Node, c *Config) {
+	f := r.mapping(n, "sources", "mirrors", "layouts")
+	for i, v := range r.sequence(f["mirrors"], "sources.mirrors", maxMirrors) {
+		path := index("sources.mirrors", i)
+		m := r.mirror(v, path)
+		if m.URL == nil {
+			return
+		}
+		for _, o := range c.Mirrors {
+			if o.Host == m.Host && o.URL.String() == m.URL.String() {
+				r.fail(v, path, "host %s is listed with this URL before", m.Host)
+			}
+		}
+		if m.URL.Scheme == "http" {
+			c.Warnings = append(c.Warnings, policy.Warning{Field: path + ".url", Text: "over http anybody on the way can hide signatures (not make them)"})
+		}
+		c.Mirrors = append(c.Mirrors, m)
+	}
+	for i, v := range r.sequence(f["layouts"], "sources.layouts", maxLayouts) {
+		path := index("sources.layouts", i)
+		s := r.text(v, path)
+		if !strings.HasPrefix(s, "/") || printable(s) != nil {
+			r.fail(v, path, "must be the absolute path of a directory")
+		}
+		s = absolute("/", s)
+		if slices.Contains(c.Layouts, s) {
+			r.fail(v, path, "is listed twice")
+		}
+		c.Layouts = append(c.Layouts, s)
+	}
+}
+
+func (r *reader) mirror(n *yaml.Node, path string) (m Mirror) {
+	f := r.mapping(n, path, "host", "url", "ca")
+	for _, must := range []string{"host", "url"} {
+		if f[must] == nil {
+			r.fail(n, path+"."+must, "is required")
+		}
+	}
+	if r.err != nil {
+		return m
+	}
+	var err error
+	if m.Host = r.text(f["host"], path+".host"); m.Host != "*" {
+		if m.Host, err = policy.ParseHost(m.Host); err != nil {
+			r.fail(f["host"], path+".host", "%v", err)
+		}
+	}
+	if m.URL, err = parseURL(r.text(f["url"], path+".url")); err != nil {
+		r.fail(f["url"], path+".url", "%v", err)
+	}
+	if f["ca"] == nil || r.err != nil {
+		return m
+	}
+	at := path + ".ca"
+	m.CA = r.text(f["ca"], at)
+	if m.CA == "" || printable(m.CA) != nil {
+		r.fail(f["ca"], at, "must be a file")
+	}
+	if m.URL.Scheme != "https" {
+		r.fail(f["ca"], at, "has no use without https")
+	}
+	if r.err != nil {
+		return m
+	}
+	raw, err := r.dir.named(m.CA, maxFile)
+	if err == nil {
+		m.roots, err = pool(raw)
+	}
+	if err != nil {
+		r.fail(f["ca"], at, "%s: %v", verify.Quote(m.CA, 256), err)
+	}
+	m.CA = absolute(r.dir.dir, m.CA)
+	return m
+}
+
+// parseURL reads the URL of a registry. Errors do not repeat it, since it may
+// hold a password.
+func parseURL(s string) (*url.URL, error) {
+	u, err := url.Parse(s)
+	switch {
+	case err != nil || len(s) > 1024 || printable(s) != nil || u.Opaque != "":
+		return nil, errors.New("is not a URL")
+	case u.Scheme != "http" && u.Scheme != "https":
+		return nil, errors.New("must start with http:// or https://")
+	case u.User != nil:
+		return nil, errors.New("must not hold a user or password")
+	case strings.ContainsAny(s, "?#"):
+		return nil, errors.New("must not have a query or fragment")
+	case !mirrorPath.MatchString(u.Path) || u.RawPath != "":
+		return nil, errors.New("has a path that no repository can be below")
+	}
+	if _, err := policy.ParseHost(u.Host); err != nil {
+		return nil, err
+	}
+	u.Path = strings.TrimSuffix(u.Path, "/")
+	return u, nil
+}
+
+// pool reads CA certificates in PEM. Text between the blocks is allowed.
+func pool(raw []byte) (*x509.CertPool, error) {
+	roots, n := x509.NewCertPool(), 0
+	for b, rest := pem.Decode(raw); b != nil; b, rest = pem.Decode(rest) {
+		if b.Type != "CERTIFICATE" {
+			return nil, fmt.Errorf("holds a PEM block %s, which is no certificate", verify.Quote(b.Type, 32))
+		}
+		c, err := x509.ParseCertificate(b.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		roots.AddCert(c)
+		n++
+	}
+	if n == 0 {
+		return nil, errors.New("holds no certificate in PEM")
+	}
+	return roots, nil
+}
+
+func (r *reader) limits(n *yaml.Node) (l verify.Limits) {
+	f := r.mapping(n, "limits", "pages", "referrers", "signatures", "certificates",
+		"manifestBytes", "envelopeBytes", "totalBytes", "wall")
+	count := func(key string, hi int64) int {
+		return int(r.integer(f[key], "limits."+key, 1, hi))
+	}
+	size := func(key string, hi int64) int64 {
+		return r.integer(f[key], "limits."+key, 1<<10, hi)
+	}
+	l.Pages = count("pages", 100)
+	l.Referrers = count("referrers", 10_000)
+	l.Signatures = count("signatures", 1000)
+	l.Certificates = count("certificates", 50)
+	l.ManifestBytes = size("manifestBytes", 16<<20)
+	l.EnvelopeBytes = size("envelopeBytes", 4<<20)
+	l.TotalBytes = size("totalBytes", 256<<20)
+	l.Wall = r.duration(f["wall"], "limits.wall", 100*time.Millisecond, 5*time.Minute)
+	return l
+}
+
+func (r *reader) gate(n *yaml.Node, g *Gate) {
+	f := r.mapping(n, "gate", "wait", "snapshotters", "runtimes")
+	if v, there := f["wait"]; there {
+		g.Wait = r.duration(v, "gate.wait", 0, maxWait)
+	}
+	g.Snapshotters = r.names(f["snapshotters"], "gate.snapshotters", snapshotterName, "a snapshotter, for example stargz")
+	g.Runtimes = r.names(f["runtimes"], "gate.runtimes", runtimeType, "a runtime type, for example io.containerd.kata.v2")
+}
+
+func (r *reader) names(n *yaml.Node, path string, form *regexp.Regexp, what string) (list []string) {
+	for i, v := range r.sequence(n, path, maxNames) {
+		s := r.text(v, index(path, i))
+		if !form.MatchString(s) {
+			r.fail(v, index(path, i), "%s is not %s", verify.Quote(s, 64), what)
+		}
+		if slices.Contains(list, s) {
+			r.fail(v, index(path, i), "is listed twice")
+		}
+		list = append(list, s)
+	}
+	return list
+}
+
+// mapping wants a mapping with no other keys than these.
+func (r *reader) mapping(n *yaml.Node, path string, keys ...string) map[string]*yaml.Node {
+	if n.Kind != yaml.MappingNode || n.ShortTag() != "!!map" {
+		what := "must be a mapping"
+		if path == "" {
+			what = "the file must be a mapping"
+		}
+		r.fail(n, path, "%s of %s", what, strings.Join(keys, ", "))
+		return nil
+	}
+	fields := map[string]*yaml.Node{}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		k, v := n.Content[i], n.Content[i+1]
+		at := verify.Clean(k.Value, 64)
+		if path != "" {
+			at = path + "." + at
+		}
+		if k.Kind != yaml.ScalarNode || k.ShortTag() != "!!str" || !slices.Contains(keys, k.Value) {
+			r.fail(k, at, "unknown key; known are %s", strings.Join(keys, ", "))
+		}
+		if fields[k.Value] != nil {
+			r.fail(k, at, "given twice")
+		}
+		fields[k.Value] = v
+	}
+	return fields
+}
+
+// sequence wants a list of 1 to limit entries; a node that is not there is none.
+func (r *reader) sequence(n *yaml.Node, path string, limit int) []*yaml.Node {
+	if n == nil {
+		return nil
+	}
+	switch {
+	case n.Kind != yaml.SequenceNode || n.ShortTag() != "!!seq":
+		r.fail(n, path, "must be a list")
+		return nil
+	case len(n.Content) == 0:
+		r.fail(n, path, "is empty: leave it out")
+	case len(n.Content) > limit:
+		r.fail(n, path, "has more than %d entries", limit)
+		return nil
+	}
+	return n.Content
+}
+
+func (r *reader) text(n *yaml.Node, path string) string {
+	if n.Kind != yaml.ScalarNode || n.ShortTag() != "!!str" {
+		r.fail(n, path, "must be text")
+	}
+	return n.Value
+}
+
+// integer wants a number from lo to hi; a node that is not there is 0.
+func (r *reader) integer(n *yaml.Node, path string, lo, hi int64) int64 {
+	if n == nil {
+		return 0
+	}
+	var i int64
+	if n.Kind != yaml.ScalarNode || n.ShortTag() != "!!int" || n.Decode(&i) != nil {
+		r.fail(n, path, "must be a whole number")
+	} else if i < lo || i > hi {
+		r.fail(n, path, "must be from %d to %d", lo, hi)
+	}
+	return i
+}
+
+// duration wants text such as 50ms, from lo to hi; a node that is not there is 0.
+func (r *reader) duration(n *yaml.Node, path string, lo, hi time.Duration) time.Duration {
+	if n == nil {
+		return 0
+	}
+	t, err := time.ParseDuration(n.Value)
+	if n.Kind != yaml.ScalarNode || err != nil {
+		r.fail(n, path, "must be a duration with its unit, for example 50ms")
+	} else if t < lo || t > hi {
+		r.fail(n, path, "must be from %v to %v", lo, hi)
+	}
+	return t
+}
+
+func index(path string, i int) string { return path + "[" + strconv.Itoa(i) + "]" }
+
+// printable refuses text with what a terminal would not show.
+func printable(s string) error {
+	if verify.Clean(s, len(s)) != s {
+		return errors.New("holds what is not printable")
+	}
+	return nil
+}

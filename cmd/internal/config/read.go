@@ -1,0 +1,286 @@
+package config
+
+import (
+	"cmp"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing/fstest"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+)
+
+// Limits of what is read.
+const (
+	maxFile       = 1 << 20  // bytes of one file
+	maxTrust      = 16 << 20 // bytes of all files of the trust store
+	maxTrustFiles = 1000
+	maxEntries    = 2000 // in one directory
+	trustDepth    = 4    // truststore/x509/TYPE/NAME
+)
+
+// A directory is a configuration directory that is being read. Links are followed
+// as long as they stay inside, since Kubernetes mounts ConfigMaps as links. It
+// remembers every byte that it hands out.
+type directory struct {
+	dir     string
+	root    *os.Root
+	read    []content
+	outside []string // absolute names of files read elsewhere
+}
+
+type content struct {
+	name string
+	raw  []byte
+}
+
+func openDirectory(dir string) (*directory, error) {
+	if dir == "" {
+		return nil, errors.New("the configuration directory has no name")
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	d := &directory{dir: dir, root: root}
+	if _, err := d.list("."); err != nil {
+		root.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+func (d *directory) Close() error { return d.root.Close() }
+
+// path is the name of a file in the directory as messages show it.
+func (d *directory) path(name string) string { return filepath.Join(d.dir, name) }
+
+// exists reports whether there is anything of that name, be it a dangling link.
+func (d *directory) exists(name string) (bool, error) {
+	_, err := d.root.Lstat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, d.failed(name, err)
+	}
+	return true, nil
+}
+
+// optional reads a file that need not exist; then the bytes are nil.
+func (d *directory) optional(name string, limit int64) ([]byte, error) {
+	if there, err := d.exists(name); err != nil || !there {
+		return nil, err
+	}
+	return d.file(name, limit)
+}
+
+// file reads a file of at most limit bytes.
+func (d *directory) file(name string, limit int64) ([]byte, error) {
+	// Not to hang on a pipe, which is refused below.
+	f, err := d.root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, d.failed(name, err)
+	}
+	raw, err := take(f, limit)
+	if err != nil {
+		return nil, &Error{File: d.path(name), Text: err.Error()}
+	}
+	d.read = append(d.read, content{name, raw})
+	return raw, nil
+}
+
+// named reads a file that another file names: relative to the directory, or
+// anywhere.
+func (d *directory) named(name string, limit int64) ([]byte, error) {
+	if filepath.IsLocal(name) {
+		return d.file(name, limit)
+	}
+	name = absolute(d.dir, name)
+	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := take(f, limit)
+	if err != nil {
+		return nil, &Error{File: name, Text: err.Error()}
+	}
+	d.read = append(d.read, content{name, raw})
+	d.outside = append(d.outside, name)
+	return raw, nil
+}
+
+// take reads all of f, which must be a regular file that not everybody can write,
+// and closes it. It never returns nil without an error.
+func take(f *os.File, limit int64) ([]byte, error) {
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, errors.New("not a regular file")
+	}
+	if info.Mode().Perm()&0o002 != 0 {
+		return nil, errors.New("everybody can write this file: chmod o-w")
+	}
+	raw, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(raw)) > limit {
+		return nil, fmt.Errorf("larger than %d bytes", limit)
+	}
+	return raw, nil
+}
+
+// list returns the names in a directory, without those that start with two dots:
+// these are Kubernetes' own in a mounted ConfigMap.
+func (d *directory) list(name string) ([]string, error) {
+	f, err := d.root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, d.failed(name, err)
+	}
+	defer f.Close()
+	bad := func(text string) error { return &Error{File: d.path(name), Text: text} }
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.IsDir() {
+		return nil, bad("not a directory")
+	}
+	if info.Mode().Perm()&0o002 != 0 && !readOnly(f) {
+		return nil, bad("everybody can write this directory: chmod o-w")
+	}
+	names, err := f.Readdirnames(maxEntries + 1)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	if len(names) > maxEntries {
+		return nil, bad(fmt.Sprintf("more than %d entries", maxEntries))
+	}
+	names = slices.DeleteFunc(names, func(s string) bool { return strings.HasPrefix(s, "..") })
+	slices.Sort(names)
+	return names, nil
+}
+
+// readOnly reports whether f is on a file system that is mounted read-only. A
+// mounted ConfigMap is, and its directory has mode 0777.
+func readOnly(f *os.File) bool {
+	const flag = 1 // ST_RDONLY
+	var s syscall.Statfs_t
+	return syscall.Fstatfs(int(f.Fd()), &s) == nil && s.Flags&flag != 0
+}
+
+// failed explains why a file could not be opened.
+func (d *directory) failed(name string, err error) error {
+	text := err.Error()
+	if p := (*fs.PathError)(nil); errors.As(err, &p) {
+		text = p.Err.Error()
+	}
+	if info, e := d.root.Lstat(name); e == nil && info.Mode()&fs.ModeSymlink != 0 {
+		text = "a link that leads nowhere or out of " + d.dir + " (" + text + ")"
+	}
+	return &Error{File: d.path(name), Text: text}
+}
+
+// trustPolicy reads the one trust policy; without one, raw is nil.
+func (d *directory) trustPolicy() (name string, raw []byte, err error) {
+	const plain, oci = "trustpolicy.json", "trustpolicy.oci.json"
+	one, err := d.optional(plain, maxFile)
+	if err != nil {
+		return "", nil, err
+	}
+	other, err := d.optional(oci, maxFile)
+	switch {
+	case err != nil:
+		return "", nil, err
+	case one != nil && other != nil:
+		return "", nil, &Error{File: d.path(oci), Text: "there is " + plain + " too: keep one of them"}
+	case other != nil:
+		return oci, other, nil
+	}
+	return plain, one, nil
+}
+
+// trustStore reads everything below truststore into memory, with links resolved.
+// What belongs there, the reader of the trust store knows.
+func (d *directory) trustStore() (fs.FS, error) {
+	store := fstest.MapFS{}
+	if there, err := d.exists("truststore"); err != nil || !there {
+		return store, err
+	}
+	left := int64(maxTrust)
+	files := 0
+	var walk func(name string, depth int) error
+	walk = func(name string, depth int) error {
+		if depth > trustDepth {
+			return &Error{File: d.path(name), Text: "a directory this deep is no part of a trust store"}
+		}
+		names, err := d.list(name)
+		if err != nil {
+			return err
+		}
+		for _, n := range names {
+			n = path.Join(name, n)
+			inStore := strings.TrimPrefix(n, "truststore/")
+			if !fs.ValidPath(inStore) {
+				return &Error{File: d.path(name), Text: "holds a name that is not UTF-8"}
+			}
+			info, err := d.root.Stat(n)
+			if err != nil {
+				return d.failed(n, err)
+			}
+			if info.IsDir() {
+				store[inStore] = &fstest.MapFile{Mode: fs.ModeDir | 0o755}
+				if err := walk(n, depth+1); err != nil {
+					return err
+				}
+				continue
+			}
+			if files++; files > maxTrustFiles {
+				return &Error{File: d.path("truststore"), Text: fmt.Sprintf("more than %d files", maxTrustFiles)}
+			}
+			raw, err := d.file(n, min(maxFile, left))
+			if err != nil {
+				return err
+			}
+			left -= int64(len(raw))
+			store[inStore] = &fstest.MapFile{Data: raw, Mode: 0o644}
+		}
+		return nil
+	}
+	if err := walk("truststore", 1); err != nil {
+		return nil, err
+	}
+	return store, nil
+}
+
+// epoch is the digest of everything that was read: sorted by name, and each name
+// and content with its length before it.
+func (d *directory) epoch() verify.Epoch {
+	all := slices.Clone(d.read)
+	slices.SortFunc(all, func(a, b content) int { return cmp.Compare(a.name, b.name) })
+	all = slices.CompactFunc(all, func(a, b content) bool { return a.name == b.name && string(a.raw) == string(b.raw) })
+	var b []byte
+	for _, c := range all {
+		b = binary.BigEndian.AppendUint64(b, uint64(len(c.name)))
+		b = append(b, c.name...)
+		b = binary.BigEndian.AppendUint64(b, uint64(len(c.raw)))
+		b = append(b, c.raw...)
+	}
+	return verify.EpochOf(b)
+}
