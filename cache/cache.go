@@ -136,6 +136,11 @@ func (c *Cache) Judge(ctx context.Context, q verify.Question) verify.Decision {
 	if f == nil {
 		return d
 	}
+	return c.await(ctx, f)
+}
+
+// await returns what f answers, or PENDING when ctx ends first.
+func (c *Cache) await(ctx context.Context, f *flight) verify.Decision {
 	select {
 	case <-f.done:
 	case <-ctx.Done():

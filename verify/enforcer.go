@@ -85,6 +85,9 @@ func decide(ctx context.Context, s *Setup, img Image) (d Decision) {
 			defer cancel()
 		}
 		d = s.Judge.Judge(ctx, q)
+		if d.allowed && d.Key != q.Key() {
+			d = Deny(Internal, "the answer is to another question")
+		}
 	}
 	// A cached answer was made for the same content under the same rule; how this
 	// container was bound to that content is its own.

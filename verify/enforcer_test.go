@@ -21,7 +21,7 @@ func prod(Image) *Rule { return bound().Rule }
 
 func yes(_ context.Context, q Question) Decision {
 	d := allow(q, Finding{Reason: Verified, Signed: q.Image.Target.Digest}, start)
-	d.Rule, d.Key, d.Binding = "of whoever asked first", Key{}, BoundDigest
+	d.Rule, d.Key, d.Binding = "of whoever asked first", q.Key(), BoundDigest
 	return d
 }
 
@@ -51,6 +51,19 @@ func TestVerify(t *testing.T) {
 		}, Internal},
 		{"an answer that only claims to allow", func(s *Setup, _ *Image) {
 			s.Judge = judge(func(context.Context, Question) Decision { return Deny(Verified, "") })
+		}, Internal},
+		{"an allow of something else", func(s *Setup, _ *Image) {
+			s.Judge = judge(func(ctx context.Context, q Question) Decision {
+				q.Image.Config = of("another config")
+				return yes(ctx, q)
+			})
+		}, Internal},
+		{"an allow of nothing", func(s *Setup, _ *Image) {
+			s.Judge = judge(func(ctx context.Context, q Question) Decision {
+				d := yes(ctx, q)
+				d.Key = Key{}
+				return d
+			})
 		}, Internal},
 		{"judge panics", func(s *Setup, _ *Image) { s.Judge = panics }, Internal},
 		{"judge panics with nil", func(s *Setup, _ *Image) {
