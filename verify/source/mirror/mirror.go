@@ -56,10 +56,9 @@ type Mirror struct {
 	// It has no user, query or fragment.
 	URL *url.URL
 
-	// Client sends the requests; its Transport and Timeout are used, not its
-	// Jar or CheckRedirect. Nil
-	// means a client that all such mirrors share, with [Transport] and 30 seconds
-	// a request.
+	// Client sends the requests; its Transport and Timeout are used, not its Jar or
+	// CheckRedirect. Nil means a client that all such mirrors share, with
+	// [Transport] and 30 seconds a request.
 	Client *http.Client
 }
 

@@ -160,7 +160,7 @@ func TestNoAnswer(t *testing.T) {
 		}, verify.ErrUnreachable, "unexpected EOF"},
 		"4 GiB announced": {func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
-			w.Header().Set("Content-Length", fmt.Sprint(4<<30))
+			w.Header().Set("Content-Length", "4294967296")
 			w.WriteHeader(200)
 		}, verify.ErrBudget, "limit 4194304"},
 		"endless": {func(w http.ResponseWriter, r *http.Request) {
