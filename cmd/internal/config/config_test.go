@@ -587,3 +587,18 @@ func FuzzConfig(f *testing.F) {
 		}
 	})
 }
+
+// A ConfigMap is mounted read-only, and its directory has mode 0777.
+func TestWritableDirectoryMountedReadOnly(t *testing.T) {
+	dir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "mode=0777"); err != nil {
+		t.Skipf("NOT TESTED without root: mount: %v", err)
+	}
+	defer syscall.Unmount(dir, syscall.MNT_DETACH)
+	publish(t, dir, "1", notation())
+	if _, err := Load(dir); err == nil || !strings.Contains(err.Error(), "everybody can write this directory") {
+		t.Errorf("writable: %v", err)
+	}
+	must(t, syscall.Mount("", dir, "", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""))
+	load1(t, dir)
+}
