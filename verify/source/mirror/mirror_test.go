@@ -555,6 +555,29 @@ func TestFlood(t *testing.T) {
 	}
 }
 
+// A registry that claims to have filtered costs nothing for what it left in.
+func TestFilterLie(t *testing.T) {
+	t.Parallel()
+	c, subject, want := signed(1)
+	for i := range 300 {
+		c.List(subject, ocispec.Descriptor{
+			MediaType: ocispec.MediaTypeImageManifest, ArtifactType: "application/spdx+json",
+			Digest: digest.FromString(fmt.Sprint(i)), Size: 1,
+		})
+	}
+	g := serve(c)
+	g.NoFilter = true
+	g.Intercept = func(w http.ResponseWriter, _ *http.Request) bool {
+		w.Header().Set("OCI-Filters-Applied", "artifactType")
+		return false
+	}
+	got, err := sourcetest.Find(t.Context(), open(t, g), subject, verify.Limits{})
+	if err != nil || len(got) != 1 || len(g.Requests()) != 3 {
+		t.Errorf("%d handed over, %d requests, error %v", len(got), len(g.Requests()), err)
+	}
+	sourcetest.Check(t, got, want, 0)
+}
+
 // What cannot be asked for is not asked for.
 func TestBadQuestions(t *testing.T) {
 	t.Parallel()

@@ -61,7 +61,7 @@ type testCase struct {
 	content Content
 	subject ocispec.Descriptor
 	want    []verify.Evidence
-	broken  int // at least so many with Err set
+	broken  int // at least so many with Err set; -1: none
 	limits  verify.Limits
 	err     error // nil: the answer is conclusive
 }
@@ -82,6 +82,9 @@ func Run(t *testing.T, open func(t *testing.T, content Content) verify.Source) {
 				t.Errorf("error %v, want %v", err, c.err)
 			}
 			Check(t, got, c.want, c.broken)
+			if c.broken < 0 && len(got) != len(c.want) {
+				t.Errorf("%d handed over that are no signatures of the subject", len(got)-len(c.want))
+			}
 			if src.Name() == "" || strings.ContainsAny(src.Name(), "\n\x00") {
 				t.Errorf("name %q", src.Name())
 			}
@@ -153,6 +156,22 @@ func Run(t *testing.T, open func(t *testing.T, content Content) verify.Source) {
 		})
 		if calls != 1 || err != nil {
 			t.Errorf("%d calls, error %v", calls, err)
+		}
+	})
+	t.Run("yield ends it after one that was too big", func(t *testing.T) {
+		t.Parallel()
+		var c Content
+		subject := c.Image("app")
+		c.Sign(subject, verify.MediaTypeJWS, strings.Repeat("x", 101))
+		c.Sign(subject, verify.MediaTypeJWS, "good")
+		src := open(t, c)
+		last := verify.Evidence{Err: errors.New("none")}
+		err := src.Find(t.Context(), Name, subject, verify.NewBudget(verify.Limits{EnvelopeBytes: 100}), func(ev verify.Evidence) bool {
+			last = ev
+			return ev.Err != nil
+		})
+		if last.Err != nil || err != nil {
+			t.Errorf("last %v, error %v", last.Err, err)
 		}
 	})
 	t.Run("the context ends it before", func(t *testing.T) {
@@ -263,6 +282,7 @@ var cases = map[string]func(c *testCase){
 				m.ArtifactType = "application/spdx+json"
 			})
 		})
+		c.broken = -1
 	},
 	"listed twice": func(c *testCase) {
 		good(c, "app", func() { c.content.List(c.subject, *c.last()) })
