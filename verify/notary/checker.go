@@ -38,9 +38,9 @@ var _ verify.Checker = (*Checker)(nil)
 
 // New makes a Checker for statements that trust what store holds. It refuses,
 // naming the statement, what it could not judge in full: an unknown level,
-// override or kind of identity, a trust store that is missing or empty, and trust
-// stores of the types signingAuthority and tsa. A statement of level skip is
-// accepted, since policies hold such statements, and verifies nothing.
+// override or kind of identity, and a trust store that is missing or empty. A
+// statement of level skip is accepted, since policies hold such statements, and
+// verifies nothing.
 func New(statements []verify.Statement, store *Store, o Options) (*Checker, error) {
 	if store == nil || o.Now == nil {
 		return nil, errors.New("notary: a trust store and a clock are required")
@@ -82,15 +82,17 @@ func (c *Checker) Requirement(name string) [32]byte {
 //	SIGNATURE_INVALID   the bytes are not what the media type says, or ambiguous
 //	SIGNER_UNTRUSTED    no certificate of the chain is in a trust store of the statement
 //	SIGNATURE_INVALID   signature or chain are broken, or it signs something else
-//	IDENTITY_MISMATCH   the leaf is not one of the trusted identities
 //	PLUGIN_UNSUPPORTED  the envelope asks for a verification plugin
+//	IDENTITY_MISMATCH   the leaf is not one of the trusted identities
 //	CRITICAL_ATTRIBUTE  a signed attribute, or an extension of a certificate in
 //	                    the chain, is marked critical and not understood
 //	SIGNATURE_EXPIRED   the signature's own expiry is past
 //	CERTIFICATE_EXPIRED a certificate of the chain is not valid now, or not yet
+//	TIMESTAMP_INVALID   the statement asks for a timestamp, and it is missing,
+//	                    broken, not trusted, or not from the life of the chain
 //	REVOCATION_UNKNOWN  a certificate names a place to ask, and nobody is asked
 //
-// The last three are warnings where the statement logs them.
+// The last four are warnings where the statement logs them.
 func (c *Checker) Check(ctx context.Context, ev verify.Evidence, want ocispec.Descriptor, name string) (f verify.Finding) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -118,22 +120,21 @@ func (c *Checker) Check(ctx context.Context, ev verify.Evidence, want ocispec.De
 		return no(verify.SignatureInvalid, err.Error())
 	}
 	signer := verify.Signer{Subject: verify.Clean(e.chain[0].Subject.String(), 512), Thumbprint: thumbprint(e.chain[0])}
-	for _, cert := range e.chain {
-		if signer.Anchor = st.anchors[string(cert.Raw)]; signer.Anchor != "" {
-			break
-		}
+	trusted := false
+	for _, anchors := range st.anchors {
+		trusted = trusted || anchors.of(e.chain) != ""
 	}
-	if signer.Anchor == "" {
+	if !trusted {
 		f = no(verify.SignerUntrusted, fmt.Sprintf("no trust store of the statement has a certificate of the chain of %s", verify.Quote(signer.Subject, 128)))
 		f.Signer = signer
 		return f
 	}
-	return st.check(ctx, ev, e, signer, want, c.now())
+	return st.check(ctx, ev, e, signer, want, c.now(), c.limits.Certificates)
 }
 
 // check asks the library about an envelope whose chain holds an anchor, and
 // judges what it says. It says who signed only once that is proven.
-func (st *statement) check(ctx context.Context, ev verify.Evidence, e *envelope, signer verify.Signer, want ocispec.Descriptor, now time.Time) (f verify.Finding) {
+func (st *statement) check(ctx context.Context, ev verify.Evidence, e *envelope, signer verify.Signer, want ocispec.Descriptor, now time.Time, maxCertificates int) (f verify.Finding) {
 	out, err := st.library.Verify(ctx, want, ev.Blob, notation.VerifierVerifyOptions{
 		ArtifactReference: reference, SignatureMediaType: ev.MediaType,
 	})
@@ -154,10 +155,11 @@ func (st *statement) check(ctx context.Context, ev verify.Evidence, e *envelope,
 		string(out.EnvelopeContent.Payload.Content) != string(e.payload) {
 		return no(verify.SignatureInvalid, "the envelope can be read in two ways")
 	}
-	if scheme := info.SignedAttributes.SigningScheme; scheme != signature.SigningSchemeX509 {
-		return no(verify.SignerUntrusted, fmt.Sprintf("the signature is of scheme %s and the statement has no trust store for it", scheme))
-	}
 	defer func() { f.Signer = signer }()
+	scheme := info.SignedAttributes.SigningScheme
+	if signer.Anchor = st.anchors[scheme].of(e.chain); signer.Anchor == "" {
+		return no(verify.SignerUntrusted, fmt.Sprintf("the signature is of scheme %s, and no trust store of the statement for that scheme has a certificate of the chain", scheme))
+	}
 	if detail := mismatch(e.payload, want); detail != "" {
 		return no(verify.SignatureInvalid, detail)
 	}
@@ -182,7 +184,7 @@ func (st *statement) check(ctx context.Context, ev verify.Evidence, e *envelope,
 	if err != nil || out.Error != nil {
 		return no(verify.SignatureInvalid, fmt.Sprintf("the library refused the signature: %v", errors.Join(err, out.Error)))
 	}
-	f = st.judge(info, now)
+	f = st.judge(info, now, maxCertificates)
 	if f.Reason == verify.Verified {
 		f.Signed = want.Digest
 	}

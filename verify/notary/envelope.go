@@ -117,7 +117,7 @@ func unambiguous(b []byte) error {
 		names map[string]bool // nil in an array
 		value bool            // in an object: a name was read, its value is next
 	}
-	var open []level
+	var stack []level
 	for {
 		t, err := d.Token()
 		if err == io.EOF {
@@ -126,15 +126,15 @@ func unambiguous(b []byte) error {
 		if err != nil {
 			return err
 		}
-		if len(open) == 0 && t != json.Delim('{') {
+		if len(stack) == 0 && t != json.Delim('{') {
 			return errors.New("not a JSON object")
 		}
 		var top *level
-		if len(open) > 0 {
-			top = &open[len(open)-1]
+		if len(stack) > 0 {
+			top = &stack[len(stack)-1]
 		}
 		if t == json.Delim('}') || t == json.Delim(']') {
-			open = open[:len(open)-1]
+			stack = stack[:len(stack)-1]
 			continue
 		}
 		if top != nil && top.names != nil {
@@ -151,14 +151,14 @@ func unambiguous(b []byte) error {
 			top.value = false
 		}
 		if t == json.Delim('{') || t == json.Delim('[') {
-			if len(open) == maxNesting {
+			if len(stack) == maxNesting {
 				return fmt.Errorf("nested deeper than %d", maxNesting)
 			}
 			l := level{}
 			if t == json.Delim('{') {
 				l.names = map[string]bool{}
 			}
-			open = append(open, l)
+			stack = append(stack, l)
 		}
 	}
 }

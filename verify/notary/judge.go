@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"encoding/asn1"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/notaryproject/notation-core-go/signature"
@@ -14,7 +15,7 @@ import (
 
 // judge makes the finding about an envelope that is intact, reaches an anchor,
 // has a trusted identity and is about the image. It uses no clock but now.
-func (st *statement) judge(info *signature.SignerInfo, now time.Time) verify.Finding {
+func (st *statement) judge(info *signature.SignerInfo, now time.Time, maxCertificates int) verify.Finding {
 	chain := info.CertificateChain
 	var f verify.Finding
 	// fails reports whether a failed check settles the matter, and else notes it.
@@ -51,34 +52,66 @@ func (st *statement) judge(info *signature.SignerInfo, now time.Time) verify.Fin
 		}
 	}
 
-	// Without a timestamp, validity rests on now (trust-store-trust-policy.md,
-	// "Authentic timestamp"). The last second of NotAfter is given away so that the
-	// finding ends when it says.
-	problem := ""
-	for i, c := range chain {
-		switch {
-		case now.Before(c.NotBefore):
-			problem = fmt.Sprintf("certificate %d of the chain is not valid before %s", i, date(c.NotBefore))
-		case !now.Before(c.NotAfter):
-			problem = fmt.Sprintf("certificate %d of the chain expired at %s", i, date(c.NotAfter))
-		default:
-			f.Until = earlier(f.Until, c.NotAfter)
+	issued := chain[:len(chain)-1] // a root answers for itself
+	if tsa, reason, err := st.valid(info, now, maxCertificates); err != nil {
+		if fails(st.actions.timestamp, reason) {
+			return refuse(reason, err.Error())
 		}
+	} else if len(tsa) > 0 {
+		issued = slices.Concat(issued, tsa[:len(tsa)-1])
 	}
-	if problem != "" && fails(st.actions.timestamp, verify.CertificateExpired) {
-		return refuse(verify.CertificateExpired, problem+"; it is "+date(now)+" here")
+	if st.restsOnNow(info, now) {
+		for _, c := range chain {
+			if now.Before(c.NotAfter) {
+				f.Until = earlier(f.Until, c.NotAfter)
+			}
+		}
 	}
 
-	for i, c := range chain[:len(chain)-1] { // the root answers for itself
-		if revocable(c) {
-			if fails(st.actions.revocation, verify.RevocationUnknown) {
-				return refuse(verify.RevocationUnknown, fmt.Sprintf("certificate %d of the chain names a CRL or an OCSP responder, and nobody is asked", i))
-			}
-			break
-		}
+	if i := slices.IndexFunc(issued, revocable); i >= 0 && fails(st.actions.revocation, verify.RevocationUnknown) {
+		return refuse(verify.RevocationUnknown, "certificate "+verify.Quote(issued[i].Subject.String(), 128)+" names a CRL or an OCSP responder, and nobody is asked")
 	}
 	f.Reason = verify.Verified
 	return f
+}
+
+// restsOnNow reports whether the chain must be valid now, rather than when the
+// signature was made (trust-store-trust-policy.md, "Authentic timestamp").
+func (st *statement) restsOnNow(info *signature.SignerInfo, now time.Time) bool {
+	if info.SignedAttributes.SigningScheme == signature.SigningSchemeX509SigningAuthority {
+		return false // the authority is trusted to tell the time
+	}
+	return st.tsa == nil || st.afterExpiry && !slices.ContainsFunc(info.CertificateChain, func(c *x509.Certificate) bool {
+		return !now.Before(c.NotAfter)
+	})
+}
+
+// valid checks that the chain was valid when it had to be, and says what it is
+// if not. Where a timestamp proves it, it returns the chain of the TSA.
+func (st *statement) valid(info *signature.SignerInfo, now time.Time, maxCertificates int) ([]*x509.Certificate, verify.Reason, error) {
+	switch {
+	case st.restsOnNow(info, now):
+		return nil, verify.CertificateExpired, validAt(info.CertificateChain, now, "now, at "+date(now))
+	case info.SignedAttributes.SigningScheme == signature.SigningSchemeX509SigningAuthority:
+		at := info.SignedAttributes.SigningTime
+		return nil, verify.CertificateExpired, validAt(info.CertificateChain, at, "when it was signed, at "+date(at))
+	case st.afterExpiry && len(info.UnsignedAttributes.TimestampSignature) == 0:
+		return nil, verify.CertificateExpired, fmt.Errorf("%w; and the signature has no timestamp", validAt(info.CertificateChain, now, "now, at "+date(now)))
+	}
+	chain, err := timestamped(info, st.tsa, maxCertificates)
+	return chain, verify.TimestampInvalid, err
+}
+
+// validAt reports a certificate of chain that is not valid at t, which when says
+// in words. The last second of NotAfter is given away, so that a finding is good
+// until the time that it says.
+func validAt(chain []*x509.Certificate, t time.Time, when string) error {
+	for i, c := range chain {
+		if t.Before(c.NotBefore) || !t.Before(c.NotAfter) {
+			return fmt.Errorf("certificate %d of the chain is valid from %s to %s, not %s", i, date(c.NotBefore), date(c.NotAfter), when)
+		}
+	}
+	return nil
 }
 
 // Extensions that are processed: keyUsage and basicConstraints by the library's

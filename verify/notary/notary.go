@@ -7,7 +7,8 @@
 // [Checker] reads the answer from the results of each check, never from a nil
 // error, and adds what notation-go does not do: bounds, one meaning for the
 // bytes, critical attributes and certificate extensions, and a clock that is
-// handed in, against which it judges expiry, validity and revocation itself.
+// handed in, against which it judges expiry, validity, timestamps and revocation
+// itself.
 //
 // Line numbers in comments are those of notation-go v1.3.2 and notation-core-go
 // v1.3.0; specifications are those of the Notary Project.

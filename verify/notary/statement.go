@@ -3,6 +3,7 @@ package notary
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/notaryproject/notation-core-go/revocation"
 	"github.com/notaryproject/notation-core-go/revocation/result"
+	"github.com/notaryproject/notation-core-go/signature"
 	"github.com/notaryproject/notation-go"
 	"github.com/notaryproject/notation-go/verifier"
 	"github.com/notaryproject/notation-go/verifier/trustpolicy"
@@ -82,10 +84,25 @@ func actionsOf(s verify.Statement) (a actions, err error) {
 // without a library judges nothing: its level is skip.
 type statement struct {
 	library     notation.Verifier
-	anchors     map[string]string // DER of a trusted certificate to its name, "ca:acme/root.crt"
+	anchors     map[signature.SigningScheme]names
+	tsa         *x509.CertPool // roots for timestamps; nil where the statement asks for none
+	afterExpiry bool           // timestamps count only once a certificate has expired
 	actions     actions
 	anyIdentity bool
 	requirement [32]byte
+}
+
+// names has the name of each trusted certificate, "ca:acme/root.crt", by its DER.
+type names map[string]string
+
+// of returns the name of the first certificate of chain that has one.
+func (n names) of(chain []*x509.Certificate) string {
+	for _, c := range chain {
+		if name := n[string(c.Raw)]; name != "" {
+			return name
+		}
+	}
+	return ""
 }
 
 // reference is the artifact that the library is asked about. It only selects
@@ -98,7 +115,11 @@ func newStatement(s verify.Statement, store *Store) (*statement, error) {
 	if err != nil {
 		return nil, err
 	}
-	st := &statement{actions: a, anchors: map[string]string{}, anyIdentity: slices.Contains(s.TrustedIdentities, "*")}
+	st := &statement{
+		actions: a, anyIdentity: slices.Contains(s.TrustedIdentities, "*"),
+		anchors:     map[signature.SigningScheme]names{signature.SigningSchemeX509: {}, signature.SigningSchemeX509SigningAuthority: {}},
+		afterExpiry: s.VerifyTimestamp == string(trustpolicy.OptionAfterCertExpiry),
+	}
 	if s.Level == "skip" {
 		if len(s.TrustStores)+len(s.TrustedIdentities) > 0 {
 			return nil, errors.New(`level "skip" has no use for trust stores and identities; remove them or verify`)
@@ -115,12 +136,19 @@ func newStatement(s verify.Statement, store *Store) (*statement, error) {
 			return nil, fmt.Errorf("trusted identity %q is of a kind that cannot be judged; use x509.subject", id)
 		}
 	}
+	var signers []string // the trust stores for signing chains
 	for _, name := range s.TrustStores {
 		t, _, _ := strings.Cut(name, ":")
+		var into names
 		switch truststore.Type(t) {
 		case truststore.TypeCA:
-		case truststore.TypeSigningAuthority, truststore.TypeTSA:
-			return nil, fmt.Errorf("trust store %q: trust stores of type %s are not supported yet", name, t)
+			into = st.anchors[signature.SigningSchemeX509]
+		case truststore.TypeSigningAuthority:
+			into = st.anchors[signature.SigningSchemeX509SigningAuthority]
+		case truststore.TypeTSA:
+			if st.tsa == nil {
+				st.tsa = x509.NewCertPool()
+			}
 		default:
 			return nil, fmt.Errorf("trust store %q: no type of trust store %q", name, t)
 		}
@@ -128,13 +156,21 @@ func newStatement(s verify.Statement, store *Store) (*statement, error) {
 			return nil, fmt.Errorf("trust store %q does not exist or holds no certificate", name)
 		}
 		for _, an := range store.anchors[name] {
-			if der := string(an.cert.Raw); st.anchors[der] == "" {
-				st.anchors[der] = an.name
+			if t == string(truststore.TypeTSA) {
+				st.tsa.AddCert(an.cert)
+			} else if der := string(an.cert.Raw); into[der] == "" {
+				into[der] = an.name
 			}
 		}
+		if t != string(truststore.TypeTSA) {
+			signers = append(signers, name)
+		}
 	}
-	// Expiry and validity are logged and revocation is skipped, since the library
-	// asks a clock and a network of its own; see judge.go.
+	if len(s.TrustStores) > 0 && len(signers) == 0 {
+		return nil, errors.New("it trusts timestamps and no signer; add a trust store of type ca")
+	}
+	// Expiry and validity are logged, timestamps are left out and revocation is
+	// skipped, since the library asks a clock and a network of its own; see judge.go.
 	st.library, err = verifier.NewWithOptions(&trustpolicy.Document{
 		Version: "1.0",
 		TrustPolicies: []trustpolicy.TrustPolicy{{
@@ -148,7 +184,7 @@ func newStatement(s verify.Statement, store *Store) (*statement, error) {
 					trustpolicy.TypeRevocation:         trustpolicy.ActionSkip,
 				},
 			},
-			TrustStores:       slices.Clone(s.TrustStores),
+			TrustStores:       signers,
 			TrustedIdentities: slices.Clone(s.TrustedIdentities),
 		}},
 	}, store, nil, verifier.VerifierOptions{

@@ -130,7 +130,7 @@ func COSEHeader(s *Signer) cose.ProtectedHeader {
 		cose.HeaderLabelContentType:    PayloadType,
 		cose.HeaderLabelCritical:       []any{"io.cncf.notary.signingScheme"},
 		"io.cncf.notary.signingScheme": SchemeX509,
-		"io.cncf.notary.signingTime":   coseTime(SigningTime),
+		"io.cncf.notary.signingTime":   COSETime(SigningTime),
 	}
 }
 
@@ -187,8 +187,8 @@ func coseAlgorithm(s *Signer) cose.Algorithm {
 	return map[int]cose.Algorithm{256: cose.AlgorithmES256, 384: cose.AlgorithmES384, 521: cose.AlgorithmES512}[n]
 }
 
-// coseTime is a time as COSE envelopes hold it: tag 1, seconds.
-func coseTime(t time.Time) cbor.RawMessage {
+// COSETime is a time as protected headers of COSE envelopes hold it.
+func COSETime(t time.Time) cbor.RawMessage {
 	mode := must(cbor.EncOptions{Time: cbor.TimeUnix, TimeTag: cbor.EncTagRequired}.EncMode())
 	return must(mode.Marshal(t))
 }
