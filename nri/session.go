@@ -29,8 +29,9 @@ const (
 	dialTimeout     = 2 * time.Second
 	registerTimeout = 10 * time.Second // registration, configuration and all of Synchronize
 	minBackoff      = 250 * time.Millisecond
-	maxBackoff      = 5 * time.Second
-	settled         = 30 * time.Second // a connection that lived this long starts the backoff anew
+	maxBackoff      = 3 * time.Second
+	confirm         = 200 * time.Millisecond // the runtime drops a plugin that it could not synchronise just after the answer
+	settled         = 30 * time.Second       // a connection that lived this long starts the backoff anew
 )
 
 // A Session keeps a Gate registered with the runtime for as long as Run runs: it
@@ -89,12 +90,13 @@ func (s *Session) once(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("connect to the runtime: %w", err)
 	}
+	watched := &watchedConn{Conn: conn, ended: make(chan struct{})}
 	p := &plugin{gate: s.Gate, synced: make(chan struct{})}
 	closed := make(chan struct{})
 	var once sync.Once
 	st, err := stub.New(p,
 		stub.WithPluginName(PluginName), stub.WithPluginIdx(PluginIndex),
-		stub.WithConnection(conn),
+		stub.WithConnection(watched),
 		stub.WithOnClose(func() { once.Do(func() { close(closed) }) }),
 		stub.WithLogger(stubLog{s.Log}),
 		stub.WithFailurePolicy(&api.FailurePolicy{FailRequest: true, KeepConnected: true}),
@@ -123,6 +125,9 @@ func (s *Session) once(ctx context.Context) error {
 			conn.Close()
 			return fmt.Errorf("register with the runtime: %w%s", err, p.hint())
 		}
+	case <-watched.ended:
+		end()
+		return fmt.Errorf("register with the runtime: it closed the connection%s", p.hint())
 	case <-timeout.C:
 		end()
 		return errors.New("register with the runtime: it did not configure the plugin in time")
@@ -140,6 +145,15 @@ func (s *Session) once(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	still := time.NewTimer(confirm)
+	defer still.Stop()
+	select {
+	case <-still.C:
+	case <-closed:
+		return fmt.Errorf("the runtime closed the connection after it was synchronised%s", p.hint())
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	s.registered.Store(true)
 	r := p.peer.Load()
 	s.Log.Info("registered", "runtime", r.runtime, "version", r.version, "events", r.events.PrettyString())
@@ -149,6 +163,22 @@ func (s *Session) once(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+// A watchedConn says when the runtime ended the connection: the stub's own notice
+// waits for Start, which may be waiting for the runtime.
+type watchedConn struct {
+	net.Conn
+	once  sync.Once
+	ended chan struct{}
+}
+
+func (c *watchedConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if err != nil {
+		c.once.Do(func() { close(c.ended) })
+	}
+	return n, err
 }
 
 // A plugin is one connection's view of the gate.

@@ -84,11 +84,20 @@ func (e *Engine) ask(ctx context.Context, src Source, q Question) (a Attempt, fo
 			err = ctx.Err() // who was cut short has not answered, whatever it says
 		}
 		if err != nil {
-			a.Reason, a.Detail = reasonOf(err), clip(err.Error())
-			return a, found, false
+			if r := reasonOf(err); r.rank() < a.Reason.rank() {
+				a.Reason, a.Detail = r, clip(err.Error())
+			}
+			// What went wrong with one subject says nothing of the next: a mirror with
+			// referrers tags has none for an index of which only the manifest is signed,
+			// and a broken referrer of the index must not hide those of the manifest.
+			if ctx.Err() != nil {
+				return a, found, false
+			}
 		}
 	}
-	if len(found) > 0 {
+	// A source that served signatures of one subject by tag can serve them: that it
+	// has no tag for another means that there are none.
+	if len(found) > 0 && (a.Reason == SignatureMissing || a.Reason == SourceNoReferrers) {
 		f := slices.MinFunc(found, func(x, y Finding) int { return x.Reason.rank() - y.Reason.rank() })
 		a.Reason, a.Detail = f.Reason, f.Detail
 	}

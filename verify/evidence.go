@@ -183,7 +183,7 @@ type Limits struct {
 
 // DefaultLimits are the limits where a configuration is silent.
 var DefaultLimits = Limits{
-	Pages: 8, Referrers: 200, Signatures: 50, Certificates: 10,
+	Pages: 24, Referrers: 200, Signatures: 50, Certificates: 10,
 	ManifestBytes: 4 << 20, EnvelopeBytes: 256 << 10, TotalBytes: 16 << 20,
 	Wall: 10 * time.Second,
 }

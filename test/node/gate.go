@@ -90,8 +90,6 @@ func (n *Node) StartGate(ctx context.Context, o GateOptions) (*Gate, error) {
 	args := append([]string{
 		"run",
 		"--config-dir", o.ConfigDir,
-		"--state-dir", o.StateDir,
-		"--run-dir", o.RunDir,
 		"--containerd-socket", n.Socket,
 		"--nri-socket", n.NRISocket,
 		"--node", o.NodeName,

@@ -134,6 +134,9 @@ func TestFindings(t *testing.T) {
 		{"other CA, expired", sign(mallory, image, opts{Expiry: noon}), verify.SignerUntrusted, ""},
 		{"other CA, plugin", sign(mallory, image, opts{Plugin: "x"}), verify.SignerUntrusted, ""},
 		{"other CA, critical attribute", sign(mallory, image, opts{Attributes: []notarytest.Attribute{{Key: "a", Critical: true, Value: "c"}}}), verify.SignerUntrusted, ""},
+		{"other CA, broken", func(m string) []byte {
+			return rawSign(&notarytest.Signer{Key: signer.Key, Chain: mallory.Chain}, m)
+		}, verify.SignerUntrusted, ""}, // found out before any public-key operation
 		{"other CA with the root behind it", func(m string) []byte { return rawSign(grafted, m) }, verify.SignatureInvalid, "not issued by"},
 		{"other leaf with the chain behind it", func(m string) []byte { return rawSign(stolen, m) }, verify.SignatureInvalid, "not issued by"},
 		{"key of another", func(m string) []byte {
@@ -435,6 +438,10 @@ func TestUntil(t *testing.T) {
 	blob := notarytest.MustSign(signer, image, notarytest.SignOptions{Expiry: end})
 	if f := check(newChecker(t, acmeStore(t), end, s), verify.MediaTypeJWS, blob, image); f.Reason != verify.Verified || !f.Until.Equal(notarytest.End) {
 		t.Errorf("permissive, expired: %s until %v", f.Reason, f.Until)
+	}
+	blob = notarytest.MustSign(acme.Leaf(notarytest.CertOptions{NotAfter: end}), image, notarytest.SignOptions{})
+	if f := check(newChecker(t, acmeStore(t), end, s), verify.MediaTypeJWS, blob, image); f.Reason != verify.Verified || !f.Until.Equal(notarytest.End) {
+		t.Errorf("permissive, leaf expired: %s until %v", f.Reason, f.Until)
 	}
 }
 

@@ -16,8 +16,9 @@ import (
 	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
 )
 
-// A day in the life of the chain that the tests stamp, and its last.
+// The first day of the leaf that the tests stamp, a day in its life, and the end.
 var (
+	begins  = time.Date(2025, 6, 1, 0, 0, 0, 0, time.UTC)
 	stamped = time.Date(2026, 3, 1, 0, 0, 0, 0, time.UTC)
 	ends    = time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC)
 	tsaCA   = notarytest.NewCA(notarytest.CAOptions{Intermediates: 1})
@@ -36,9 +37,9 @@ func stampStore(t testing.TB) *Store {
 	return must(LoadStore(notarytest.Stores{"ca/acme/root.crt": acme.PEM(), "tsa/t/root.crt": tsaCA.PEM()}.FS()))
 }
 
-// stamp signs image with a leaf that ends at ends, countersigned by s.
+// stamp signs image with a leaf of that life, countersigned by s.
 func stamp(mediaType string, s *notarytest.Signer, o notarytest.TokenOptions) []byte {
-	blob := notarytest.MustSign(acme.Leaf(notarytest.CertOptions{NotAfter: ends}), image, notarytest.SignOptions{MediaType: mediaType})
+	blob := notarytest.MustSign(acme.Leaf(notarytest.CertOptions{NotBefore: begins, NotAfter: ends}), image, notarytest.SignOptions{MediaType: mediaType})
 	if s == nil {
 		return blob
 	}
@@ -80,7 +81,9 @@ func TestTimestamp(t *testing.T) {
 		{"not a TSA", tsaCA.Leaf(notarytest.CertOptions{}), notarytest.TokenOptions{}, false, ""},
 		{"usage not critical", tsaCA.Leaf(notarytest.CertOptions{ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageTimeStamping}}), notarytest.TokenOptions{}, false, "critical"},
 		{"signer's own CA", acme.TSA(notarytest.CertOptions{}), notarytest.TokenOptions{}, false, "unknown authority"},
-		{"before the chain", tsa, notarytest.TokenOptions{Time: notarytest.Begin.Add(-time.Second)}, false, ""},
+		{"before the chain", tsa, notarytest.TokenOptions{Time: begins.Add(-time.Second)}, false, "not valid when the timestamp was made"},
+		{"perhaps before the chain", tsa, notarytest.TokenOptions{Time: begins.Add(time.Second), Accuracy: 2}, false, "not valid when the timestamp was made"},
+		{"before the TSA", tsa, notarytest.TokenOptions{Time: notarytest.Begin.Add(-time.Second)}, false, ""},
 		{"after the chain", tsa, notarytest.TokenOptions{Time: ends.Add(time.Second)}, false, "not valid when the timestamp was made"},
 		{"perhaps after the chain", tsa, notarytest.TokenOptions{Time: ends.Add(-time.Second), Accuracy: 2}, false, "not valid when the timestamp was made"},
 		{"accuracy below zero", tsa, notarytest.TokenOptions{Time: ends.Add(time.Second), Accuracy: -2}, false, "below zero"},
@@ -183,21 +186,28 @@ func TestTimestampFlips(t *testing.T) {
 }
 
 func TestTimestampRevocation(t *testing.T) {
-	for name, s := range map[string]*notarytest.Signer{
-		"TSA":          tsaCA.TSA(notarytest.CertOptions{CRL: []string{"http://127.0.0.1:1/crl"}}),
-		"intermediate": nil,
+	ask := notarytest.CertOptions{OCSP: []string{"http://127.0.0.1:1"}}
+	for name, test := range map[string]struct {
+		ca   notarytest.CAOptions
+		leaf notarytest.CertOptions
+		asks bool
+	}{
+		"TSA":          {notarytest.CAOptions{}, ask, true},
+		"intermediate": {notarytest.CAOptions{Intermediates: 1, Intermediate: ask}, notarytest.CertOptions{}, true},
+		"root":         {notarytest.CAOptions{CertOptions: ask}, notarytest.CertOptions{}, false},
 	} {
-		store := stampStore(t)
-		if s == nil {
-			ca := notarytest.NewCA(notarytest.CAOptions{Intermediates: 1, Intermediate: notarytest.CertOptions{OCSP: []string{"http://127.0.0.1:1"}}})
-			store, s = must(LoadStore(notarytest.Stores{"ca/acme/root.crt": acme.PEM(), "tsa/t/root.crt": ca.PEM()}.FS())), ca.TSA(notarytest.CertOptions{})
-		}
-		blob := stamp(verify.MediaTypeJWS, s, notarytest.TokenOptions{})
-		for revocation, want := range map[string]verify.Reason{"enforce": verify.RevocationUnknown, "log": verify.Verified, "skip": verify.Verified} {
+		ca := notarytest.NewCA(test.ca)
+		store := must(LoadStore(notarytest.Stores{"ca/acme/root.crt": acme.PEM(), "tsa/t/root.crt": ca.PEM()}.FS()))
+		blob := stamp(verify.MediaTypeJWS, ca.TSA(test.leaf), notarytest.TokenOptions{})
+		for _, revocation := range []string{"enforce", "log", "skip"} {
+			want := verify.Verified
+			if test.asks && revocation == "enforce" {
+				want = verify.RevocationUnknown
+			}
 			st := stampedStatement("always")
 			st.Override = map[string]string{"revocation": revocation}
 			f := check(newChecker(t, store, noon, st), verify.MediaTypeJWS, blob, image)
-			if f.Reason != want || (len(f.Warnings) == 1) != (revocation == "log") {
+			if f.Reason != want || (len(f.Warnings) == 1) != (test.asks && revocation == "log") {
 				t.Errorf("%s, %s: %s %v (%s)", name, revocation, f.Reason, f.Warnings, f.Detail)
 			}
 		}

@@ -35,6 +35,7 @@ type Config struct {
 	Mirrors    []Mirror
 	Layouts    []string      // directories, absolute
 	Limits     verify.Limits // zero fields mean verify.DefaultLimits
+	Listed     bool          // ask Mirrors and Layouts alone: a host without a mirror is not its own
 	Gate       Gate
 	Statements []verify.Statement
 	Warnings   []policy.Warning // what the author may not mean
@@ -163,15 +164,15 @@ func (c *Config) Setup(build func(*verify.Engine) verify.Judge, now func() time.
 		Epoch:  c.Epoch,
 		Mode:   c.Mode,
 		Policy: rules,
-		Judge:  build(&verify.Engine{Sources: c.sources(), Checker: checker, Limits: c.Limits, Now: now}),
+		Judge:  build(&verify.Engine{Sources: c.Sources(), Checker: checker, Limits: c.Limits, Now: now}),
 		Wait:   c.Gate.Wait,
 	}, nil
 }
 
-// sources returns where signatures of an image may be, in the order to ask: every
-// layout, then the mirrors of its host, or else those of host "*", or else the
-// host itself.
-func (c *Config) sources() func(verify.Name) []verify.Source {
+// Sources returns where signatures of an image may be, in the order to ask: every
+// layout, then the mirrors of its host, or else those of host "*", or else, unless
+// c.Listed, the host itself.
+func (c *Config) Sources() func(verify.Name) []verify.Source {
 	var layouts []verify.Source
 	for _, dir := range c.Layouts {
 		layouts = append(layouts, layout.New(dir))
@@ -197,7 +198,7 @@ func (c *Config) sources() func(verify.Name) []verify.Source {
 		if served == nil {
 			served = mirrors["*"]
 		}
-		if served == nil {
+		if served == nil && !c.Listed {
 			served = []endpoint{{url: origin(n.Host)}}
 		}
 		for _, e := range served {

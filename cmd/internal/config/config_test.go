@@ -174,7 +174,7 @@ func TestDocumentation(t *testing.T) {
 	}
 	for _, key := range []string{
 		"version", "mode", "sources.mirrors", "….host", "….url", "….ca", "sources.layouts",
-		"limits.pages` | 8 |", "limits.referrers` | 200 |", "limits.signatures` | 50 |", "limits.certificates` | 10 |",
+		"limits.pages` | 24 |", "limits.referrers` | 200 |", "limits.signatures` | 50 |", "limits.certificates` | 10 |",
 		"limits.manifestBytes` | 4194304 |", "limits.envelopeBytes` | 262144 |", "limits.totalBytes` | 16777216 |", "limits.wall` | 10s |",
 		"gate.wait` | 50ms |", "gate.snapshotters", "gate.runtimes",
 	} {
@@ -182,7 +182,7 @@ func TestDocumentation(t *testing.T) {
 			t.Errorf("no row for %s", key)
 		}
 	}
-	if d := (verify.Limits{Pages: 8, Referrers: 200, Signatures: 50, Certificates: 10, ManifestBytes: 4194304, EnvelopeBytes: 262144, TotalBytes: 16777216, Wall: 10 * time.Second}); d != verify.DefaultLimits {
+	if d := (verify.Limits{Pages: 24, Referrers: 200, Signatures: 50, Certificates: 10, ManifestBytes: 4194304, EnvelopeBytes: 262144, TotalBytes: 16777216, Wall: 10 * time.Second}); d != verify.DefaultLimits {
 		t.Errorf("the documented limits are not %+v", verify.DefaultLimits)
 	}
 }
@@ -446,7 +446,7 @@ func TestSources(t *testing.T) {
 `)))
 	names := func(c *Config, host string) string {
 		var list []string
-		for _, s := range c.sources()(verify.Name{Host: host, Path: "a"}) {
+		for _, s := range c.Sources()(verify.Name{Host: host, Path: "a"}) {
 			list = append(list, s.Name())
 		}
 		return strings.Join(list, ", ")
@@ -471,7 +471,7 @@ func TestSources(t *testing.T) {
 			t.Errorf("%s: %s, want %s", host, got, want)
 		}
 	}
-	if list := c.sources()(verify.Name{}); len(list) != 1 || list[0].Find(context.Background(), verify.Name{}, ocispec.Descriptor{Digest: digest.FromString("x")}, verify.NewBudget(verify.Limits{}), nil) == nil {
+	if list := c.Sources()(verify.Name{}); len(list) != 1 || list[0].Find(context.Background(), verify.Name{}, ocispec.Descriptor{Digest: digest.FromString("x")}, verify.NewBudget(verify.Limits{}), nil) == nil {
 		t.Errorf("the nameless image is looked for at %v", list)
 	}
 }
@@ -492,7 +492,7 @@ func TestMirrorCA(t *testing.T) {
 		c := load1(t, write(t, with(notation(), "ca.crt", "text around\n"+string(ca), "config.yaml",
 			minimal+"sources: {mirrors: [{host: \"*\", url: \""+srv.URL+"\", ca: ca.crt}]}\n")))
 		n := verify.Name{Host: "docker.io", Path: "library/nginx"}
-		s := c.sources()(n)[0]
+		s := c.Sources()(n)[0]
 		subject := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("x"), Size: 1}
 		return s.Find(t.Context(), n, subject, verify.NewBudget(verify.Limits{}), func(verify.Evidence) bool { return true })
 	}
@@ -572,7 +572,7 @@ func FuzzConfig(f *testing.F) {
 			}
 			// What was accepted, the source accepts too.
 			host := strings.Replace(m.Host, "*", "docker.io", 1)
-			for _, s := range c.sources()(verify.Name{Host: host, Path: "a"}) {
+			for _, s := range c.Sources()(verify.Name{Host: host, Path: "a"}) {
 				ctx, cancel := context.WithCancel(t.Context())
 				cancel()
 				if strings.HasPrefix(s.Name(), "layout") {

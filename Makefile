@@ -1,0 +1,49 @@
+# Everything that a build or test needs beyond Go, gcc and root is installed by
+# these targets: modules through the module proxy, libseccomp through apt-get.
+
+CONTAINERD ?= 2.4.2
+FUZZTIME   ?= 20s
+STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
+LDFLAGS     = -s -w -X main.version=$(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+
+.PHONY: build demo test lint unit core386 cross fuzz e2e clean
+
+build: ## the static binary, in bin/
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/tidewaiter ./cmd/tidewaiter
+
+demo: ## a throwaway containerd node where signed images start and others do not
+	cd test && go run ./demo -containerd $(CONTAINERD)
+
+test: lint unit core386 cross fuzz e2e ## everything that CI runs
+
+lint:
+	@test -z "$$(gofmt -l .)" || { echo 'gofmt would change:'; gofmt -l .; exit 1; }
+	go vet ./...
+	cd test && go vet ./...
+	go run $(STATICCHECK) ./...
+	cd test && go run $(STATICCHECK) ./...
+
+unit:
+	go test -race ./...
+
+core386: ## the core on a 32-bit machine
+	GOARCH=386 go test ./verify/... ./cache/...
+
+cross: ## the other machines of the edge
+	GOARCH=arm64 CGO_ENABLED=0 go build -o /dev/null ./cmd/tidewaiter
+	GOARCH=arm GOARM=7 CGO_ENABLED=0 go build -o /dev/null ./cmd/tidewaiter
+
+fuzz: ## every parser of outside bytes, $(FUZZTIME) each
+	./test/fuzz.sh $(FUZZTIME)
+
+e2e: ## on real containerd, 2.4.2 and 2.2.9; needs root on Linux
+	@if [ "$$(id -u)" != 0 ] || [ "$$(uname -s)" != Linux ]; then \
+	  echo '****************************************************************'; \
+	  echo '** NOT RUN: the end-to-end tests on containerd need root on   **'; \
+	  echo '** Linux. What they hold was not tested.                      **'; \
+	  echo '****************************************************************'; \
+	fi
+	cd test && go test -race -count=1 -timeout 30m ./...
+
+clean:
+	rm -rf bin dist

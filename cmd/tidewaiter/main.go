@@ -1,0 +1,116 @@
+// Tidewaiter lets no container start on this node unless the image that it
+// really runs carries the signatures that the node's own policy asks for.
+//
+// Exit status of every verb: 0 yes or healthy; 1 denied or unhealthy; 2 it could
+// not be found out. Answers go to standard output. Everything else goes to
+// standard error with a "tidewaiter:" prefix, without a capital letter at the
+// start or a period at the end, and a "hint:" line where there is a next step.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+)
+
+func main() { os.Exit(Main(os.Args[1:], os.Stdout, os.Stderr)) }
+
+// Exit statuses.
+const (
+	exitYes     = 0
+	exitNo      = 1
+	exitUnknown = 2
+)
+
+// A failure ends the program with a status, and with a message and a hint where
+// they are set.
+type failure struct {
+	status int
+	err    error // nil: everything was said
+	hint   string
+}
+
+func (f *failure) Error() string {
+	if f.err == nil {
+		return fmt.Sprintf("exit status %d", f.status)
+	}
+	return f.err.Error()
+}
+
+func (f *failure) Unwrap() error { return f.err }
+
+// unknown is a failure to find out.
+func unknown(err error, hint string) error { return &failure{exitUnknown, err, hint} }
+
+// Main is the program with its surroundings handed in; it returns the exit status.
+func Main(args []string, stdout, stderr io.Writer) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	root := command(stdout, stderr)
+	root.SetArgs(args)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return exitYes
+	}
+	f := &failure{exitUnknown, err, "run tidewaiter --help"}
+	errors.As(err, &f)
+	if f.err != nil {
+		fmt.Fprintf(stderr, "tidewaiter: %v\n", f.err)
+		if f.hint != "" {
+			fmt.Fprintf(stderr, "hint: %s\n", f.hint)
+		}
+	}
+	return f.status
+}
+
+func command(stdout, stderr io.Writer) *cobra.Command {
+	root := &cobra.Command{
+		Use:           "tidewaiter",
+		Short:         "Verify image signatures on the node, before a container starts",
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_ = cmd.Usage()
+			return unknown(errors.New("no verb given"), "run tidewaiter --help")
+		},
+		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
+	}
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	root.AddCommand(runCommand(stderr), verifyCommand(stdout), versionCommand(stdout))
+	return root
+}
+
+// env is the environment variable's value, or otherwise.
+func env(name, otherwise string) string {
+	if v := os.Getenv(name); v != "" {
+		return v
+	}
+	return otherwise
+}
+
+// configDir adds the flag that every verb has that reads the configuration.
+func configDir(cmd *cobra.Command, dir *string) {
+	cmd.Flags().StringVar(dir, "config-dir", env("TIDEWAITER_CONFIG_DIR", "/etc/tidewaiter"),
+		"directory of config.yaml, trustpolicy.json and truststore (TIDEWAITER_CONFIG_DIR)")
+}
+
+// outputFlag adds the flag that every verb has that prints.
+func outputFlag(cmd *cobra.Command, o *string) {
+	cmd.Flags().StringVarP(o, "output", "o", "text", "text or json")
+}
+
+// checkOutput refuses an unknown form before any work is done.
+func checkOutput(o string) error {
+	if o != "text" && o != "json" {
+		return unknown(fmt.Errorf("--output: %q is neither text nor json", o), "")
+	}
+	return nil
+}

@@ -1,0 +1,174 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/tidewaiter/tidewaiter/cache"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
+	"github.com/tidewaiter/tidewaiter/nri"
+	"github.com/tidewaiter/tidewaiter/nri/node"
+	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/policy"
+)
+
+type runOptions struct {
+	configDir  string
+	containerd string
+	nri        string
+	node       string
+	logLevel   string
+}
+
+func runCommand(stderr io.Writer) *cobra.Command {
+	var o runOptions
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Run the gate on this node",
+		Long: `Run registers with containerd through NRI and decides on every container that is
+to be created. It runs until SIGTERM or SIGINT, stays up without containerd and
+without a configuration (then everything is denied), and reads the configuration
+again when it changes or on SIGHUP. It logs JSON lines to standard error.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var level slog.Level
+			if err := level.UnmarshalText([]byte(o.logLevel)); err != nil {
+				return unknown(fmt.Errorf("--log-level: %w", err), "use debug, info, warn or error")
+			}
+			return run(cmd.Context(), o, slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: level})))
+		},
+	}
+	configDir(cmd, &o.configDir)
+	host, _ := os.Hostname()
+	cmd.Flags().StringVar(&o.containerd, "containerd-socket", env("TIDEWAITER_CONTAINERD_SOCKET", "/run/containerd/containerd.sock"), "containerd's socket (TIDEWAITER_CONTAINERD_SOCKET)")
+	cmd.Flags().StringVar(&o.nri, "nri-socket", env("TIDEWAITER_NRI_SOCKET", "/var/run/nri/nri.sock"), "containerd's NRI socket (TIDEWAITER_NRI_SOCKET)")
+	cmd.Flags().StringVar(&o.node, "node", env("TIDEWAITER_NODE", host), "name of this node in messages (TIDEWAITER_NODE)")
+	cmd.Flags().StringVar(&o.logLevel, "log-level", "info", "debug, info, warn or error")
+	return cmd
+}
+
+func run(ctx context.Context, o runOptions, log *slog.Logger) error {
+	records, err := node.Dial(o.containerd)
+	if err != nil {
+		return unknown(err, "")
+	}
+	defer records.Close()
+	d := &daemon{
+		options:  o,
+		log:      log,
+		resolver: node.NewResolver(records, resolverOptions(nil)),
+	}
+	defer d.close()
+
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
+
+	log.Info("starting", "build", thisBuild(), "config", o.configDir)
+	current, err := config.Load(o.configDir)
+	d.apply(current, err)
+
+	gate := &nri.Gate{Resolver: d.resolver, Verifier: &d.enforcer, Observe: d.observe, Now: time.Now, Node: o.node}
+	session := &nri.Session{Gate: gate, Socket: o.nri, Log: log}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return session.Run(ctx) })
+	g.Go(func() error { return config.Watch(ctx, o.configDir, current, hup, d.apply) })
+	if err := g.Wait(); err != nil {
+		return unknown(err, "")
+	}
+	log.Info("stopped")
+	return nil
+}
+
+// A daemon is what run holds together.
+type daemon struct {
+	options  runOptions
+	log      *slog.Logger
+	resolver *node.Resolver
+	enforcer verify.Enforcer
+
+	cache   *cache.Cache   // of the configuration in force; owned by apply
+	retired sync.WaitGroup // caches of earlier configurations that are closing
+}
+
+// apply puts a configuration in force, or with an error keeps the last good one.
+// It is called by one goroutine at a time.
+func (d *daemon) apply(c *config.Config, err error) {
+	var setup *verify.Setup
+	var next *cache.Cache
+	if err == nil {
+		setup, err = c.Setup(func(e *verify.Engine) verify.Judge {
+			next = cache.New(e, cache.Options{Now: time.Now, Observe: d.judged(c.Mode)})
+			return next
+		}, time.Now)
+	}
+	if err != nil {
+		if next != nil {
+			next.Close()
+		}
+		force := "the last good configuration stays in force"
+		if d.enforcer.Setup() == nil {
+			force = "no configuration is in force: every container is denied"
+		}
+		d.log.Error("configuration rejected", "error", err.Error(), "consequence", force)
+		return
+	}
+	for _, w := range c.Warnings {
+		d.log.Warn("configuration", "warning", w.String())
+	}
+	d.resolver.Configure(resolverOptions(c))
+	d.enforcer.Swap(setup)
+	d.log.Info("configuration in force", "epoch", setup.Epoch.String(), "mode", c.Mode.String())
+	old := d.cache
+	d.cache = next
+	if old != nil {
+		d.retired.Go(func() { old.Close() })
+	}
+}
+
+// close ends what apply started.
+func (d *daemon) close() {
+	d.enforcer.Swap(nil)
+	if d.cache != nil {
+		d.cache.Close()
+	}
+	d.retired.Wait()
+}
+
+// observe logs one answer. Allowed repeats of a verified image are the normal
+// course and stay at debug level.
+func (d *daemon) observe(a nri.Answer) {
+	level := slog.LevelInfo
+	if a.Decision.Reason == verify.Verified {
+		level = slog.LevelDebug
+	}
+	d.log.Log(context.Background(), level, "decision", "hook", a.Hook, "took", a.Took.String(),
+		"decision", a.Decision.Report(a.Image, d.options.node))
+}
+
+// judged logs the end of a verification. In audit the hook does not wait for it,
+// so that this line is where the real answer stands.
+func (d *daemon) judged(m verify.Mode) func(verify.Question, verify.Decision) {
+	return func(q verify.Question, dec verify.Decision) {
+		d.log.Info("verification", "mode", m.String(), "decision", dec.Report(q.Image, d.options.node))
+	}
+}
+
+// resolverOptions are what a configuration says about binding; nil is none.
+func resolverOptions(c *config.Config) node.Options {
+	o := node.Options{ParseName: policy.ParseName, ParseRecord: policy.Record}
+	if c != nil {
+		o.Snapshotters, o.Runtimes = c.Gate.Snapshotters, c.Gate.Runtimes
+	}
+	return o
+}

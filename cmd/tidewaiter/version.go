@@ -1,0 +1,61 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"runtime"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+)
+
+// version is set by the build: -ldflags "-X main.version=v0.1.0".
+var version = "devel"
+
+// build says what this binary is.
+type build struct {
+	Version string `json:"version"`
+	Commit  string `json:"commit,omitempty"`
+	Go      string `json:"go"`
+	OS      string `json:"os"`
+	Arch    string `json:"arch"`
+}
+
+func thisBuild() build {
+	b := build{Version: version, Go: runtime.Version(), OS: runtime.GOOS, Arch: runtime.GOARCH}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				b.Commit = s.Value
+			}
+		}
+	}
+	return b
+}
+
+func versionCommand(stdout io.Writer) *cobra.Command {
+	var output string
+	cmd := &cobra.Command{
+		Use:   "version",
+		Short: "Print the version",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			if err := checkOutput(output); err != nil {
+				return err
+			}
+			b := thisBuild()
+			if output == "json" {
+				return json.NewEncoder(stdout).Encode(b)
+			}
+			fmt.Fprintf(stdout, "tidewaiter %s %s/%s %s", b.Version, b.OS, b.Arch, b.Go)
+			if b.Commit != "" {
+				fmt.Fprintf(stdout, " %.12s", b.Commit)
+			}
+			fmt.Fprintln(stdout)
+			return nil
+		},
+	}
+	outputFlag(cmd, &output)
+	return cmd
+}
