@@ -98,7 +98,7 @@ func (s *Session) once(ctx context.Context) error {
 		stub.WithPluginName(PluginName), stub.WithPluginIdx(PluginIndex),
 		stub.WithConnection(watched),
 		stub.WithOnClose(func() { once.Do(func() { close(closed) }) }),
-		stub.WithLogger(stubLog{s.Log}),
+		stub.WithLogger(stubLog{s.Log, p}),
 		stub.WithFailurePolicy(&api.FailurePolicy{FailRequest: true, KeepConnected: true}),
 		stub.WithTTRPCOptions(nil, []ttrpc.ServerOpt{ttrpc.WithUnaryServerInterceptor(p.watch)}),
 	)
@@ -111,13 +111,21 @@ func (s *Session) once(ctx context.Context) error {
 	go func() { started <- st.Start(ctx) }()
 	timeout := time.NewTimer(registerTimeout)
 	defer timeout.Stop()
-	// end closes the connection and waits for the stub: Start holds its lock and
-	// waits for Configure, for ever if the runtime goes away in between.
+	// end closes the connection and waits for the stub: Start waits for Configure
+	// without a limit, for ever if the runtime went away in between.
 	end := func() {
 		conn.Close()
-		p.abort(st)
-		<-started
-		st.Stop()
+		tick := time.NewTicker(50 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-started:
+				st.Stop()
+				return
+			case <-tick.C:
+				p.abort(st)
+			}
+		}
 	}
 	select {
 	case err := <-started:
@@ -185,6 +193,7 @@ func (c *watchedConn) Read(b []byte) (int, error) {
 type plugin struct {
 	gate    *Gate
 	peer    atomic.Pointer[peer] // nil until the runtime configured the plugin
+	waiting atomic.Bool          // the stub registers, and waits for Configure after that
 	aborted atomic.Bool
 	done    atomic.Bool // Synchronize is through
 	synced  chan struct{}
@@ -251,10 +260,11 @@ func (p *plugin) watch(ctx context.Context, unmarshal ttrpc.Unmarshaler, info *t
 	return r, err
 }
 
-// abort ends a Start that waits for a Configure which will not come.
+// abort ends a Start that waits for a Configure which will not come, by calling
+// that. Before the stub registers there is nothing to end: Start fails by itself
+// once the connection is closed. It may be called again and does something once.
 func (p *plugin) abort(st stub.Stub) {
-	p.aborted.Store(true)
-	if p.peer.Load() != nil {
+	if !p.waiting.Load() || p.peer.Load() != nil || !p.aborted.CompareAndSwap(false, true) {
 		return
 	}
 	if c, ok := st.(interface {
@@ -291,18 +301,28 @@ func release(version string) (major, minor int, ok bool) {
 	return major, minor, n == 2 && err == nil
 }
 
-// stubLog passes what the NRI stub says on at debug level.
-type stubLog struct{ log *slog.Logger }
+// stubLog passes what the NRI stub says on at debug level. It is also the only
+// sign that Start has got as far as registering.
+type stubLog struct {
+	log    *slog.Logger
+	plugin *plugin
+}
 
 func (l stubLog) Debugf(ctx context.Context, format string, args ...any) {
 	l.log.DebugContext(ctx, "nri: "+fmt.Sprintf(format, args...))
 }
+
 func (l stubLog) Infof(ctx context.Context, format string, args ...any) {
+	if strings.HasPrefix(format, "Registering plugin") {
+		l.plugin.waiting.Store(true)
+	}
 	l.Debugf(ctx, format, args...)
 }
+
 func (l stubLog) Warnf(ctx context.Context, format string, args ...any) {
 	l.Debugf(ctx, format, args...)
 }
+
 func (l stubLog) Errorf(ctx context.Context, format string, args ...any) {
 	l.log.WarnContext(ctx, "nri: "+fmt.Sprintf(format, args...))
 }
