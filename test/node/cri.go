@@ -88,6 +88,10 @@ type PodOptions struct {
 	Labels          map[string]string
 	Annotations     map[string]string
 	RuntimeHandler  string // empty: containerd's default, runc; or OtherHandler
+
+	// UserNamespace gives the pod a user namespace of its own, in which the IDs from
+	// 0 are 65,536 of the host from here on: "hostUsers: false". Zero is the host's.
+	UserNamespace uint32
 }
 
 // A Pod is a running sandbox. It uses the host's network.
@@ -139,7 +143,7 @@ func (n *Node) RunPod(ctx context.Context, o PodOptions) (*Pod, error) {
 		Linux: &runtimeapi.LinuxPodSandboxConfig{
 			CgroupParent: cgroupParent(n.Dir),
 			SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{
-				NamespaceOptions: namespaces(),
+				NamespaceOptions: namespaces(o.UserNamespace),
 				Seccomp:          &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_RuntimeDefault},
 			},
 		},
@@ -151,12 +155,17 @@ func (n *Node) RunPod(ctx context.Context, o PodOptions) (*Pod, error) {
 	return &Pod{ID: res.PodSandboxId, UID: uid, Name: o.Name, Namespace: o.Namespace, node: n, handler: o.RuntimeHandler, config: config}, nil
 }
 
-func namespaces() *runtimeapi.NamespaceOption {
-	return &runtimeapi.NamespaceOption{
+func namespaces(users uint32) *runtimeapi.NamespaceOption {
+	o := &runtimeapi.NamespaceOption{
 		Network: runtimeapi.NamespaceMode_NODE,
 		Pid:     runtimeapi.NamespaceMode_CONTAINER,
 		Ipc:     runtimeapi.NamespaceMode_POD,
 	}
+	if users != 0 {
+		ids := []*runtimeapi.IDMapping{{HostId: users, Length: 65536}}
+		o.UsernsOptions = &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: ids, Gids: ids}
+	}
+	return o
 }
 
 // ContainerOptions describe a container of a pod.
@@ -264,7 +273,7 @@ func (p *Pod) Create(ctx context.Context, o ContainerOptions) (*Container, error
 			LogPath:     log,
 			Linux: &runtimeapi.LinuxContainerConfig{
 				Resources:       &runtimeapi.LinuxContainerResources{CpuPeriod: 100000, CpuShares: 2, OomScoreAdj: 1000},
-				SecurityContext: &runtimeapi.LinuxContainerSecurityContext{NamespaceOptions: namespaces()},
+				SecurityContext: &runtimeapi.LinuxContainerSecurityContext{NamespaceOptions: p.config.Linux.SecurityContext.NamespaceOptions},
 			},
 		},
 	})

@@ -32,6 +32,12 @@ func TestAttach(t *testing.T) {
 				}
 				want = append(want, a.Manifest.Descriptor.Digest.String())
 			}
+			envelope := notarytest.MustSign(signer, img.Target, notarytest.SignOptions{})
+			style := notarytest.Manifest(envelope, verify.MediaTypeJWS, img.Target, notarytest.ArtifactType)
+			if err := r.Attach(ctx, img, style, node.AttachOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			want = append(want, style.Manifest.Descriptor.Digest.String())
 			api := r.URL() + "/v2/app/referrers/" + img.Target.Digest.String()
 			tag := r.URL() + "/v2/app/manifests/" + strings.Replace(img.Target.Digest.String(), ":", "-", 1)
 			found, missing := api, tag
@@ -46,7 +52,7 @@ func TestAttach(t *testing.T) {
 			if err := json.Unmarshal([]byte(body), &index); err != nil || status != http.StatusOK {
 				t.Fatalf("%s: status %d: %v: %s", found, status, err, body)
 			}
-			if len(index.Manifests) != 2 {
+			if len(index.Manifests) != 3 {
 				t.Fatalf("referrers: %s", body)
 			}
 			for _, d := range index.Manifests {
