@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/containerd/nri/pkg/api"
 	lru "github.com/hashicorp/golang-lru/v2"
@@ -64,6 +65,7 @@ type Options struct {
 	ParseRecord  func(string) (string, error)      // the name under which the CRI plugin keeps the same string
 	Snapshotters []string                          // trusted besides Snapshotters
 	Runtimes     []string                          // allowed besides Runtimes
+	Now          func() time.Time
 }
 
 // A Resolver binds containers to images. It is safe for concurrent use.
@@ -73,6 +75,7 @@ type Resolver struct {
 	compares atomic.Bool                         // Started is asked
 	loaded   atomic.Pointer[[]string]            // snapshotters of the connected containerd, trusted first
 	leads    *lru.Cache[verify.Target, lead]     // what a target leads to: follows from its digest
+	names    *lru.Cache[string, proof]           // what image records pointed to a moment ago
 	runtime  *lru.Cache[string, string]          // sandbox to runtime type
 	decided  *lru.Cache[string, []digest.Digest] // container to the configs that were allowed for it
 }
@@ -85,8 +88,21 @@ type lead struct {
 	fault    *verify.Fault // set: the content cannot be judged
 }
 
+// A proof is what a record pointed to, and when containerd said so.
+type proof struct {
+	target ocispec.Descriptor
+	at     time.Time
+}
+
+// proofFor is how long a proof holds on runtimes that tell what they resolved: a
+// burst of containers asks for a record once. The runtime's word for what runs is
+// new each time; a record that moves away meanwhile makes its name no less that
+// of the image that runs.
+const proofFor = 30 * time.Second
+
 // Bounds of what a Resolver remembers: entries.
 const (
+	maxNames   = 2048
 	maxLeads   = 2048
 	maxRuntime = 1024
 	maxDecided = 4096
@@ -95,9 +111,10 @@ const (
 // NewResolver makes a Resolver.
 func NewResolver(r Records, o Options) *Resolver {
 	c, _ := lru.New[verify.Target, lead](maxLeads) // errors only for a size below one
+	p, _ := lru.New[string, proof](maxNames)
 	rt, _ := lru.New[string, string](maxRuntime)
 	d, _ := lru.New[string, []digest.Digest](maxDecided)
-	n := &Resolver{records: r, leads: c, runtime: rt, decided: d}
+	n := &Resolver{records: r, leads: c, names: p, runtime: rt, decided: d}
 	n.options.Store(&o)
 	return n
 }
@@ -111,6 +128,7 @@ func (r *Resolver) Configure(o Options) { r.options.Store(&o) }
 func (r *Resolver) Connected(compares bool) {
 	r.compares.Store(compares)
 	r.loaded.Store(nil)
+	r.names.Purge()
 }
 
 // What containerd's CRI plugin writes into a container's annotations
@@ -158,7 +176,7 @@ func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 	if err != nil {
 		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error()}
 	}
-	target, err := r.records.Image(ctx, record)
+	target, err := r.record(ctx, o, record, ctr.GetImage().GetDigest())
 	if errors.Is(err, ErrNotFound) {
 		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "no image record on this node has the name " + verify.Quote(record, 200) + ", so it does not prove which policy applies; pull the image by that name"}
 	}
@@ -175,6 +193,22 @@ func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 	}
 	img.Binding, err = r.bind(ctx, o, ctr, target, c)
 	return err
+}
+
+// record returns what the image record name points to. Where the runtime told the
+// target's digest, a fresh proof of the same is enough.
+func (r *Resolver) record(ctx context.Context, o *Options, name, told string) (ocispec.Descriptor, error) {
+	now := o.Now()
+	if p, ok := r.names.Get(name); ok && told != "" && p.target.Digest.String() == told {
+		if age := now.Sub(p.at); 0 <= age && age < proofFor {
+			return p.target, nil
+		}
+	}
+	target, err := r.records.Image(ctx, name)
+	if err == nil {
+		r.names.Add(name, proof{target, now})
+	}
+	return target, err
 }
 
 // volumes refuses images that are mounted as volumes: they run, or are read by

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/nri/pkg/api"
 	"github.com/containerd/platforms"
@@ -153,6 +154,7 @@ func testOptions() Options {
 			return verify.Name{Host: host, Path: path, Digest: digest.Digest(d)}, nil
 		},
 		ParseRecord: func(s string) (string, error) { return s, nil },
+		Now:         func() time.Time { return time.Unix(1e9, 0) },
 	}
 }
 
@@ -220,7 +222,7 @@ func TestBinding(t *testing.T) {
 			i := r.image("good", "a")
 			x := r.index(on(i.manifest, elsewhere))
 			return x, i, x.Digest
-		}, verify.ImageAmbiguous},
+		}, verify.ImageUnresolved},
 		"index and manifest at once": {func(r *records) (ocispec.Descriptor, image, digest.Digest) {
 			i := r.image("good", "a")
 			x := r.put(ocispec.MediaTypeImageIndex, map[string]any{"schemaVersion": 2,
@@ -461,8 +463,61 @@ func TestRemembers(t *testing.T) {
 		t.Fatal(img.Fault)
 	}
 	rec.calls = 0
-	if img := resolveOne(t, r, ctr); img.Fault != nil || rec.calls != 1 {
-		t.Fatalf("fault %v, %d calls where one (the record) is needed", img.Fault, rec.calls)
+	if img := resolveOne(t, r, ctr); img.Fault != nil || rec.calls != 0 {
+		t.Fatalf("fault %v, %d calls where everything is known", img.Fault, rec.calls)
+	}
+}
+
+// A name that was proven a moment ago is not asked for again, unless the runtime
+// resolved something else, or does not say.
+func TestProofOfName(t *testing.T) {
+	const name = "registry.example/app:1"
+	rec := newRecords()
+	old, moved := rec.image("old", "a"), rec.image("new", "b")
+	rec.images[name] = old.manifest
+	now := time.Unix(1e9, 0)
+	o := testOptions()
+	o.Now = func() time.Time { return now }
+	r := NewResolver(rec, o)
+	r.Connected(true)
+	was, is := container(name, old.manifest.Digest, old.config.Digest), container(name, moved.manifest.Digest, moved.config.Digest)
+	if img := resolveOne(t, r, was); img.Fault != nil {
+		t.Fatal(img.Fault)
+	}
+	rec.images[name] = moved.manifest
+	if img := resolveOne(t, r, was); img.Fault != nil || img.Target.Digest != old.manifest.Digest {
+		t.Fatalf("what the name led to a moment ago: %+v", img)
+	}
+	if img := resolveOne(t, r, is); img.Fault != nil || img.Target.Digest != moved.manifest.Digest {
+		t.Fatalf("what the name leads to now: %+v", img)
+	}
+	if img := resolveOne(t, r, was); img.Fault == nil || img.Fault.Reason != verify.ImageMismatch {
+		t.Fatalf("after the move was seen: %+v", img)
+	}
+	// A proof ends, also when the clock goes back, and with the connection.
+	rec.images[name] = old.manifest
+	for _, end := range []func(){
+		func() { now = now.Add(proofFor) }, func() { now = now.Add(-time.Hour) }, func() { r.Connected(true) },
+	} {
+		if img := resolveOne(t, r, was); img.Fault != nil {
+			t.Fatal(img.Fault)
+		}
+		end()
+		delete(rec.images, name)
+		if img := resolveOne(t, r, was); img.Fault == nil || img.Fault.Reason != verify.ImageUnresolved {
+			t.Fatalf("a proof that ended: %+v", img)
+		}
+		rec.images[name] = old.manifest
+	}
+	// Without the runtime's word the record is asked for each time.
+	silent := container(name, "", "")
+	rec.snapshots["overlayfs"][ctrID] = Snapshot{Parent: old.chain}
+	if img := resolveOne(t, r, silent); img.Fault != nil {
+		t.Fatal(img.Fault)
+	}
+	rec.images[name] = moved.manifest
+	if img := resolveOne(t, r, silent); img.Fault == nil {
+		t.Fatal("a moved record was not looked up")
 	}
 }
 
