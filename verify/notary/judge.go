@@ -71,9 +71,17 @@ func (st *statement) judge(info *signature.SignerInfo, now time.Time, maxCertifi
 	if i := slices.IndexFunc(issued, revocable); i >= 0 && fails(st.actions.revocation, verify.RevocationUnknown) {
 		return refuse(verify.RevocationUnknown, "certificate "+verify.Quote(issued[i].Subject.String(), 128)+" names a CRL or an OCSP responder, and nobody is asked")
 	}
+	if f.Until.IsZero() {
+		// A timestamp, and a signing authority's word, do not end. An answer without
+		// an end is not kept, so that no container would ever find it.
+		f.Until = now.Add(again)
+	}
 	f.Reason = verify.Verified
 	return f
 }
+
+// again is when a finding that rests on nothing that ends is made anew.
+const again = 24 * time.Hour
 
 // restsOnNow reports whether the chain must be valid now, rather than when the
 // signature was made (trust-store-trust-policy.md, "Authentic timestamp").

@@ -114,10 +114,12 @@ func TestTimestamp(t *testing.T) {
 					if f.Reason != want || !strings.Contains(f.Detail, detail) || len(f.Warnings) > 0 {
 						t.Errorf("%s, %s %q at %s: %s (%s), want %s (%s)", test.name, m, when, date(now), f.Reason, f.Detail, want, detail)
 					}
-					// Only a finding that rests on now ends.
+					// Only a finding that rests on now ends by itself; any is kept.
 					until := time.Time{}
 					if when == "afterCertExpiry" && now.Equal(noon) {
 						until = ends
+					} else if want == verify.Verified {
+						until = now.Add(again)
 					}
 					if !f.Until.Equal(until) {
 						t.Errorf("%s, %s %q at %s: until %v", test.name, m, when, date(now), f.Until)
@@ -287,7 +289,11 @@ func TestSigningAuthority(t *testing.T) {
 		} {
 			for _, now := range []time.Time{noon, year(2100)} {
 				f := check(newChecker(t, store, now, statement), m, test.blob, image)
-				if f.Reason != test.reason || f.Signer.Anchor != test.anchor || !f.Until.IsZero() {
+				until := time.Time{}
+				if test.reason == verify.Verified {
+					until = now.Add(again) // kept, although it does not end by itself
+				}
+				if f.Reason != test.reason || f.Signer.Anchor != test.anchor || !f.Until.Equal(until) {
 					t.Errorf("%s %s: %s %+v until %v (%s)", name, m, f.Reason, f.Signer, f.Until, f.Detail)
 				}
 			}
