@@ -16,6 +16,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/containerd/nri/pkg/api"
@@ -53,6 +54,8 @@ type Gate struct {
 	Observe  func(Answer) // log and metrics; must not block
 	Now      func() time.Time
 	Node     string // name of this node in messages
+
+	purse purse
 }
 
 const (
@@ -140,7 +143,11 @@ func (g *Gate) decide(ctx context.Context, ask question, start time.Time, find f
 
 // verify asks for one decision, has it observed, and renders a denial.
 func (g *Gate) verify(ctx context.Context, ask question, start time.Time, img verify.Image) error {
+	before := g.Now()
+	ctx, cancel := g.purse.open(ctx, before)
 	d := g.Verifier.Verify(ctx, img)
+	cancel()
+	g.purse.pay(g.Now().Sub(before))
 	g.Observe(Answer{Image: img, Decision: d, Took: g.Now().Sub(start), Hook: ask.hook})
 	if !d.Allowed() {
 		return errors.New(d.Message(img, g.Node))
@@ -160,4 +167,43 @@ func (g *Gate) budget(ctx context.Context, now time.Time) time.Duration {
 	}
 	left := deadline.Sub(now)
 	return max(min(budget, left-min(margin, left/4)), 0)
+}
+
+// The runtime handles one container event of the node at a time, so that each
+// wait for a verification is one of all pods. Without a bound on their sum the
+// pods of one author, whose registry never answers, would stop the node.
+const (
+	waitShare = 20          // waits take one part in so many of wall time
+	maxWaits  = time.Second // and at most this much at once, after a quiet time
+)
+
+// A purse is the time that answers may spend on waiting. Its zero value is full.
+// It is safe for concurrent use.
+type purse struct {
+	mu    sync.Mutex
+	at    time.Time     // when it was last filled
+	spent time.Duration // what is missing; may be more than maxWaits
+}
+
+// open returns ctx, or where the purse is empty a context that has ended: what is
+// known is answered all the same, and what is not goes on without anybody waiting.
+func (p *purse) open(ctx context.Context, now time.Time) (context.Context, context.CancelFunc) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if d := now.Sub(p.at); d > 0 {
+		p.spent = max(p.spent-d/waitShare, 0)
+	}
+	p.at = now
+	ctx, cancel := context.WithCancel(ctx)
+	if p.spent >= maxWaits {
+		cancel()
+	}
+	return ctx, cancel
+}
+
+// pay takes d out of the purse.
+func (p *purse) pay(d time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.spent += max(d, 0)
 }

@@ -1,0 +1,104 @@
+package nri
+
+import (
+	"context"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/containerd/nri/pkg/api"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+)
+
+// one is a Resolver that finds one image.
+type one struct{}
+
+func (one) Resolve(context.Context, *api.PodSandbox, *api.Container) []verify.Image {
+	return []verify.Image{{Name: verify.Name{Host: "registry.example", Path: "app"}, Use: verify.UseContainer}}
+}
+func (one) Decided(string, []verify.Image)                {}
+func (one) Started(context.Context, string) *verify.Fault { return nil }
+func (one) Connected(bool)                                {}
+
+// slow is a Verifier that waits for what is not known, as an Enforcer does.
+type slow struct {
+	wait   time.Duration
+	asked  int
+	waited time.Duration
+}
+
+func (s *slow) Verify(ctx context.Context, _ verify.Image) verify.Decision {
+	s.asked++
+	from := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, s.wait)
+	defer cancel()
+	<-ctx.Done()
+	s.waited += time.Since(from)
+	return verify.Deny(verify.Pending, "still being checked")
+}
+
+// TestWaitsAreBounded: the runtime asks one question at a time, so that pods
+// which can never be verified must not wait for most of the node's time.
+func TestWaitsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		v := &slow{wait: 50 * time.Millisecond}
+		g := &Gate{Resolver: one{}, Verifier: v, Observe: func(Answer) {}, Now: time.Now}
+		ask := func() {
+			if g.ValidateContainerAdjustment(t.Context(), &api.ValidateContainerAdjustmentRequest{}) == nil {
+				t.Fatal("allowed")
+			}
+		}
+		// One alone waits as it may.
+		if ask(); v.waited != v.wait {
+			t.Errorf("the first waited %v, want %v", v.waited, v.wait)
+		}
+		// 200 pods at the pace of a kubelet, for a minute.
+		start := time.Now()
+		for time.Since(start) < time.Minute {
+			ask()
+			time.Sleep(5 * time.Millisecond)
+		}
+		all := time.Since(start)
+		if most := all/waitShare + maxWaits + v.wait; v.waited > most {
+			t.Errorf("%d questions waited %v in %v, want at most %v", v.asked, v.waited, all, most)
+		}
+		if v.waited < all/waitShare/2 {
+			t.Errorf("only %v of %v were waited", v.waited, all)
+		}
+		// After a quiet time there is something to spend again, and no more than that.
+		time.Sleep(time.Hour)
+		v.waited = 0
+		for range 200 {
+			ask()
+		}
+		if most := maxWaits*21/20 + v.wait; v.waited > most || v.waited < maxWaits {
+			t.Errorf("after a quiet hour %v were waited at once, want %v to %v", v.waited, maxWaits, most)
+		}
+	})
+}
+
+// known is a Verifier that answers from memory.
+type known struct {
+	asked int
+	ended bool // no wait was granted
+}
+
+func (k *known) Verify(ctx context.Context, _ verify.Image) verify.Decision {
+	k.asked++
+	k.ended = ctx.Err() != nil
+	return verify.Deny(verify.PolicyNoMatch, digest.FromString("x").String())
+}
+
+// TestKnownAnswersCostNoWait: an empty purse keeps nothing from being answered.
+func TestKnownAnswersCostNoWait(t *testing.T) {
+	k := &known{}
+	var last verify.Decision
+	g := &Gate{Resolver: one{}, Verifier: k, Observe: func(a Answer) { last = a.Decision }, Now: time.Now}
+	g.purse.at = time.Now()
+	g.purse.pay(time.Hour)
+	if err := g.ValidateContainerAdjustment(t.Context(), &api.ValidateContainerAdjustmentRequest{}); err == nil || last.Reason != verify.PolicyNoMatch || k.asked != 1 || !k.ended {
+		t.Errorf("%v, %v, asked %d times", err, last.Reason, k.asked)
+	}
+}
