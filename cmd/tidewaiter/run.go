@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	containerdlog "github.com/containerd/log"
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
@@ -43,9 +44,12 @@ again when it changes or on SIGHUP. It logs JSON lines to standard error.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var level slog.Level
 			if err := level.UnmarshalText([]byte(o.logLevel)); err != nil {
-				return unknown(fmt.Errorf("--log-level: %w", err), "use debug, info, warn or error")
+				return unknown(fmt.Errorf("--log-level: %s is not debug, info, warn or error", verify.Quote(o.logLevel, 40)), "run tidewaiter run --help")
 			}
-			return run(cmd.Context(), o, slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: level})))
+			log := slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: level}))
+			slog.SetDefault(log)    // what libraries log is JSON lines too
+			containerdlog.UseSlog() // such as ttrpc, below NRI
+			return run(cmd.Context(), o, log)
 		},
 	}
 	configDir(cmd, &o.configDir)
@@ -75,14 +79,25 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	defer signal.Stop(hup)
 
 	log.Info("starting", "build", thisBuild(), "config", o.configDir)
-	current, err := config.Load(o.configDir)
-	d.apply(current, err)
-
 	gate := &nri.Gate{Resolver: d.resolver, Verifier: &d.enforcer, Observe: d.observe, Now: time.Now, Node: o.node}
 	session := &nri.Session{Gate: gate, Socket: o.nri, Log: log}
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return session.Run(ctx) })
-	g.Go(func() error { return config.Watch(ctx, o.configDir, current, hup, d.apply) })
+	loaded := make(chan struct{}) // closed when the directory was read once
+	var once sync.Once
+	g.Go(func() error {
+		return config.Watch(ctx, o.configDir, nil, hup, func(c *config.Config, err error) {
+			d.apply(c, err)
+			once.Do(func() { close(loaded) })
+		})
+	})
+	g.Go(func() error {
+		select {
+		case <-loaded:
+			return session.Run(ctx)
+		case <-ctx.Done():
+			return nil
+		}
+	})
 	if err := g.Wait(); err != nil {
 		return unknown(err, "")
 	}
@@ -152,6 +167,9 @@ func (d *daemon) observe(a nri.Answer) {
 	if a.Decision.Reason == verify.Verified {
 		level = slog.LevelDebug
 	}
+	if a.Decision.Made.IsZero() { // no source was asked
+		a.Decision.Made = time.Now()
+	}
 	d.log.Log(context.Background(), level, "decision", "hook", a.Hook, "took", a.Took.String(),
 		"decision", a.Decision.Report(a.Image, d.options.node))
 }
@@ -166,7 +184,7 @@ func (d *daemon) judged(m verify.Mode) func(verify.Question, verify.Decision) {
 
 // resolverOptions are what a configuration says about binding; nil is none.
 func resolverOptions(c *config.Config) node.Options {
-	o := node.Options{ParseName: policy.ParseName, ParseRecord: policy.Record}
+	o := node.Options{ParseName: policy.ParseName, ParseRecord: policy.Record, Now: time.Now}
 	if c != nil {
 		o.Snapshotters, o.Runtimes = c.Gate.Snapshotters, c.Gate.Runtimes
 	}

@@ -6,25 +6,22 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/url"
 	"path/filepath"
 	"strings"
 	"time"
 
-	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
 	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
-	"github.com/tidewaiter/tidewaiter/nri/node"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
-	"github.com/tidewaiter/tidewaiter/verify/source/layout"
-	"github.com/tidewaiter/tidewaiter/verify/source/mirror"
 )
 
 // verifyTimeout bounds one run of the verb: the limits bound each source.
 const verifyTimeout = 2 * time.Minute
+
+const nameHint = "name the image as repository@sha256:..."
 
 type verifyOptions struct {
 	configDir string
@@ -39,15 +36,22 @@ func verifyCommand(stdout io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify REPOSITORY@DIGEST",
 		Short: "Judge one image, with the node's configuration and no daemon",
-		Long: `Verify judges one image as the gate in enforce would. It needs no daemon and no
-containerd. The digest may be that of an index or of a manifest; tags are not
-resolved. With --layout or --mirror only those are asked for signatures, and not
-what the configuration names.
+		Long: `Verify judges one image as the gate in enforce would, also where the configuration
+says audit. It needs no daemon and no containerd. The digest may be that of an
+index or of a manifest; tags are not resolved. With --layout or --mirror only
+those are asked, and not what the configuration names. They hold the image's
+manifest with its signatures, or its signatures alone.
 
+The answer goes to standard output, what kept Verify from one to standard error.
 Exit status: 0 allowed, 1 denied, 2 it could not be found out.`,
 		Example: `  tidewaiter verify --layout /media/usb registry.example/app@sha256:...
   tidewaiter verify --mirror registry.example=http://127.0.0.1:5000 --output json registry.example/app@sha256:...`,
-		Args: cobra.ExactArgs(1),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return unknown(fmt.Errorf("%d images are named, not one", len(args)), nameHint)
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := checkOutput(o.output); err != nil {
 				return err
@@ -57,7 +61,7 @@ Exit status: 0 allowed, 1 denied, 2 it could not be found out.`,
 	}
 	configDir(cmd, &o.configDir)
 	cmd.Flags().StringArrayVar(&o.layouts, "layout", nil, "OCI image layout directory with signatures; may be given several times")
-	cmd.Flags().StringArrayVar(&o.mirrors, "mirror", nil, "HOST=URL of a registry with the signatures of HOST's images; may be given several times")
+	cmd.Flags().StringArrayVar(&o.mirrors, "mirror", nil, "HOST=URL of a registry with the signatures of HOST's images, HOST * for those of every host without a mirror of its own; may be given several times")
 	cmd.Flags().StringVar(&o.namespace, "namespace", "", "namespace of the pod, for the report")
 	outputFlag(cmd, &o.output)
 	return cmd
@@ -68,19 +72,21 @@ func verifyImage(ctx context.Context, stdout io.Writer, o verifyOptions, ref str
 	defer cancel()
 	name, err := policy.ParseName(ref)
 	if err != nil {
-		return unknown(err, "name the image as repository@sha256:...")
+		return unknown(err, nameHint)
 	}
 	if name.Digest == "" {
-		return unknown(fmt.Errorf("%s has no digest", ref), "name the image as "+name.Repository()+"@sha256:...: a tag may be moved, so that a verdict about one says nothing")
+		return unknown(fmt.Errorf("%s has no digest", verify.Quote(ref, 160)),
+			"name the image as "+name.Repository()+"@sha256:...: a tag may be moved, so that a verdict about one says nothing")
 	}
 	c, err := config.Load(o.configDir)
-	if err != nil {
-		return unknown(err, "--config-dir names another directory")
+	if errors.Is(err, config.ErrNone) {
+		return unknown(err, "write trustpolicy.json and truststore there, or name their directory with --config-dir")
 	}
-	if len(o.layouts)+len(o.mirrors) > 0 {
-		if err := o.listed(c); err != nil {
-			return err
-		}
+	if err != nil {
+		return unknown(err, "correct it, or name another directory with --config-dir")
+	}
+	if err := o.listed(c); err != nil {
+		return err
 	}
 	setup, err := c.Setup(func(e *verify.Engine) verify.Judge { return e }, time.Now)
 	if err != nil {
@@ -91,16 +97,31 @@ func verifyImage(ctx context.Context, stdout io.Writer, o verifyOptions, ref str
 	enforcer.Swap(setup)
 
 	img := verify.Image{Name: name, Asked: ref, Use: verify.UseQuestion, Pod: verify.Pod{Namespace: o.namespace}}
-	// A rule that denies, or none, is the answer without asking anybody.
 	img.Target = ocispec.Descriptor{Digest: name.Digest}
+	var tried []verify.Attempt
+	partial := false
+	// A rule that denies, or none, is the answer without asking anybody.
 	if rule := setup.Policy.Select(img); rule.Settled != "" {
 		img.Manifest, img.Binding = img.Target, verify.BoundDigest
 	} else {
-		bindDigest(ctx, c.Sources()(name), &img)
+		tried, partial = newBinder(name, c.Sources()(name), c.Limits).bind(ctx, &img)
 	}
 	d := enforcer.Verify(ctx, img)
+	if img.Fault != nil {
+		d.Tried = tried
+	}
+	if d.Made.IsZero() { // no source was asked
+		d.Made = time.Now()
+	}
+	if partial && d.Reason == verify.SignatureMissing {
+		d.Reason = verify.ImageUnresolved
+		d.Detail = "the index has no signature, and which of its manifests this platform would run is not known: they are not where the index is"
+	}
+	if !d.Allowed() && errors.Is(ctx.Err(), context.Canceled) {
+		return unknown(errors.New("interrupted before there was an answer"), "")
+	}
 	if err := printDecision(stdout, o.output, d, img); err != nil {
-		return unknown(err, "")
+		return unknown(fmt.Errorf("write the answer: %w", err), "")
 	}
 	switch {
 	case d.Allowed():
@@ -111,10 +132,17 @@ func verifyImage(ctx context.Context, stdout io.Writer, o verifyOptions, ref str
 	return &failure{status: exitNo}
 }
 
-// listed makes the layouts and mirrors of the command line the only sources.
+// listed makes the layouts and mirrors of the command line, if there are any, the
+// only sources.
 func (o verifyOptions) listed(c *config.Config) error {
+	if len(o.layouts)+len(o.mirrors) == 0 {
+		return nil
+	}
 	c.Listed, c.Layouts, c.Mirrors = true, nil, nil
 	for _, l := range o.layouts {
+		if l == "" {
+			return unknown(errors.New("--layout: no directory is named"), "")
+		}
 		dir, err := filepath.Abs(l)
 		if err != nil {
 			return unknown(fmt.Errorf("--layout: %w", err), "")
@@ -122,14 +150,18 @@ func (o verifyOptions) listed(c *config.Config) error {
 		c.Layouts = append(c.Layouts, dir)
 	}
 	for _, m := range o.mirrors {
-		host, raw, _ := strings.Cut(m, "=")
-		u, err := url.Parse(raw)
-		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
-			return unknown(errors.New("--mirror: not HOST=URL with an http or https URL"), "for example --mirror registry.example=http://127.0.0.1:5000")
+		// Nothing of m is repeated: it may hold a password.
+		host, raw, found := strings.Cut(m, "=")
+		if !found {
+			return unknown(errors.New("--mirror: not HOST=URL"), mirrorHint)
+		}
+		u, err := config.ParseURL(raw)
+		if err != nil {
+			return unknown(fmt.Errorf("--mirror: the URL %w", err), mirrorHint)
 		}
 		if host != "*" {
 			if host, err = policy.ParseHost(host); err != nil {
-				return unknown(fmt.Errorf("--mirror: %w", err), "")
+				return unknown(fmt.Errorf("--mirror: %w", err), mirrorHint)
 			}
 		}
 		c.Mirrors = append(c.Mirrors, config.Mirror{Host: host, URL: u})
@@ -137,86 +169,7 @@ func (o verifyOptions) listed(c *config.Config) error {
 	return nil
 }
 
-// bindDigest completes img from the sources: media type and size of what the
-// digest names, which signatures cover too, and the manifest that this platform
-// would run. Where no source has it, img gets a fault.
-func bindDigest(ctx context.Context, sources []verify.Source, img *verify.Image) {
-	target, err := describe(ctx, sources, img.Name, img.Name.Digest)
-	if err != nil {
-		reason := verify.ImageUnresolved
-		for sentinel, r := range map[error]verify.Reason{
-			verify.ErrUnreachable: verify.SourceUnreachable, verify.ErrUnauthorized: verify.SourceUnauthorized,
-		} {
-			if errors.Is(err, sentinel) {
-				reason = r
-			}
-		}
-		img.Target = ocispec.Descriptor{}
-		img.Fault = &verify.Fault{Reason: reason, Detail: err.Error()}
-		return
-	}
-	img.Target, img.Manifest, img.Binding = target, target, verify.BoundDigest
-	manifest, m, err := node.Select(ctx, func(ctx context.Context, d ocispec.Descriptor) ([]byte, error) {
-		return blob(ctx, sources, img.Name, d)
-	}, target)
-	var fault *verify.Fault
-	switch {
-	case err == nil:
-		img.Manifest, img.Config = manifest, m.Config.Digest
-	case errors.As(err, &fault) && fault.Reason != verify.ImageMismatch:
-		img.Fault = fault
-	default:
-		// The index is here and its manifest is not: a signature of the index counts.
-	}
-}
-
-// A holder returns manifests and indexes that it has.
-type holder func(context.Context, verify.Name, digest.Digest) (ocispec.Descriptor, []byte, error)
-
-func holders(sources []verify.Source) []holder {
-	var list []holder
-	for _, s := range sources {
-		switch s := s.(type) {
-		case *layout.Source:
-			list = append(list, func(ctx context.Context, _ verify.Name, d digest.Digest) (ocispec.Descriptor, []byte, error) {
-				return s.Manifest(ctx, d)
-			})
-		case *mirror.Source:
-			list = append(list, s.Manifest)
-		}
-	}
-	return list
-}
-
-// describe returns the descriptor of the manifest or index d from the first
-// source that has it. Its error is that of the first source that did not answer,
-// else that nobody has it.
-func describe(ctx context.Context, sources []verify.Source, in verify.Name, d digest.Digest) (ocispec.Descriptor, error) {
-	desc, _, err := fetch(ctx, sources, in, d)
-	return desc, err
-}
-
-func blob(ctx context.Context, sources []verify.Source, in verify.Name, d ocispec.Descriptor) ([]byte, error) {
-	_, raw, err := fetch(ctx, sources, in, d.Digest)
-	return raw, err
-}
-
-func fetch(ctx context.Context, sources []verify.Source, in verify.Name, d digest.Digest) (ocispec.Descriptor, []byte, error) {
-	var first error
-	for _, h := range holders(sources) {
-		desc, raw, err := h(ctx, in, d)
-		if err == nil {
-			return desc, raw, nil
-		}
-		if first == nil || errors.Is(err, verify.ErrUnreachable) || errors.Is(err, verify.ErrUnauthorized) {
-			first = err
-		}
-	}
-	if first == nil {
-		first = errors.New("no layout and no mirror is given for the image's host")
-	}
-	return ocispec.Descriptor{}, nil, first
-}
+const mirrorHint = "for example --mirror registry.example=http://127.0.0.1:5000"
 
 // printDecision writes the answer. In text the first line is the one that a pod's
 // event would show; what each source said follows.
@@ -231,10 +184,16 @@ func printDecision(w io.Writer, output string, d verify.Decision, img verify.Ima
 		return err
 	}
 	for _, s := range d.Signers {
-		fmt.Fprintf(w, "  signed by %s, trusted through %s\n", verify.Quote(s.Subject, 200), verify.Clean(s.Anchor, 120))
+		trust := "whom no trust store of the rule vouches for"
+		if s.Anchor != "" {
+			trust = "trusted through " + verify.Clean(s.Anchor, 120)
+		}
+		if _, err := fmt.Fprintf(w, "  signed by %s, %s\n", verify.Quote(s.Subject, 200), trust); err != nil {
+			return err
+		}
 	}
 	for _, a := range d.Tried {
-		line := fmt.Sprintf("  %s: %s, %d signature(s) seen", verify.Clean(a.Source, 200), a.Reason, a.Seen)
+		line := fmt.Sprintf("  %s: %s, signatures seen: %d", verify.Clean(a.Source, 200), a.Reason, a.Seen)
 		if a.Detail != "" {
 			line += ": " + verify.Clean(a.Detail, 300)
 		}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -48,6 +49,9 @@ func Select(ctx context.Context, read Reader, target ocispec.Descriptor) (ocispe
 			return ocispec.Descriptor{}, m, fault
 		case p.failed:
 			return ocispec.Descriptor{}, m, err
+		}
+		if errdefs.IsNotFound(err) && images.IsIndexType(target.MediaType) {
+			return ocispec.Descriptor{}, m, &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the index has no manifest for " + platforms.DefaultString()}
 		}
 		return ocispec.Descriptor{}, m, &verify.Fault{Reason: verify.ImageAmbiguous, Detail: "no manifest can be selected: " + err.Error()}
 	}

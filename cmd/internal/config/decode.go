@@ -175,7 +175,7 @@ func (r *reader) mirror(n *yaml.Node, path string) (m Mirror) {
 			r.fail(f["host"], path+".host", "%v", err)
 		}
 	}
-	if m.URL, err = parseURL(r.text(f["url"], path+".url")); err != nil {
+	if m.URL, err = ParseURL(r.text(f["url"], path+".url")); err != nil {
 		r.fail(f["url"], path+".url", "%v", err)
 	}
 	if f["ca"] == nil || r.err != nil {
@@ -203,9 +203,10 @@ func (r *reader) mirror(n *yaml.Node, path string) (m Mirror) {
 	return m
 }
 
-// parseURL reads the URL of a registry. Errors do not repeat it, since it may
-// hold a password.
-func parseURL(s string) (*url.URL, error) {
+// ParseURL reads the URL of a registry: http or https, without user, query and
+// fragment, and without the slash at the end. Errors do not repeat it, since it
+// may hold a password, and read on from the name of a field.
+func ParseURL(s string) (*url.URL, error) {
 	u, err := url.Parse(s)
 	switch {
 	case err != nil || len(s) > 1024 || printable(s) != nil || u.Opaque != "":

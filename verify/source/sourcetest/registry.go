@@ -72,6 +72,11 @@ func (g *Registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // mediaType is that of the manifest d as it was listed.
 func (g *Registry) mediaType(d digest.Digest) string {
+	for _, e := range g.Content.Images {
+		if e.Digest == d {
+			return e.MediaType
+		}
+	}
 	for _, list := range g.Content.Referrers {
 		for _, e := range list {
 			if e.Digest == d {

@@ -1,0 +1,379 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
+)
+
+// An image that scripts use, with everything that belongs to it.
+type image struct {
+	target  ocispec.Descriptor
+	content map[digest.Digest][]byte // manifests and configs, by digest
+	inner   []ocispec.Descriptor     // manifests below target
+	signed  []signature
+}
+
+type signature struct {
+	subject ocispec.Descriptor
+	notarytest.Artifact
+}
+
+func (i *image) put(mediaType string, raw []byte, alg digest.Algorithm) ocispec.Descriptor {
+	d := ocispec.Descriptor{MediaType: mediaType, Digest: alg.FromBytes(raw), Size: int64(len(raw))}
+	if i.content == nil {
+		i.content = map[digest.Digest][]byte{}
+	}
+	i.content[d.Digest] = raw
+	return d
+}
+
+func encode(v any) []byte {
+	raw, err := json.Marshal(v)
+	if err != nil {
+		panic(err) // of our own structs
+	}
+	return raw
+}
+
+// manifest adds an image manifest that differs from others by name.
+func (i *image) manifest(name string, alg digest.Algorithm) ocispec.Descriptor {
+	config := i.put(ocispec.MediaTypeImageConfig, fmt.Appendf(nil, `{"architecture":%q,"os":%q,"author":%q,"rootfs":{"type":"layers","diff_ids":[]}}`, runtime.GOARCH, runtime.GOOS, name), digest.SHA256)
+	return i.put(ocispec.MediaTypeImageManifest, encode(ocispec.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, Config: config, Layers: []ocispec.Descriptor{},
+	}), alg)
+}
+
+func (i *image) index(manifests ...ocispec.Descriptor) ocispec.Descriptor {
+	for _, m := range manifests {
+		m.Platform = nil
+		i.inner = append(i.inner, m)
+	}
+	return i.put(ocispec.MediaTypeImageIndex, encode(ocispec.Index{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: manifests,
+	}), digest.SHA256)
+}
+
+// sign attaches a signature by s over payload to subject.
+func (i *image) sign(s *notarytest.Signer, subject, payload ocispec.Descriptor, o notarytest.SignOptions) {
+	i.signed = append(i.signed, signature{subject, notarytest.Manifest(notarytest.MustSign(s, payload, o), verify.MediaTypeJWS, subject, notarytest.ArtifactType)})
+}
+
+type fixtures struct {
+	root   []byte // of the CA that configurations trust
+	images map[string]*image
+}
+
+// identity is whom the configurations of scripts trust, at the CA acme.
+const identity = "x509.subject: C=US, ST=WA, O=acme"
+
+// world is made once. The images are
+//
+//	signed      signed by a trusted signer
+//	unsigned    has no signature
+//	foreign     signed by somebody of an unknown authority
+//	misnamed    signed by somebody else of the trusted authority
+//	swapped     has the signature of another image attached
+//	expired     its signature has expired
+//	index       for two platforms, the index is signed
+//	inner       for two platforms, the manifest of this platform is signed
+//	elsewhere   a signed index without a manifest for this platform
+//	unlabelled  a signed index that does not say the platforms of its manifests
+//	twofold     signed, and both a manifest and an index
+//	long        signed, with a sha512 digest
+//	lied        signed; in front is a signature manifest that lies about its size
+var world = sync.OnceValue(func() fixtures {
+	acme, stranger := notarytest.NewCA(notarytest.CAOptions{}), notarytest.NewCA(notarytest.CAOptions{})
+	ours, theirs := acme.Leaf(notarytest.CertOptions{}), stranger.Leaf(notarytest.CertOptions{})
+	other := notarytest.Name("intern")
+	other.Organization = []string{"acme interns"}
+	intern := acme.Leaf(notarytest.CertOptions{Subject: other})
+
+	w := fixtures{root: acme.PEM(), images: map[string]*image{}}
+	single := func(name string) (*image, ocispec.Descriptor) {
+		i := &image{}
+		i.target = i.manifest(name, digest.SHA256)
+		w.images[name] = i
+		return i, i.target
+	}
+	plain := notarytest.SignOptions{}
+	signed, t := single("signed")
+	signed.sign(ours, t, t, plain)
+	single("unsigned")
+	foreign, t := single("foreign")
+	foreign.sign(theirs, t, t, plain)
+	misnamed, t := single("misnamed")
+	misnamed.sign(intern, t, t, plain)
+	swapped, t := single("swapped")
+	swapped.sign(ours, t, signed.target, plain)
+	expired, t := single("expired")
+	expired.sign(ours, t, t, notarytest.SignOptions{Expiry: notarytest.SigningTime.Add(time.Hour)})
+	lied, t := single("lied")
+	lie := t
+	lie.Size++
+	lied.sign(theirs, lie, lie, plain)
+	lied.sign(ours, t, t, plain)
+
+	here := &ocispec.Platform{OS: runtime.GOOS, Architecture: runtime.GOARCH}
+	there := &ocispec.Platform{OS: "plan9", Architecture: "mips"}
+	multi := func(name string, platforms ...*ocispec.Platform) *image {
+		i := &image{}
+		var list []ocispec.Descriptor
+		for k, p := range platforms {
+			m := i.manifest(fmt.Sprint(name, k), digest.SHA256)
+			m.Platform = p
+			list = append(list, m)
+		}
+		i.target = i.index(list...)
+		w.images[name] = i
+		return i
+	}
+	index := multi("index", here, there)
+	index.sign(ours, index.target, index.target, plain)
+	inner := multi("inner", here, there)
+	inner.sign(ours, inner.inner[0], inner.inner[0], plain)
+	elsewhere := multi("elsewhere", there)
+	elsewhere.sign(ours, elsewhere.target, elsewhere.target, plain)
+	unlabelled := multi("unlabelled", nil)
+	unlabelled.sign(ours, unlabelled.target, unlabelled.target, plain)
+	multi("unlabelledUnsigned", nil)
+
+	twofold := &image{}
+	m := twofold.manifest("twofold", digest.SHA256)
+	twofold.target = twofold.put(ocispec.MediaTypeImageManifest, encode(map[string]any{
+		"schemaVersion": 2, "mediaType": ocispec.MediaTypeImageManifest, "config": m, "layers": []any{}, "manifests": []any{m},
+	}), digest.SHA256)
+	twofold.sign(ours, twofold.target, twofold.target, plain)
+	w.images["twofold"] = twofold
+
+	long := &image{}
+	long.target = long.manifest("long", digest.SHA512)
+	long.sign(ours, long.target, long.target, plain)
+	w.images["long"] = long
+	return w
+})
+
+// fixture is the command that makes what scripts work on:
+//
+//	fixture config DIR [mode=audit] [wall=300ms] [level=skip] [scope=host/path] [mirror=HOST=URL] [layout=DIR]
+//	fixture layout DIR IMAGE... [without=images|signatures|manifests]
+//	fixture mirror VAR IMAGE... [without=...] [as=team/app] [does=tags|notags|refuses|hangs|floods|drips]
+//
+// A layout or mirror holds the images as team/app. A mirror stores its URL in
+// VAR, and ends with the script; what it was asked, "fixture requests VAR FILE"
+// writes down; "fixture started VAR" waits until it was asked. A configuration trusts signatures of identity for every image.
+func fixture(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: fixture config|layout|mirror|requests NAME ...")
+	}
+	option := map[string]string{}
+	var names []string
+	for _, a := range args[2:] {
+		if k, v, found := strings.Cut(a, "="); found {
+			option[k] = v
+		} else {
+			names = append(names, a)
+		}
+	}
+	switch args[0] {
+	case "config":
+		fixtureConfig(ts, ts.MkAbs(args[1]), option)
+	case "layout":
+		writeLayout(ts, ts.MkAbs(args[1]), content(ts, names, option["without"]))
+	case "mirror":
+		fixtureMirror(ts, args[1], content(ts, names, option["without"]), option)
+	case "requests":
+		g := registries.of(ts.Getenv(args[1]))
+		ts.Check(os.WriteFile(ts.MkAbs(names[0]), []byte(strings.Join(g.Requests(), "\n")), 0o644))
+	case "started":
+		for g := registries.of(ts.Getenv(args[1])); len(g.Requests()) == 0; {
+			time.Sleep(10 * time.Millisecond)
+		}
+	default:
+		ts.Fatalf("no fixture %s", args[0])
+	}
+}
+
+// content is the images as a source holds them, without the images themselves,
+// without their signatures, or without the manifests below an index.
+func content(ts *testscript.TestScript, names []string, without string) (c sourcetest.Content) {
+	c.Blobs = map[digest.Digest][]byte{}
+	for _, name := range names {
+		img := world().images[name]
+		if img == nil {
+			ts.Fatalf("no image %s", name)
+		}
+		if without != "images" {
+			c.Images = append(c.Images, img.target)
+			c.List(img.target)
+			for d, raw := range img.content {
+				inner := slices.ContainsFunc(img.inner, func(m ocispec.Descriptor) bool { return m.Digest == d })
+				if !inner || without != "manifests" {
+					c.Blobs[d] = raw
+				}
+			}
+		}
+		if without != "signatures" {
+			for _, s := range img.signed {
+				c.List(s.subject, s.Manifest.Descriptor)
+				for _, b := range []notarytest.Blob{s.Manifest, s.Config, s.Envelope} {
+					c.Blobs[b.Descriptor.Digest] = b.Content
+				}
+			}
+		}
+	}
+	return c
+}
+
+func fixtureConfig(ts *testscript.TestScript, dir string, option map[string]string) {
+	s := notarytest.Statement("prod", identity)
+	if scope := option["scope"]; scope != "" {
+		s.Scopes = []string{scope}
+	}
+	if level := option["level"]; level != "" {
+		s.Level = level
+	}
+	if s.Level == "skip" {
+		s.TrustStores, s.TrustedIdentities = nil, nil
+		s.Scopes = []string{"registry.test/team/app"}
+	}
+	ts.Check(notarytest.WriteConfig(dir, notarytest.Stores{"ca/acme/root.crt": world().root}, s))
+	mode, wall := "enforce", "10s"
+	if m := option["mode"]; m != "" {
+		mode = m
+	}
+	if w := option["wall"]; w != "" {
+		wall = w
+	}
+	y := fmt.Sprintf("version: 1\nmode: %s\nlimits:\n  wall: %s\n", mode, wall)
+	if option["mirror"] != "" || option["layout"] != "" {
+		y += "sources:\n"
+	}
+	if m := option["mirror"]; m != "" {
+		host, url, _ := strings.Cut(m, "=")
+		y += fmt.Sprintf("  mirrors:\n    - host: %q\n      url: %s\n", host, url)
+	}
+	if l := option["layout"]; l != "" {
+		y += fmt.Sprintf("  layouts:\n    - %s\n", ts.MkAbs(l))
+	}
+	ts.Check(os.WriteFile(filepath.Join(dir, "config.yaml"), []byte(y), 0o644))
+}
+
+// writeLayout is sourcetest.Layout for a script.
+func writeLayout(ts *testscript.TestScript, dir string, c sourcetest.Content) {
+	entries := append([]ocispec.Descriptor{}, c.Images...)
+	for _, list := range c.Referrers {
+		entries = append(entries, list...)
+	}
+	write := func(name string, raw []byte) {
+		name = filepath.Join(dir, name)
+		ts.Check(os.MkdirAll(filepath.Dir(name), 0o755))
+		ts.Check(os.WriteFile(name, raw, 0o644))
+	}
+	for d, raw := range c.Blobs {
+		write(filepath.Join("blobs", d.Algorithm().String(), d.Encoded()), raw)
+	}
+	write(ocispec.ImageIndexFile, encode(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: entries}))
+	write(ocispec.ImageLayoutFile, []byte(`{"imageLayoutVersion":"1.0.0"}`))
+}
+
+// registries are the mirrors of all scripts, by URL.
+var registries registryList
+
+type registryList struct {
+	mu  sync.Mutex
+	all map[string]*sourcetest.Registry
+}
+
+func (l *registryList) add(url string, g *sourcetest.Registry) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.all == nil {
+		l.all = map[string]*sourcetest.Registry{}
+	}
+	l.all[url] = g
+}
+
+func (l *registryList) of(url string) *sourcetest.Registry {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.all[url]
+}
+
+func fixtureMirror(ts *testscript.TestScript, variable string, c sourcetest.Content, option map[string]string) {
+	g := &sourcetest.Registry{Content: c, Repository: sourcetest.Name.Path}
+	if as := option["as"]; as != "" {
+		g.Repository = as
+	}
+	end := make(chan struct{}) // closed when the script ends
+	wait := func(r *http.Request) {
+		select {
+		case <-end:
+		case <-r.Context().Done():
+		}
+	}
+	switch does := option["does"]; does {
+	case "":
+	case "tags":
+		g.NoAPI = true
+	case "notags":
+		g.NoAPI, g.NoTags = true, true
+	case "refuses":
+		g.Intercept = func(w http.ResponseWriter, _ *http.Request) bool {
+			w.Header().Set("WWW-Authenticate", `Bearer realm="https://auth.test/token?secret=hunter2"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return true
+		}
+	case "hangs":
+		g.Intercept = func(_ http.ResponseWriter, r *http.Request) bool {
+			wait(r)
+			return true
+		}
+	case "floods":
+		g.Intercept = func(w http.ResponseWriter, r *http.Request) bool {
+			for r.Context().Err() == nil {
+				if _, err := w.Write(make([]byte, 1<<16)); err != nil {
+					break
+				}
+			}
+			return true
+		}
+	case "drips":
+		g.Intercept = func(w http.ResponseWriter, r *http.Request) bool {
+			for r.Context().Err() == nil {
+				w.Write([]byte(" "))
+				w.(http.Flusher).Flush()
+				select {
+				case <-time.After(20 * time.Millisecond):
+				case <-end:
+					return true
+				}
+			}
+			return true
+		}
+	default:
+		ts.Fatalf("a mirror does not know how to %s", does)
+	}
+	srv := httptest.NewServer(g)
+	ts.Defer(srv.Close)
+	ts.Defer(func() { close(end) })
+	registries.add(srv.URL, g)
+	ts.Setenv(variable, srv.URL)
+}
