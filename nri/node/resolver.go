@@ -253,7 +253,8 @@ func (r *Resolver) follow(ctx context.Context, target ocispec.Descriptor) (lead,
 	switch {
 	case err == nil:
 	case errors.As(err, &fault) && fault.Reason != verify.ImageMismatch: // the disk may be mended
-		c = lead{fault: fault}
+		// It is kept, and what decoders say may repeat megabytes of the document.
+		c = lead{fault: &verify.Fault{Reason: fault.Reason, Detail: verify.Clean(fault.Detail, verify.MaxMessage)}}
 	default:
 		return c, err
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -576,4 +577,43 @@ func FuzzImageRef(f *testing.F) {
 			t.Fatalf("%q is no digest", d)
 		}
 	})
+}
+
+// TestHugeDocuments: anybody whose image the node pulls writes indexes, manifests
+// and configs of up to MaxBlob, and each is read at every try of the kubelet.
+func TestHugeDocuments(t *testing.T) {
+	const name = "registry.example/app:1"
+	many := func(before string) []byte { return []byte(before + strings.Repeat("{},", 1<<20) + "{}]}") }
+	for what, put := range map[string]func(r *records) ocispec.Descriptor{
+		"index": func(r *records) ocispec.Descriptor {
+			return r.put(ocispec.MediaTypeImageIndex, many(`{"schemaVersion":2,"manifests":[`))
+		},
+		"manifest": func(r *records) ocispec.Descriptor {
+			return r.put(ocispec.MediaTypeImageManifest, many(`{"schemaVersion":2,"config":{},"layers":[`))
+		},
+		"config": func(r *records) ocispec.Descriptor {
+			c := r.put(ocispec.MediaTypeImageConfig, many(`{"rootfs":{"type":"layers","diff_ids":["`+digest.FromString("a").String()+`"]},"history":[`))
+			return r.put(ocispec.MediaTypeImageManifest, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Config: c, Layers: []ocispec.Descriptor{}})
+		},
+	} {
+		r := newRecords()
+		r.images[name] = put(r)
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		img := resolveOne(t, NewResolver(r, testOptions()), container(name, "", ""))
+		runtime.ReadMemStats(&after)
+		if img.Fault == nil || img.Fault.Reason != verify.ImageAmbiguous {
+			t.Errorf("%s: %v", what, img.Fault)
+		}
+		if n := after.TotalAlloc - before.TotalAlloc; n > 8*MaxBlob {
+			t.Errorf("%s: %d MiB allocated for a document of %d MiB", what, n>>20, MaxBlob>>20)
+		}
+	}
+
+	// What a decoder says of a document may repeat most of it, and faults are kept.
+	r := newRecords()
+	r.images[name] = r.put(ocispec.MediaTypeImageManifest, []byte(`{"schemaVersion":2,"layers":[],"config":{"size":`+strings.Repeat("9", MaxBlob/2)+`}}`))
+	if img := resolveOne(t, NewResolver(r, testOptions()), container(name, "", "")); img.Fault == nil || len(img.Fault.Detail) > verify.MaxMessage {
+		t.Errorf("a fault of %d bytes", len(fmt.Sprint(img.Fault)))
+	}
 }

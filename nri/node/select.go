@@ -99,6 +99,9 @@ func (p *provider) get(ctx context.Context, d ocispec.Descriptor) ([]byte, error
 	if err != nil {
 		return nil, err
 	}
+	if err := bounded(raw); err != nil {
+		return nil, err
+	}
 	if images.IsManifestType(d.MediaType) || images.IsIndexType(d.MediaType) {
 		if err := unambiguous(raw, d.MediaType); err != nil {
 			return nil, &verify.Fault{Reason: verify.ImageAmbiguous, Detail: err.Error()}
@@ -161,8 +164,20 @@ func checked(raw []byte, d ocispec.Descriptor) ([]byte, error) {
 	return raw, nil
 }
 
+// bounded refuses a document whose decoding could take a hundred times its
+// length in memory: its author can be anybody whose image the node pulled.
+func bounded(raw []byte) error {
+	if err := verify.Bounded(raw); err != nil {
+		return &verify.Fault{Reason: verify.ImageAmbiguous, Detail: "an index, manifest or config of the image is too long to be read: " + err.Error()}
+	}
+	return nil
+}
+
 // rootfs returns the diff IDs of an image config.
 func rootfs(raw []byte) ([]digest.Digest, error) {
+	if err := bounded(raw); err != nil {
+		return nil, err
+	}
 	var c ocispec.Image
 	if err := json.Unmarshal(raw, &c); err != nil {
 		return nil, &verify.Fault{Reason: verify.SignedObject, Detail: "the image config is not JSON"}
