@@ -56,7 +56,7 @@ func TestRunInterrupted(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			err := run(ctx, node.Containerd24, &trigger{at: at, do: cancel})
-			if err == nil || !strings.HasPrefix(err.Error(), "interrupted; nothing ") {
+			if err == nil || !strings.HasPrefix(err.Error(), "interrupted; no") {
 				t.Errorf("got %v, want it interrupted", err)
 			}
 		})

@@ -60,12 +60,12 @@ func run(ctx context.Context, version string, out io.Writer) error {
 	// A build of a tool says so itself; this one is silent and takes a minute on a
 	// machine that never built it.
 	if _, err := node.FindTools(ctx, version, out); err != nil {
-		return interrupted(ctx, err, "nothing was started")
+		return interrupted(ctx, err, "no node was started")
 	}
 	fmt.Fprintln(out, "building tidewaiter from this tree (about a minute the first time)")
 	binary, err := node.BuildTidewaiter(ctx)
 	if err != nil {
-		return interrupted(ctx, err, "nothing was started")
+		return interrupted(ctx, err, "no node was started")
 	}
 
 	begin := time.Now()

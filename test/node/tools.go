@@ -212,9 +212,15 @@ func install(ctx context.Context, progress io.Writer, t tool) (string, error) {
 // goTool runs the go command in dir without the flags and the workspace of
 // whoever runs the tests.
 func goTool(ctx context.Context, dir string, env []string, args ...string) error {
+	// The go command leaves its work directory behind when it is interrupted.
+	work, err := os.MkdirTemp("", "tidewaiter-build-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(work)
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), append([]string{"GOFLAGS=", "GOWORK=off", "GOOS=", "GOARCH="}, env...)...)
+	cmd.Env = append(os.Environ(), append([]string{"GOFLAGS=", "GOWORK=off", "GOOS=", "GOARCH=", "GOTMPDIR=" + work}, env...)...)
 	return run(cmd)
 }
 
