@@ -16,6 +16,7 @@ package cache
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -42,6 +43,15 @@ type Options struct {
 	Observe func(verify.Question, verify.Decision)
 }
 
+// A flight longer than long makes its host a slow one, of which maxSlow are
+// remembered. What waits for a slow host lets others go first: the host is often
+// chosen by a pod's author, and one that never answers would otherwise keep all
+// flights and the queue to itself.
+const (
+	long    = time.Second
+	maxSlow = 256
+)
+
 // slack is how far the clock may go back without costing what is kept: NTP steps
 // of that size are common and prolong nothing, since time stands still meanwhile.
 const slack = time.Second
@@ -62,6 +72,7 @@ type Cache struct {
 	flights map[place]*flight // running and queued
 	queue   []*flight         // not started yet, oldest first
 	running int
+	slow    *simplelru.LRU[string, struct{}] // hosts of images whose last flight was long
 }
 
 var _ verify.Judge = (*Cache)(nil)
@@ -112,6 +123,7 @@ func New(next verify.Judge, o Options) *Cache {
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.allowed, _ = simplelru.NewLRU[verify.Key, entry](o.Allowed, nil) // fails only for a size below 1
 	c.denied, _ = simplelru.NewLRU[place, entry](o.Denied, nil)
+	c.slow, _ = simplelru.NewLRU[string, struct{}](maxSlow, nil)
 	return c
 }
 
@@ -180,9 +192,8 @@ func (c *Cache) find(q verify.Question) (verify.Decision, *flight) {
 	if f := c.flights[p]; f != nil {
 		return verify.Decision{}, f
 	}
-	if c.running >= c.o.Flights && len(c.queue) >= c.o.Queue {
-		return verify.Deny(verify.Overloaded, fmt.Sprintf("%d images are being checked and %d wait, which is the limit; try again later",
-			c.running, len(c.queue))), nil
+	if c.running >= c.o.Flights && len(c.queue) >= c.o.Queue && !c.yield(p.host) {
+		return c.overloaded(), nil
 	}
 	q = q.Bare() // a flight outlives the request that started it
 	p.host, p.path = q.Image.Name.Host, q.Image.Name.Path
@@ -191,6 +202,29 @@ func (c *Cache) find(q verify.Question) (verify.Decision, *flight) {
 	c.queue = append(c.queue, f)
 	c.start()
 	return verify.Decision{}, f
+}
+
+func (c *Cache) overloaded() verify.Decision {
+	return verify.Deny(verify.Overloaded, fmt.Sprintf("%d images are being checked and %d wait, which is the limit; try again later",
+		c.running, len(c.queue)))
+}
+
+// yield makes room in the queue for a host that is not slow: the youngest flight
+// of one that is gives way. c.mu is held.
+func (c *Cache) yield(host string) bool {
+	if c.slow.Contains(host) {
+		return false
+	}
+	for i, f := range slices.Backward(c.queue) {
+		if c.slow.Contains(f.place.host) {
+			f.answer, f.ended = c.overloaded(), true
+			close(f.done)
+			delete(c.flights, f.place)
+			c.queue = slices.Delete(c.queue, i, i+1)
+			return true
+		}
+	}
+	return false
 }
 
 // get looks an answer up and forgets it once it has ended.
@@ -220,12 +254,13 @@ func (c *Cache) clock() time.Time {
 	return now
 }
 
-// start starts flights while there are slots. c.mu is held.
+// start starts flights while there are slots: the oldest of a host that is not
+// slow, else the oldest. c.mu is held.
 func (c *Cache) start() {
 	for c.running < c.o.Flights && len(c.queue) > 0 {
-		f := c.queue[0]
-		c.queue[0] = nil // the array behind the slice outlives the flight
-		c.queue = c.queue[1:]
+		i := max(0, slices.IndexFunc(c.queue, func(f *flight) bool { return !c.slow.Contains(f.place.host) }))
+		f := c.queue[i]
+		c.queue = slices.Delete(c.queue, i, i+1)
 		c.running++
 		c.wg.Go(func() { c.fly(f) })
 	}
@@ -236,26 +271,39 @@ func (c *Cache) fly(f *flight) {
 	ctx, cancel := context.WithTimeout(c.ctx, c.o.Deadline)
 	defer cancel()
 	var d verify.Decision
+	var began time.Time
 	defer func() {
 		if p := recover(); p != nil {
 			d = verify.Deny(verify.Internal, fmt.Sprintf("panic while verifying: %v", p))
 		}
-		d = c.end(f, d, ctx.Err() == nil)
+		d = c.end(f, d, ctx.Err() == nil, c.since(began))
 		if c.o.Observe != nil {
 			defer func() { _ = recover() }() // who watches must not bring down who decides
 			c.o.Observe(f.question, d)
 		}
 	}()
+	began = c.o.Now()
 	d = c.next.Judge(ctx, f.question)
+}
+
+// since is how long a flight took; a panic of the clock costs only that.
+func (c *Cache) since(began time.Time) (took time.Duration) {
+	defer func() { _ = recover() }()
+	return c.o.Now().Sub(began)
 }
 
 // end gives all who wait for f its answer, which it returns, keeps that where it
 // may be kept, and starts what waits for the slot.
-func (c *Cache) end(f *flight, d verify.Decision, inTime bool) verify.Decision {
+func (c *Cache) end(f *flight, d verify.Decision, inTime bool, took time.Duration) verify.Decision {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	defer c.start()
 	c.running--
+	if took > long {
+		c.slow.Add(f.place.host, struct{}{})
+	} else {
+		c.slow.Remove(f.place.host)
+	}
 	delete(c.flights, f.place)
 	switch {
 	case c.ctx.Err() != nil:

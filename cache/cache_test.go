@@ -939,3 +939,73 @@ func BenchmarkHit(b *testing.B) {
 		}
 	}
 }
+
+// TestSlowHostsComeLast: pods whose registry never answers, which their author
+// chose, do not keep images of other hosts from being checked.
+func TestSlowHostsComeLast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const hang = 10 * time.Second // verify.DefaultLimits.Wall
+		var mended atomic.Bool
+		j := &judge{f: func(ctx context.Context, q verify.Question) verify.Decision {
+			if q.Image.Name.Host == "hangs.example" {
+				if !mended.Load() {
+					time.Sleep(hang)
+				}
+				return verify.Deny(verify.SourceUnreachable, "")
+			}
+			return allow(q, time.Now(), time.Now().Add(time.Hour))
+		}}
+		c := open(t, j, Options{Now: time.Now})
+		flood := func() {
+			for i := range 200 {
+				c.Judge(ended(), at(ask(fmt.Sprint("bad", i)), "hangs.example", "app"))
+			}
+		}
+		flood()
+		time.Sleep(hang + time.Millisecond) // now it is known
+		for i := range 30 {
+			flood() // keeps the queue full
+			d := c.Judge(ended(), ask(fmt.Sprint("good", i)))
+			expect(t, d, verify.Pending)
+			time.Sleep(hang)
+			expect(t, c.Judge(ended(), ask(fmt.Sprint("good", i))), verify.Verified)
+		}
+		// More at once than there is room for give way to nobody but each other.
+		flood()
+		for i := range 70 {
+			want := verify.Pending
+			if i >= 64 {
+				want = verify.Overloaded
+			}
+			expect(t, c.Judge(ended(), ask(fmt.Sprint("more", i))), want)
+		}
+		c.mu.Lock()
+		if len(c.flights) != c.running+len(c.queue) || len(c.queue) != 64 {
+			t.Errorf("%d flights, %d running, %d queued", len(c.flights), c.running, len(c.queue))
+		}
+		c.mu.Unlock()
+		time.Sleep(hang)
+		for i := range 64 {
+			expect(t, c.Judge(ended(), ask(fmt.Sprint("more", i))), verify.Verified)
+		}
+		// Who gave way is told so, and a slow host that answers is slow no more.
+		d := make(chan verify.Decision, 1)
+		flood()
+		c.mu.Lock()
+		last := c.queue[len(c.queue)-1]
+		c.mu.Unlock()
+		go func() { d <- c.await(bg, last) }()
+		synctest.Wait()
+		c.Judge(ended(), ask("one more"))
+		expect(t, <-d, verify.Overloaded)
+		mended.Store(true)
+		time.Sleep(hang + time.Second)
+		synctest.Wait()
+		c.mu.Lock()
+		if c.slow.Contains("hangs.example") || len(c.flights) != 0 {
+			t.Errorf("still slow, or %d flights are left", len(c.flights))
+		}
+		c.mu.Unlock()
+		c.Close()
+	})
+}
