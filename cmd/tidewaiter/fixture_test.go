@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -174,6 +175,7 @@ var world = sync.OnceValue(func() fixtures {
 //
 //	fixture config DIR [mode=audit] [wall=300ms] [level=skip] [scope=host/path] [mirror=HOST=URL] [layout=DIR]
 //	fixture layout DIR IMAGE... [without=images|signatures|manifests]
+//	fixture break DIR DIGEST other|pipe|link|huge
 //	fixture mirror VAR IMAGE... [without=...] [as=team/app] [does=tags|notags|refuses|hangs|floods|drips]
 //
 // A layout or mirror holds the images as team/app. A mirror stores its URL in
@@ -196,12 +198,18 @@ func fixture(ts *testscript.TestScript, neg bool, args []string) {
 	case "config":
 		fixtureConfig(ts, ts.MkAbs(args[1]), option)
 	case "layout":
-		writeLayout(ts, ts.MkAbs(args[1]), content(ts, names, option["without"]))
+		c, err := content(names, option["without"])
+		ts.Check(err)
+		ts.Check(writeLayout(ts.MkAbs(args[1]), c))
 	case "mirror":
-		fixtureMirror(ts, args[1], content(ts, names, option["without"]), option)
+		c, err := content(names, option["without"])
+		ts.Check(err)
+		fixtureMirror(ts, args[1], c, option)
 	case "requests":
 		g := registries.of(ts.Getenv(args[1]))
 		ts.Check(os.WriteFile(ts.MkAbs(names[0]), []byte(strings.Join(g.Requests(), "\n")), 0o644))
+	case "break":
+		breakBlob(ts, ts.MkAbs(args[1]), digest.Digest(names[0]), names[1])
 	case "started":
 		for g := registries.of(ts.Getenv(args[1])); len(g.Requests()) == 0; {
 			time.Sleep(10 * time.Millisecond)
@@ -213,12 +221,12 @@ func fixture(ts *testscript.TestScript, neg bool, args []string) {
 
 // content is the images as a source holds them, without the images themselves,
 // without their signatures, or without the manifests below an index.
-func content(ts *testscript.TestScript, names []string, without string) (c sourcetest.Content) {
+func content(names []string, without string) (c sourcetest.Content, err error) {
 	c.Blobs = map[digest.Digest][]byte{}
 	for _, name := range names {
 		img := world().images[name]
 		if img == nil {
-			ts.Fatalf("no image %s", name)
+			return c, fmt.Errorf("no image %s", name)
 		}
 		if without != "images" {
 			c.Images = append(c.Images, img.target)
@@ -239,7 +247,7 @@ func content(ts *testscript.TestScript, names []string, without string) (c sourc
 			}
 		}
 	}
-	return c
+	return c, nil
 }
 
 func fixtureConfig(ts *testscript.TestScript, dir string, option map[string]string) {
@@ -277,21 +285,54 @@ func fixtureConfig(ts *testscript.TestScript, dir string, option map[string]stri
 }
 
 // writeLayout is sourcetest.Layout for a script.
-func writeLayout(ts *testscript.TestScript, dir string, c sourcetest.Content) {
+func writeLayout(dir string, c sourcetest.Content) error {
 	entries := append([]ocispec.Descriptor{}, c.Images...)
 	for _, list := range c.Referrers {
 		entries = append(entries, list...)
 	}
-	write := func(name string, raw []byte) {
-		name = filepath.Join(dir, name)
-		ts.Check(os.MkdirAll(filepath.Dir(name), 0o755))
-		ts.Check(os.WriteFile(name, raw, 0o644))
+	files := map[string][]byte{
+		ocispec.ImageIndexFile:  encode(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: entries}),
+		ocispec.ImageLayoutFile: []byte(`{"imageLayoutVersion":"1.0.0"}`),
 	}
 	for d, raw := range c.Blobs {
-		write(filepath.Join("blobs", d.Algorithm().String(), d.Encoded()), raw)
+		files[filepath.Join("blobs", d.Algorithm().String(), d.Encoded())] = raw
 	}
-	write(ocispec.ImageIndexFile, encode(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: entries}))
-	write(ocispec.ImageLayoutFile, []byte(`{"imageLayoutVersion":"1.0.0"}`))
+	for name, raw := range files {
+		name = filepath.Join(dir, name)
+		if err := os.RemoveAll(name); err != nil {
+			return err
+		}
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(name, raw, 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// breakBlob puts something else where the layout in dir has the blob d.
+func breakBlob(ts *testscript.TestScript, dir string, d digest.Digest, how string) {
+	blob := filepath.Join(dir, "blobs", d.Algorithm().String(), d.Encoded())
+	raw, err := os.ReadFile(blob)
+	ts.Check(err)
+	ts.Check(os.Remove(blob))
+	switch how {
+	case "other":
+		ts.Check(os.WriteFile(blob, append([]byte(" "), raw[:len(raw)-1]...), 0o644))
+	case "pipe":
+		ts.Check(syscall.Mkfifo(blob, 0o644))
+	case "link":
+		outside := filepath.Join(filepath.Dir(dir), "outside")
+		ts.Check(os.WriteFile(outside, raw, 0o644))
+		ts.Check(os.Symlink(outside, blob))
+	case "huge":
+		ts.Check(os.WriteFile(blob, nil, 0o644))
+		ts.Check(os.Truncate(blob, 1<<40))
+	default:
+		ts.Fatalf("nobody knows how to break with %s", how)
+	}
 }
 
 // registries are the mirrors of all scripts, by URL.

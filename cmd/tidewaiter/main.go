@@ -87,6 +87,8 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 	}
 	root.SetOut(stdout)
 	root.SetErr(stderr)
+	root.Version = thisBuild().String()
+	root.SetVersionTemplate("{{.Version}}\n")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return unknown(err, "run "+cmd.CommandPath()+" --help")
 	})
@@ -117,12 +119,12 @@ func env(name, otherwise string) string {
 // configDir adds the flag that every verb has that reads the configuration.
 func configDir(cmd *cobra.Command, dir *string) {
 	cmd.Flags().StringVar(dir, "config-dir", env("TIDEWAITER_CONFIG_DIR", "/etc/tidewaiter"),
-		"directory of config.yaml, trustpolicy.json and truststore (TIDEWAITER_CONFIG_DIR)")
+		"`DIR` of config.yaml, trustpolicy.json and truststore (TIDEWAITER_CONFIG_DIR)")
 }
 
 // outputFlag adds the flag that every verb has that prints.
 func outputFlag(cmd *cobra.Command, o *string) {
-	cmd.Flags().StringVarP(o, "output", "o", "text", "text or json")
+	cmd.Flags().StringVarP(o, "output", "o", "text", "`FORM` of the answer: text or json")
 }
 
 // checkOutput refuses an unknown form before any work is done.

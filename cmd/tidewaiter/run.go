@@ -54,10 +54,10 @@ again when it changes or on SIGHUP. It logs JSON lines to standard error.`,
 	}
 	configDir(cmd, &o.configDir)
 	host, _ := os.Hostname()
-	cmd.Flags().StringVar(&o.containerd, "containerd-socket", env("TIDEWAITER_CONTAINERD_SOCKET", "/run/containerd/containerd.sock"), "containerd's socket (TIDEWAITER_CONTAINERD_SOCKET)")
-	cmd.Flags().StringVar(&o.nri, "nri-socket", env("TIDEWAITER_NRI_SOCKET", "/var/run/nri/nri.sock"), "containerd's NRI socket (TIDEWAITER_NRI_SOCKET)")
-	cmd.Flags().StringVar(&o.node, "node", env("TIDEWAITER_NODE", host), "name of this node in messages (TIDEWAITER_NODE)")
-	cmd.Flags().StringVar(&o.logLevel, "log-level", "info", "debug, info, warn or error")
+	cmd.Flags().StringVar(&o.containerd, "containerd-socket", env("TIDEWAITER_CONTAINERD_SOCKET", "/run/containerd/containerd.sock"), "containerd's `SOCKET` (TIDEWAITER_CONTAINERD_SOCKET)")
+	cmd.Flags().StringVar(&o.nri, "nri-socket", env("TIDEWAITER_NRI_SOCKET", "/var/run/nri/nri.sock"), "containerd's NRI `SOCKET` (TIDEWAITER_NRI_SOCKET)")
+	cmd.Flags().StringVar(&o.node, "node", env("TIDEWAITER_NODE", host), "`NAME` of this node in messages (TIDEWAITER_NODE)")
+	cmd.Flags().StringVar(&o.logLevel, "log-level", "info", "`LEVEL` of the log: debug, info, warn or error")
 	return cmd
 }
 

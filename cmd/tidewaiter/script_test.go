@@ -31,10 +31,11 @@ func TestMain(m *testing.M) { testscript.Main(m, map[string]func(){"tidewaiter":
 //	fixture config|layout|mirror   makes what a script works on, see fixture_test.go
 //	eventually FILE REGEXP         waits until a line of the file matches
 //	signal HUP|INT|TERM            sends it to what runs in the background
+//	within DURATION                wants the last exits, or what came after the last signal, to be that fast
 //	jsonlines FILE                 wants a JSON object of the log on each line
 //
 // and for each image of fixture_test.go a variable with its digest: $signed,
-// $unsigned and so on. Times are those of the machine.
+// $unsigned and so on, and $huge is a long word. Times are those of the machine.
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
@@ -42,10 +43,11 @@ func TestScripts(t *testing.T) {
 			for name, img := range world().images {
 				env.Setenv(name, img.target.Digest.String())
 			}
+			env.Setenv("huge", strings.Repeat("a", 100_000))
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits, "report": report, "fixture": fixture, "eventually": eventually, "signal": sendSignal, "jsonlines": jsonLines,
+			"exits": exits, "report": report, "fixture": fixture, "eventually": eventually, "signal": sendSignal, "within": within, "jsonlines": jsonLines,
 		},
 		RequireExplicitExec: true,
 	})
@@ -58,6 +60,7 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	want, err := strconv.Atoi(args[0])
 	ts.Check(err)
 	got := 0
+	begin(ts)
 	if err := ts.Exec(args[1], args[2:]...); err != nil {
 		var exit *exec.ExitError
 		if !errors.As(err, &exit) {
@@ -181,8 +184,25 @@ func sendSignal(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 1 || signals[args[0]] == 0 || len(ts.BackgroundCmds()) == 0 {
 		ts.Fatalf("usage: signal HUP|INT|TERM, with something in the background")
 	}
+	begin(ts)
 	for _, c := range ts.BackgroundCmds() {
 		ts.Check(c.Process.Signal(signals[args[0]]))
+	}
+}
+
+// begin is what within measures from.
+func begin(ts *testscript.TestScript) { ts.Setenv("began", time.Now().Format(time.RFC3339Nano)) }
+
+func within(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: within DURATION")
+	}
+	limit, err := time.ParseDuration(args[0])
+	ts.Check(err)
+	began, err := time.Parse(time.RFC3339Nano, ts.Getenv("began"))
+	ts.Check(err)
+	if took := time.Since(began); took > limit {
+		ts.Fatalf("took %v", took)
 	}
 }
 

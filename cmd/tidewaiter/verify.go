@@ -60,9 +60,9 @@ Exit status: 0 allowed, 1 denied, 2 it could not be found out.`,
 		},
 	}
 	configDir(cmd, &o.configDir)
-	cmd.Flags().StringArrayVar(&o.layouts, "layout", nil, "OCI image layout directory with signatures; may be given several times")
-	cmd.Flags().StringArrayVar(&o.mirrors, "mirror", nil, "HOST=URL of a registry with the signatures of HOST's images, HOST * for those of every host without a mirror of its own; may be given several times")
-	cmd.Flags().StringVar(&o.namespace, "namespace", "", "namespace of the pod, for the report")
+	cmd.Flags().StringArrayVar(&o.layouts, "layout", nil, "OCI image layout `DIR` with signatures; may be given several times")
+	cmd.Flags().StringArrayVar(&o.mirrors, "mirror", nil, "`HOST=URL` of a registry with the signatures of HOST's images; HOST * serves every host without a mirror of its own; may be given several times")
+	cmd.Flags().StringVar(&o.namespace, "namespace", "", "`NAME` of the pod's namespace, for the report")
 	outputFlag(cmd, &o.output)
 	return cmd
 }
@@ -157,7 +157,7 @@ func (o verifyOptions) listed(c *config.Config) error {
 		}
 		u, err := config.ParseURL(raw)
 		if err != nil {
-			return unknown(fmt.Errorf("--mirror: the URL %w", err), mirrorHint)
+			return unknown(fmt.Errorf("--mirror: URL: %w", err), mirrorHint)
 		}
 		if host != "*" {
 			if host, err = policy.ParseHost(host); err != nil {

@@ -34,6 +34,14 @@ func thisBuild() build {
 	return b
 }
 
+func (b build) String() string {
+	s := fmt.Sprintf("tidewaiter %s %s/%s %s", b.Version, b.OS, b.Arch, b.Go)
+	if b.Commit != "" {
+		s += fmt.Sprintf(" %.12s", b.Commit)
+	}
+	return s
+}
+
 func versionCommand(stdout io.Writer) *cobra.Command {
 	var output string
 	cmd := &cobra.Command{
@@ -48,12 +56,8 @@ func versionCommand(stdout io.Writer) *cobra.Command {
 			if output == "json" {
 				return json.NewEncoder(stdout).Encode(b)
 			}
-			fmt.Fprintf(stdout, "tidewaiter %s %s/%s %s", b.Version, b.OS, b.Arch, b.Go)
-			if b.Commit != "" {
-				fmt.Fprintf(stdout, " %.12s", b.Commit)
-			}
-			fmt.Fprintln(stdout)
-			return nil
+			_, err := fmt.Fprintln(stdout, b)
+			return err
 		},
 	}
 	outputFlag(cmd, &output)
