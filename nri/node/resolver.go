@@ -161,7 +161,7 @@ func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 	o := r.options.Load()
 	var err error
 	if img.Name, err = o.ParseName(img.Asked); err != nil {
-		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the pod names no image that a policy could speak of: " + err.Error() + "; name it as repository:tag or repository@digest"}
+		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error() + "; name it as repository:tag or repository@digest"}
 	}
 	if _, ok := ctr.GetAnnotations()[annotationRestored]; ok {
 		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the container is restored from a checkpoint, which no signature covers"}

@@ -106,10 +106,11 @@ func (s *Source) redirect(req *http.Request, via []*http.Request) error {
 	return nil
 }
 
-// what names a request for a person: no digest, no query.
+// what names a request for a person: no query, and dots for the digest, which the
+// line that it ends up in names already.
 func what(req *http.Request) string {
 	p := req.URL.Path
-	return req.Method + " " + verify.Clean(p[:strings.LastIndexByte(p, '/')+1], 120)
+	return req.Method + " " + verify.Clean(p[:strings.LastIndexByte(p, '/')+1], 120) + "..."
 }
 
 // failed makes the error for a request that got no answer.

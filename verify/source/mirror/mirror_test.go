@@ -133,8 +133,8 @@ func TestNoAnswer(t *testing.T) {
 		err    error
 		text   string // of the error, after the class
 	}{
-		"401": {say(401), verify.ErrUnauthorized, "GET /v2/team/app/referrers/: 401 Unauthorized"},
-		"403": {say(403), verify.ErrUnauthorized, "GET /v2/team/app/referrers/: 403 Forbidden"},
+		"401": {say(401), verify.ErrUnauthorized, "GET /v2/team/app/referrers/...: 401 Unauthorized"},
+		"403": {say(403), verify.ErrUnauthorized, "GET /v2/team/app/referrers/...: 403 Forbidden"},
 		"401 with a realm elsewhere": {func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("WWW-Authenticate", `Bearer realm="http://auth.corp/token?secret=s3cret",service="x"`)
 			w.WriteHeader(401)
@@ -146,7 +146,7 @@ func TestNoAnswer(t *testing.T) {
 		"204":             {say(204), verify.ErrUnreachable, "204 No Content"},
 		"304":             {say(304), verify.ErrUnreachable, "304 Not Modified"},
 		"404":             {say(404), verify.ErrNoReferrers, "no Referrers API and no tag sha256-"},
-		"405":             {say(405), verify.ErrUnreachable, "GET /v2/team/app/manifests/: 405"},
+		"405":             {say(405), verify.ErrUnreachable, "GET /v2/team/app/manifests/...: 405"},
 		"a login page":    {answer("text/html", "<html>"), verify.ErrNoReferrers, "is no index of referrers"},
 		"nothing":         {answer(ocispec.MediaTypeImageIndex, ""), verify.ErrUnreachable, "EOF"},
 		"half an answer":  {answer(ocispec.MediaTypeImageIndex, `{"manifests":[`), verify.ErrUnreachable, "unexpected EOF"},
@@ -181,7 +181,7 @@ func TestNoAnswer(t *testing.T) {
 		"closed": {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, verify.ErrUnreachable, "EOF"},
 		"huge header": {func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("X-Junk", strings.Repeat("x", 1<<20))
-		}, verify.ErrUnreachable, "GET /v2/team/app/referrers/: "},
+		}, verify.ErrUnreachable, "GET /v2/team/app/referrers/...: "},
 		"redirected to itself": {func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, r.URL.Path, http.StatusFound)
 		}, verify.ErrUnreachable, "redirected too often"},
@@ -451,7 +451,7 @@ func TestTimeout(t *testing.T) {
 	u := start(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }))
 	src := mirror.New(mirror.Mirror{Host: sourcetest.Name.Host, URL: u, Client: c})
 	_, err := sourcetest.Find(t.Context(), src, subject, verify.Limits{})
-	if !errors.Is(err, verify.ErrUnreachable) || !strings.Contains(fmt.Sprint(err), "/referrers/: no answer in time") {
+	if !errors.Is(err, verify.ErrUnreachable) || !strings.Contains(fmt.Sprint(err), "/referrers/...: no answer in time") {
 		t.Errorf("error %v", err)
 	}
 }
@@ -468,7 +468,7 @@ func TestRefusedConnection(t *testing.T) {
 	// With the default client, which keeps nothing of a connection that failed.
 	src := mirror.New(mirror.Mirror{Host: sourcetest.Name.Host, URL: u})
 	_, err = sourcetest.Find(t.Context(), src, subject, verify.Limits{})
-	if !errors.Is(err, verify.ErrUnreachable) || fmt.Sprint(err) != "source did not answer: GET /v2/team/app/referrers/: connection refused" {
+	if !errors.Is(err, verify.ErrUnreachable) || fmt.Sprint(err) != "source did not answer: GET /v2/team/app/referrers/...: connection refused" {
 		t.Errorf("error %v", err)
 	}
 }
