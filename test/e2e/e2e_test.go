@@ -160,7 +160,7 @@ func each(t *testing.T, f func(s *scene)) {
 }
 
 // eachOwn runs a test on a node of its own of every version.
-func eachOwn(t *testing.T, o func(t *testing.T) node.Options, f func(s *scene)) {
+func eachOwn(t *testing.T, o func(t *testing.T, version string) node.Options, f func(s *scene)) {
 	t.Helper()
 	if notRoot != "" {
 		t.Skip(notRoot)
@@ -168,7 +168,7 @@ func eachOwn(t *testing.T, o func(t *testing.T) node.Options, f func(s *scene)) 
 	for _, v := range versions {
 		t.Run(v, func(t *testing.T) {
 			t.Parallel()
-			o := o(t)
+			o := o(t, v)
 			o.ContainerdVersion, o.Required, o.Log = v, true, t.Output()
 			w, err := newWorld(t.Context(), o)
 			if err != nil {

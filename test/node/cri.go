@@ -90,11 +90,13 @@ type PodOptions struct {
 	RuntimeHandler  string // empty: containerd's default, runc; or OtherHandler
 
 	// UserNamespace gives the pod a user namespace of its own, in which the IDs from
-	// 0 are 65,536 of the host from here on: "hostUsers: false". Zero is the host's.
+	// 0 are 65,536 of the host from here on ("hostUsers: false"), and a network of its
+	// own that leads nowhere. Zero is the host's.
 	UserNamespace uint32
 }
 
-// A Pod is a running sandbox. It uses the host's network.
+// A Pod is a running sandbox. Unless it has a user namespace it uses the host's
+// network.
 type Pod struct {
 	ID, UID         string
 	Name, Namespace string
@@ -162,6 +164,7 @@ func namespaces(users uint32) *runtimeapi.NamespaceOption {
 		Ipc:     runtimeapi.NamespaceMode_POD,
 	}
 	if users != 0 {
+		o.Network = runtimeapi.NamespaceMode_POD // containerd before 2.4 has no user namespaces on the host's
 		ids := []*runtimeapi.IDMapping{{HostId: users, Length: 65536}}
 		o.UsernsOptions = &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: ids, Gids: ids}
 	}

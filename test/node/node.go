@@ -185,7 +185,7 @@ func Start(ctx context.Context, o Options) (_ *Node, err error) {
 			err = errors.Join(err, n.Stop())
 		}
 	}()
-	for _, d := range []string{n.DropInDir, n.CertsDir, "nri", "nri/plugins", "nri/conf.d", "cni", "s", "logs"} {
+	for _, d := range []string{n.DropInDir, n.CertsDir, "nri", "nri/plugins", "nri/conf.d", "cni", "cni-bin", "s", "logs"} {
 		if !filepath.IsAbs(d) {
 			d = filepath.Join(dir, d)
 		}
@@ -210,8 +210,11 @@ func Start(ctx context.Context, o Options) (_ *Node, err error) {
 	if err := os.WriteFile(n.ConfigPath, []byte(n.config(schema, pause.image.Pinned(), o.RequestTimeout)), 0o600); err != nil {
 		return nil, err
 	}
-	const network = `{"cniVersion": "1.0.0", "name": "loopback", "plugins": [{"type": "loopback"}]}`
-	if err := os.WriteFile(filepath.Join(dir, "cni", "10-loopback.conflist"), []byte(network), 0o600); err != nil {
+	const network = `{"cniVersion": "1.0.0", "name": "nowhere", "plugins": [{"type": "nowhere"}]}`
+	if err := os.WriteFile(filepath.Join(dir, "cni", "10-nowhere.conflist"), []byte(network), 0o600); err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "cni-bin", "nowhere"), []byte(nowhere), 0o700); err != nil {
 		return nil, err
 	}
 	for name, content := range o.DropIns {
@@ -248,6 +251,16 @@ func Start(ctx context.Context, o Options) (_ *Node, err error) {
 	}
 	return n, nil
 }
+
+// nowhere is the CNI plugin of pods that do not use the host's network. They get an
+// address on paper (TEST-NET-1, RFC 5737) and no way out.
+const nowhere = `#!/bin/sh
+cat >/dev/null
+case "$CNI_COMMAND" in
+ADD) echo '{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","sandbox":"'"$CNI_NETNS"'"}],"ips":[{"address":"192.0.2.1/32","interface":0}]}' ;;
+VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["1.0.0"]}' ;;
+esac
+`
 
 // configVersion is the version of containerd's configuration for a release.
 func configVersion(release string) (int, error) {
@@ -304,7 +317,7 @@ func (n *Node) config(schema int, pause string, timeout time.Duration) string {
 	p("  netns_mounts_under_state_dir = true")
 	p("  cdi_spec_dirs = []")
 	p("[plugins.'io.containerd.cri.v1.runtime'.cni]")
-	p("  bin_dirs = [%q]", n.Tools.CNIDir)
+	p("  bin_dirs = [%q, %q]", n.Tools.CNIDir, in("cni-bin"))
 	p("  conf_dir = %q", in("cni"))
 	for _, handler := range []string{"runc", OtherHandler} {
 		p("[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.%s]", handler)
