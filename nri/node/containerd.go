@@ -152,9 +152,18 @@ func (c *Containerd) Snapshotters(ctx context.Context) ([]string, error) {
 }
 
 // SandboxRuntime returns the runtime type of a pod sandbox, such as
-// "io.containerd.runc.v2": the one that its containers are created with.
+// "io.containerd.runc.v2": the one that its containers are created with. Like the
+// CRI plugin (runtimeInfo in container_create.go) it looks for the pause container
+// where there is no sandbox: pods that outlived an upgrade from containerd 1.7.
 func (c *Containerd) SandboxRuntime(ctx context.Context, id string) (string, error) {
 	r, err := c.sandboxes.Get(inNamespace(ctx), &sandboxapi.StoreGetRequest{SandboxID: id})
+	if status.Code(err) == codes.NotFound {
+		pause, err := c.containers.Get(inNamespace(ctx), &containersapi.GetContainerRequest{ID: id})
+		if err != nil {
+			return "", wrap("sandbox "+verify.Quote(id, 96), err)
+		}
+		return pause.GetContainer().GetRuntime().GetName(), nil
+	}
 	if err != nil {
 		return "", wrap("sandbox "+verify.Quote(id, 96), err)
 	}
