@@ -610,6 +610,19 @@ func TestHugeDocuments(t *testing.T) {
 		}
 	}
 
+	// Each is small enough, and all of them together take seconds.
+	chain := newRecords()
+	d := chain.image("good", "a").manifest
+	for range 12 {
+		x, _ := json.Marshal(d)
+		d = chain.put(ocispec.MediaTypeImageIndex, []byte(`{"schemaVersion":2,"annotations":{"a":"`+strings.Repeat("x", MaxBlob/8)+`"},"manifests":[`+string(x)+`]}`))
+	}
+	chain.images[name] = d
+	img := resolveOne(t, NewResolver(chain, testOptions()), container(name, "", ""))
+	if img.Fault == nil || img.Fault.Reason != verify.ImageAmbiguous || !strings.Contains(img.Fault.Detail, "together") {
+		t.Errorf("twelve indexes of %d bytes: %v", MaxBlob/8, img.Fault)
+	}
+
 	// What a decoder says of a document may repeat most of it, and faults are kept.
 	r := newRecords()
 	r.images[name] = r.put(ocispec.MediaTypeImageManifest, []byte(`{"schemaVersion":2,"layers":[],"config":{"size":`+strings.Repeat("9", MaxBlob/2)+`}}`))

@@ -20,7 +20,8 @@ import (
 
 const (
 	// MaxBlob bounds an index, manifest or config that is read, in bytes: what
-	// registries accept as a manifest.
+	// registries accept as a manifest. It also bounds all that one selection reads:
+	// the node waits for it, and the author of an image could make that seconds.
 	MaxBlob = 4 << 20
 	// maxBlobs bounds how many blobs one selection may read: an index that leads
 	// through others ends somewhere.
@@ -72,6 +73,7 @@ func Select(ctx context.Context, read Reader, target ocispec.Descriptor) (ocispe
 type provider struct {
 	read   Reader
 	reads  int
+	size   int64              // bytes of what was read
 	last   ocispec.Descriptor // last manifest read
 	raw    []byte             // its bytes
 	err    error              // what ended the selection, class kept
@@ -95,6 +97,11 @@ func (p *provider) get(ctx context.Context, d ocispec.Descriptor) ([]byte, error
 	if p.reads++; p.reads > maxBlobs {
 		return nil, &verify.Fault{Reason: verify.ImageAmbiguous, Detail: "the index leads through too many others"}
 	}
+	if d.Size < 0 || d.Size > MaxBlob-p.size {
+		return nil, &verify.Fault{Reason: verify.ImageAmbiguous,
+			Detail: fmt.Sprintf("its index, manifest and config have together more than %d bytes", MaxBlob)}
+	}
+	p.size += d.Size
 	raw, err := p.read(ctx, d)
 	if err != nil {
 		return nil, err
