@@ -1000,6 +1000,7 @@ func TestSlowHostsComeLast(t *testing.T) {
 		expect(t, <-d, verify.Overloaded)
 		mended.Store(true)
 		time.Sleep(hang + time.Second)
+		expect(t, c.Judge(bg, at(ask("again"), "hangs.example", "app")), verify.SourceUnreachable)
 		synctest.Wait()
 		c.mu.Lock()
 		if c.slow.Contains("hangs.example") || len(c.flights) != 0 {
