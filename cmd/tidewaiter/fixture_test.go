@@ -96,6 +96,7 @@ const identity = "x509.subject: C=US, ST=WA, O=acme"
 //	index       for two platforms, the index is signed
 //	inner       for two platforms, the manifest of this platform is signed
 //	elsewhere   a signed index without a manifest for this platform
+//	missized    a signed index that is wrong about the size of its manifest
 //	unlabelled  a signed index that does not say the platforms of its manifests
 //	twofold     signed, and both a manifest and an index
 //	long        signed, with a sha512 digest
@@ -152,6 +153,12 @@ var world = sync.OnceValue(func() fixtures {
 	inner.sign(ours, inner.inner[0], inner.inner[0], plain)
 	elsewhere := multi("elsewhere", there)
 	elsewhere.sign(ours, elsewhere.target, elsewhere.target, plain)
+	missized := &image{}
+	wrong := missized.manifest("missized", digest.SHA256)
+	wrong.Size, wrong.Platform = wrong.Size+1, here
+	missized.target = missized.index(wrong)
+	missized.sign(ours, missized.target, missized.target, plain)
+	w.images["missized"] = missized
 	unlabelled := multi("unlabelled", nil)
 	unlabelled.sign(ours, unlabelled.target, unlabelled.target, plain)
 	multi("unlabelledUnsigned", nil)

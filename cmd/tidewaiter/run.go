@@ -123,7 +123,7 @@ func (d *daemon) apply(c *config.Config, err error) {
 	var next *cache.Cache
 	if err == nil {
 		setup, err = c.Setup(func(e *verify.Engine) verify.Judge {
-			next = cache.New(e, cache.Options{Now: time.Now, Observe: d.judged(c.Mode)})
+			next = cache.New(e, cache.Options{Now: time.Now, Observe: d.judged(c)})
 			return next
 		}, time.Now)
 	}
@@ -176,9 +176,10 @@ func (d *daemon) observe(a nri.Answer) {
 
 // judged logs the end of a verification. In audit the hook does not wait for it,
 // so that this line is where the real answer stands.
-func (d *daemon) judged(m verify.Mode) func(verify.Question, verify.Decision) {
+func (d *daemon) judged(c *config.Config) func(verify.Question, verify.Decision) {
 	return func(q verify.Question, dec verify.Decision) {
-		d.log.Info("verification", "mode", m.String(), "decision", dec.Report(q.Image, d.options.node))
+		dec.Epoch = c.Epoch
+		d.log.Info("verification", "mode", c.Mode.String(), "decision", dec.Report(q.Image, d.options.node))
 	}
 }
 
