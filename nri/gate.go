@@ -69,7 +69,7 @@ const (
 // ValidateContainerAdjustment is the hook. Nil lets the container be created.
 func (g *Gate) ValidateContainerAdjustment(ctx context.Context, req *api.ValidateContainerAdjustmentRequest) error {
 	pod, ctr := req.GetPod(), req.GetContainer()
-	ask := question{pod: verify.Pod{Namespace: pod.GetNamespace(), Name: pod.GetName(), UID: pod.GetUid(), Container: ctr.GetName()}, hook: "ValidateContainerAdjustment"}
+	ask := about(pod, ctr, "ValidateContainerAdjustment")
 	return g.answer(ctx, ask, func(ctx context.Context) []verify.Image {
 		return g.Resolver.Resolve(ctx, pod, ctr)
 	}, func(images []verify.Image) { g.Resolver.Decided(ctr.GetId(), images) })
@@ -78,20 +78,33 @@ func (g *Gate) ValidateContainerAdjustment(ctx context.Context, req *api.Validat
 // StartContainer compares what was created with what was allowed, on runtimes
 // that say it only now. Nil lets the container start.
 func (g *Gate) StartContainer(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) error {
-	ask := question{pod: verify.Pod{Namespace: pod.GetNamespace(), Name: pod.GetName(), UID: pod.GetUid(), Container: ctr.GetName()}, hook: "StartContainer"}
+	ask := about(pod, ctr, "StartContainer")
 	return g.answer(ctx, ask, func(ctx context.Context) []verify.Image {
-		fault := g.Resolver.Started(ctx, ctr.GetId())
-		if fault == nil {
+		f := g.Resolver.Started(ctx, ctr.GetId())
+		if f == nil {
 			return nil // nothing to decide: the creation was
 		}
-		return []verify.Image{{Pod: ask.pod, Use: verify.UseContainer, Fault: fault}}
+		return []verify.Image{fault(ask, f.Reason, f.Detail)}
 	}, nil)
 }
 
 // A question is one call of the runtime.
 type question struct {
-	pod  verify.Pod
-	hook string
+	pod   verify.Pod
+	asked string // what the pod wrote as its image, for messages
+	hook  string
+}
+
+// imageName is the annotation in which containerd's CRI plugin says what the pod
+// wrote as its image.
+const imageName = "io.kubernetes.cri.image-name"
+
+func about(pod *api.PodSandbox, ctr *api.Container, hook string) question {
+	return question{
+		pod:   verify.Pod{Namespace: pod.GetNamespace(), Name: pod.GetName(), UID: pod.GetUid(), Container: ctr.GetName()},
+		asked: ctr.GetAnnotations()[imageName],
+		hook:  hook,
+	}
 }
 
 // answer has images found and verified within the gate's own budget. Whatever
@@ -156,7 +169,7 @@ func (g *Gate) verify(ctx context.Context, ask question, start time.Time, img ve
 }
 
 func fault(ask question, r verify.Reason, detail string) verify.Image {
-	return verify.Image{Pod: ask.pod, Use: verify.UseContainer, Fault: &verify.Fault{Reason: r, Detail: detail}}
+	return verify.Image{Asked: ask.asked, Pod: ask.pod, Use: verify.UseContainer, Fault: &verify.Fault{Reason: r, Detail: detail}}
 }
 
 // budget is how long an answer may take: well inside the runtime's deadline.

@@ -102,3 +102,26 @@ func TestKnownAnswersCostNoWait(t *testing.T) {
 		t.Errorf("%v, %v, asked %d times", err, last.Reason, k.asked)
 	}
 }
+
+// mismatched is a Resolver for which every container was created from something else.
+type mismatched struct{ one }
+
+func (mismatched) Started(context.Context, string) *verify.Fault {
+	return &verify.Fault{Reason: verify.ImageMismatch, Detail: "another image ID"}
+}
+
+// denier answers as an Enforcer does for an image with a fault.
+type denier struct{}
+
+func (denier) Verify(_ context.Context, img verify.Image) verify.Decision {
+	return verify.Deny(img.Fault.Reason, img.Fault.Detail)
+}
+
+// A denial at the start names the image as one at the creation does.
+func TestStartNamesTheImage(t *testing.T) {
+	g := &Gate{Resolver: mismatched{}, Verifier: denier{}, Observe: func(Answer) {}, Now: time.Now}
+	err := g.StartContainer(t.Context(), &api.PodSandbox{}, &api.Container{Annotations: map[string]string{imageName: "registry.example/app:1"}})
+	if want := `tidewaiter: denied [IMAGE_MISMATCH] "registry.example/app:1": another image ID`; err == nil || err.Error() != want {
+		t.Errorf("got %v\nwant %s", err, want)
+	}
+}

@@ -419,11 +419,14 @@ func (r *Resolver) snapshotters(ctx context.Context, o *Options) ([]string, erro
 }
 
 // Decided remembers for which configs a container's creation was allowed, so
-// that Started can compare. Nothing else is remembered of a container.
+// that Started can compare. Nothing else is remembered of a container. Images that
+// could not be bound, which audit allows all the same, are none to compare with.
 func (r *Resolver) Decided(id string, images []verify.Image) {
 	configs := make([]digest.Digest, 0, len(images))
 	for _, i := range images {
-		configs = append(configs, i.Config)
+		if i.Fault == nil {
+			configs = append(configs, i.Config)
+		}
 	}
 	r.decided.Add(id, configs)
 }
@@ -436,6 +439,9 @@ func (r *Resolver) Started(ctx context.Context, id string) *verify.Fault {
 	allowed, ok := r.decided.Get(id)
 	if !ok {
 		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the container was created before this gate was connected; create it anew"}
+	}
+	if len(allowed) == 0 {
+		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "which image the container may run was not established when it was created"}
 	}
 	config, err := r.records.ContainerConfig(ctx, id)
 	if err != nil {
