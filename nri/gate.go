@@ -76,9 +76,11 @@ func (g *Gate) ValidateContainerAdjustment(ctx context.Context, req *api.Validat
 }
 
 // StartContainer compares what was created with what was allowed, on runtimes
-// that say it only now. Nil lets the container start.
+// that say it only now. Nil lets the container start. A refusal here is final for
+// a pod that is not restarted, so that it is never PENDING.
 func (g *Gate) StartContainer(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) error {
 	ask := about(pod, ctr, "StartContainer")
+	ask.late = verify.ImageUnresolved
 	return g.answer(ctx, ask, func(ctx context.Context) []verify.Image {
 		f := g.Resolver.Started(ctx, ctr.GetId())
 		if f == nil {
@@ -93,6 +95,7 @@ type question struct {
 	pod   verify.Pod
 	asked string // what the pod wrote as its image, for messages
 	hook  string
+	late  verify.Reason // what it is called when there is no answer in time
 }
 
 // imageName is the annotation in which containerd's CRI plugin says what the pod
@@ -104,6 +107,7 @@ func about(pod *api.PodSandbox, ctr *api.Container, hook string) question {
 		pod:   verify.Pod{Namespace: pod.GetNamespace(), Name: pod.GetName(), UID: pod.GetUid(), Container: ctr.GetName()},
 		asked: ctr.GetAnnotations()[imageName],
 		hook:  hook,
+		late:  verify.Pending,
 	}
 }
 
@@ -129,7 +133,7 @@ func (g *Gate) answer(ctx context.Context, ask question, find func(context.Conte
 	case err := <-done:
 		return err
 	default:
-		return g.verify(ctx, ask, start, fault(ask, verify.Pending, "no answer was found within the gate's own time; the next try may find it"))
+		return g.verify(ctx, ask, start, fault(ask, ask.late, "no answer was found within the gate's own time; the next try may find it"))
 	}
 }
 

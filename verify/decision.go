@@ -176,7 +176,8 @@ func Quote(s string, limit int) string {
 }
 
 // ID is short, stable and the same on every node: a hash of the question and the
-// reason.
+// reason. Where the image could not be bound there is no question; then it is one
+// of the detail, which says what was in the way.
 func (d Decision) ID() string {
 	r := d.Reason
 	if r == AuditOnly {
@@ -185,6 +186,9 @@ func (d Decision) ID() string {
 	h := sha256.New()
 	h.Write(d.Key.bytes())
 	h.Write([]byte(r.String()))
+	if d.Key == (Key{}) {
+		h.Write([]byte(d.Detail))
+	}
 	return hex.EncodeToString(h.Sum(nil)[:6])
 }
 

@@ -68,6 +68,10 @@ func decide(ctx context.Context, s *Setup, img Image) (d Decision) {
 	if f := img.unfit(); f != nil {
 		return Deny(f.Reason, f.Detail)
 	}
+	// The configuration also says which snapshotters and runtimes are believed.
+	if img.Use == UseContainer && img.Epoch != s.Epoch {
+		return Deny(Pending, "the configuration changed while the image was looked at; the next try answers")
+	}
 	rule := s.Policy.Select(img)
 	q := Question{Image: img, Rule: rule}
 	if rule != nil && rule.Settled != "" {

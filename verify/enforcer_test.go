@@ -215,7 +215,7 @@ func TestSwapDuringAnswer(t *testing.T) {
 		want  Reason
 		epoch Epoch
 	}{
-		{"to one that denies", strict, SignerUntrusted, Epoch{8}},
+		{"to one that denies", strict, Pending, Epoch{8}}, // bound under the old one
 		{"to none", nil, PolicyInvalid, Epoch{}},
 		{"to one that allows", setup(Enforce), Verified, Epoch{7}},
 	} {
@@ -245,7 +245,7 @@ func TestSwapDuringAnswer(t *testing.T) {
 	old := setup(Audit)
 	old.Judge = judge(func(context.Context, Question) Decision { e.Swap(strict); return Deny(SignatureMissing, "") })
 	e.Swap(old)
-	denied(t, e.Verify(bg, bound().Image), SignerUntrusted)
+	denied(t, e.Verify(bg, bound().Image), Pending)
 }
 
 // TestSwapAllTheTime: who changes the configuration faster than answers are made
@@ -321,4 +321,17 @@ func TestSwapConcurrently(t *testing.T) {
 	closed.Store(true)
 	wg.Wait()
 	denied(t, e.Verify(bg, bound().Image), PolicyInvalid)
+}
+
+// What the configuration says about snapshotters and runtimes counts for the
+// configuration that says it.
+func TestBoundUnderAnotherConfiguration(t *testing.T) {
+	img := bound().Image
+	img.Epoch = Epoch{6}
+	e := enforcer(setup(Enforce))
+	denied(t, e.Verify(bg, img), Pending)
+	img.Use, img.Binding = UseQuestion, BoundDigest // asked about; nothing was bound
+	if d := e.Verify(bg, img); d.Reason == Pending {
+		t.Errorf("a question: %s", d.Detail)
+	}
 }

@@ -89,6 +89,7 @@ type Image struct {
 
 	Use     Use
 	Binding Binding
+	Epoch   Epoch // of the configuration under which it was bound; not with UseQuestion
 	Pod     Pod
 	Fault   *Fault
 }

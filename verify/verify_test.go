@@ -32,7 +32,7 @@ func bound() Question {
 			Name:   Name{Host: "registry.local", Path: "app", Tag: "1.2"},
 			Asked:  "registry.local/app:1.2",
 			Target: index, Manifest: desc("manifest"), Config: of("config"),
-			Use: UseContainer, Binding: BoundRuntime,
+			Use: UseContainer, Binding: BoundRuntime, Epoch: Epoch{7},
 			Pod: Pod{Namespace: "shop", Name: "web-0", UID: "u-1", Container: "web"},
 		},
 		Rule: &Rule{Name: "prod", Statement: "acme", Requirement: sha256.Sum256([]byte("acme"))},
@@ -110,7 +110,9 @@ func TestZeroValuesDeny(t *testing.T) {
 	denied(t, audit(Decision{}, 0), Internal)
 	var e Enforcer
 	e.Swap(&Setup{})
-	denied(t, e.Verify(ctx, bound().Image), Internal) // a nil Policy panics
+	under := bound().Image
+	under.Epoch = Epoch{}
+	denied(t, e.Verify(ctx, under), Internal) // a nil Policy panics
 	denied(t, e.Verify(ctx, Image{}), ImageUnresolved)
 	if (&Budget{}).Page() == nil || (&Budget{}).Referrer() == nil || (&Budget{}).Signature() == nil ||
 		(&Budget{}).Manifest(1) == nil || (&Budget{}).Envelope(1) == nil {
@@ -162,6 +164,7 @@ func TestKey(t *testing.T) {
 		{"Image.Others", false, func(q *Question) { q.Image.Others = []ocispec.Descriptor{desc("other")} }},
 		{"Image.Use", false, func(q *Question) { q.Image.Use = UseQuestion }},
 		{"Image.Binding", false, func(q *Question) { q.Image.Binding = BoundSnapshot }},
+		{"Image.Epoch", false, func(q *Question) { q.Image.Epoch = Epoch{9} }},
 		{"Image.Pod", false, func(q *Question) { q.Image.Pod = Pod{"a", "b", "c", "d"} }},
 		{"Image.Fault", false, func(q *Question) { q.Image.Fault = &Fault{} }},
 		{"Rule.Name", false, func(q *Question) { q.Rule.Name = "other" }},
@@ -178,7 +181,7 @@ func TestKey(t *testing.T) {
 			t.Errorf("%s: in the key's bytes otherwise than in the key", tt.field)
 		}
 	}
-	if n, m := reflect.TypeFor[Image]().NumField(), reflect.TypeFor[Rule]().NumField(); n != 10 || m != 5 {
+	if n, m := reflect.TypeFor[Image]().NumField(), reflect.TypeFor[Rule]().NumField(); n != 11 || m != 5 {
 		t.Errorf("Image has %d fields and Rule %d: extend the table above", n, m)
 	}
 	if (Question{}).Key() != (Key{}) {
@@ -208,7 +211,7 @@ func TestBare(t *testing.T) {
 	}
 	b := q.Bare()
 	want := bound()
-	want.Image.Name.Tag, want.Image.Asked, want.Image.Pod = "", "", Pod{}
+	want.Image.Name.Tag, want.Image.Asked, want.Image.Pod, want.Image.Epoch = "", "", Pod{}, Epoch{}
 	for i := range MaxOthers {
 		want.Image.Others = append(want.Image.Others, desc(fmt.Sprint("other", i)))
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -71,6 +72,7 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 		options:  o,
 		log:      log,
 		resolver: node.NewResolver(records, resolverOptions(nil)),
+		answers:  make(chan nri.Answer, unwritten),
 	}
 	defer d.close()
 
@@ -82,6 +84,7 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	gate := &nri.Gate{Resolver: d.resolver, Verifier: &d.enforcer, Observe: d.observe, Now: time.Now, Node: o.node}
 	session := &nri.Session{Gate: gate, Socket: o.nri, Log: log}
 	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { d.write(ctx); return nil })
 	loaded := make(chan struct{}) // closed when the directory was read once
 	var once sync.Once
 	g.Go(func() error {
@@ -111,6 +114,8 @@ type daemon struct {
 	log      *slog.Logger
 	resolver *node.Resolver
 	enforcer verify.Enforcer
+	answers  chan nri.Answer // to be written to the log
+	dropped  atomic.Int64    // answers that the log was too slow for
 
 	cache   *cache.Cache   // of the configuration in force; owned by apply
 	retired sync.WaitGroup // caches of earlier configurations that are closing
@@ -141,6 +146,7 @@ func (d *daemon) apply(c *config.Config, err error) {
 	for _, w := range c.Warnings {
 		d.log.Warn("configuration", "warning", w.String())
 	}
+	// A container that is bound between the two gets PENDING: the epochs differ.
 	d.resolver.Configure(resolverOptions(c))
 	d.enforcer.Swap(setup)
 	d.log.Info("configuration in force", "epoch", setup.Epoch.String(), "mode", c.Mode.String())
@@ -160,17 +166,57 @@ func (d *daemon) close() {
 	d.retired.Wait()
 }
 
-// observe logs one answer. Allowed repeats of a verified image are the normal
-// course and stay at debug level.
+// unwritten is how many answers may wait for the log. The hook does not: a log
+// that nobody reads must not stop the node.
+const unwritten = 1024
+
+// observe takes one answer to the log. Allowed repeats of a verified image are
+// the normal course and stay at debug level.
 func (d *daemon) observe(a nri.Answer) {
-	level := slog.LevelInfo
-	if a.Decision.Reason == verify.Verified {
-		level = slog.LevelDebug
+	if !d.log.Enabled(context.Background(), levelOf(a)) {
+		return
 	}
 	if a.Decision.Made.IsZero() { // no source was asked
 		a.Decision.Made = time.Now()
 	}
-	d.log.Log(context.Background(), level, "decision", "hook", a.Hook, "took", a.Took.String(),
+	select {
+	case d.answers <- a:
+	default:
+		d.dropped.Add(1)
+	}
+}
+
+func levelOf(a nri.Answer) slog.Level {
+	if a.Decision.Reason == verify.Verified {
+		return slog.LevelDebug
+	}
+	return slog.LevelInfo
+}
+
+// write writes answers to the log until ctx ends, and then those that wait.
+func (d *daemon) write(ctx context.Context) {
+	for {
+		select {
+		case a := <-d.answers:
+			d.print(a)
+		case <-ctx.Done():
+			for {
+				select {
+				case a := <-d.answers:
+					d.print(a)
+				default:
+					return
+				}
+			}
+		}
+	}
+}
+
+func (d *daemon) print(a nri.Answer) {
+	if n := d.dropped.Swap(0); n > 0 {
+		d.log.Warn("the log is too slow: answers were given and not written", "answers", n)
+	}
+	d.log.Log(context.Background(), levelOf(a), "decision", "hook", a.Hook, "took", a.Took.String(),
 		"decision", a.Decision.Report(a.Image, d.options.node))
 }
 
@@ -187,7 +233,7 @@ func (d *daemon) judged(c *config.Config) func(verify.Question, verify.Decision)
 func resolverOptions(c *config.Config) node.Options {
 	o := node.Options{ParseName: policy.ParseName, ParseRecord: policy.Record, Now: time.Now}
 	if c != nil {
-		o.Snapshotters, o.Runtimes = c.Gate.Snapshotters, c.Gate.Runtimes
+		o.Snapshotters, o.Runtimes, o.Epoch = c.Gate.Snapshotters, c.Gate.Runtimes, c.Epoch
 	}
 	return o
 }

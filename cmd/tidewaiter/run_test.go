@@ -87,7 +87,12 @@ func newDaemon(t *testing.T) (*daemon, *logged) {
 		options:  runOptions{node: "edge-17"},
 		log:      slog.New(slog.NewJSONHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		resolver: node.NewResolver(records, resolverOptions(nil)),
+		answers:  make(chan nri.Answer, unwritten),
 	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() { d.write(ctx) })
+	t.Cleanup(func() { cancel(); wg.Wait() })
 	t.Cleanup(d.close)
 	return d, log
 }
@@ -115,6 +120,9 @@ func ask(t *testing.T, d *daemon, name string) verify.Decision {
 	img := verify.Image{
 		Name: n, Target: target, Manifest: target, Config: target.Digest,
 		Use: verify.UseContainer, Binding: verify.BoundSnapshot,
+	}
+	if s := d.enforcer.Setup(); s != nil {
+		img.Epoch = s.Epoch
 	}
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		answer := d.enforcer.Verify(t.Context(), img)
@@ -247,6 +255,7 @@ func TestApplyEndsFlights(t *testing.T) {
 		Name: verify.Name{Host: "registry.test", Path: "team/app"}, Target: target, Manifest: target, Config: target.Digest,
 		Use: verify.UseContainer, Binding: verify.BoundSnapshot,
 	}
+	img.Epoch = d.enforcer.Setup().Epoch
 	if got := d.enforcer.Verify(ctx, img); got.Would != verify.Pending {
 		t.Fatalf("would be %s: %s", got.Would, got.Detail)
 	}
@@ -282,6 +291,21 @@ func TestObserve(t *testing.T) {
 	d.observe(nri.Answer{Image: img, Decision: verify.Decision{Reason: verify.Verified}})
 	if e := log.entries(t, "decision")[0]; e["level"] != "DEBUG" {
 		t.Errorf("an allowed repeat is logged as %v", e["level"])
+	}
+}
+
+// A log that nobody reads does not stop the hook; what was lost is said.
+func TestObserveDoesNotBlock(t *testing.T) {
+	log := &logged{}
+	d := &daemon{log: slog.New(slog.NewJSONHandler(log, nil)), answers: make(chan nri.Answer, 2)}
+	for range 5 {
+		d.observe(nri.Answer{Decision: verify.Deny(verify.PolicyNoMatch, "no rule")})
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	d.write(ctx)
+	if e := log.entries(t, "the log is too slow: answers were given and not written", "decision", "decision")[0]; e["answers"] != 3.0 {
+		t.Errorf("the log says %v", e)
 	}
 }
 

@@ -66,6 +66,7 @@ type Options struct {
 	Snapshotters []string                          // trusted besides Snapshotters
 	Runtimes     []string                          // allowed besides Runtimes
 	Now          func() time.Time
+	Epoch        verify.Epoch // of the configuration that says the above
 }
 
 // A Resolver binds containers to images. It is safe for concurrent use.
@@ -159,6 +160,7 @@ func (r *Resolver) Resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 
 func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Container, img *verify.Image) error {
 	o := r.options.Load()
+	img.Epoch = o.Epoch
 	var err error
 	if img.Name, err = o.ParseName(img.Asked); err != nil {
 		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error() + "; name it as repository:tag or repository@digest"}
@@ -446,6 +448,9 @@ func (r *Resolver) Started(ctx context.Context, id string) *verify.Fault {
 	config, err := r.records.ContainerConfig(ctx, id)
 	if err != nil {
 		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error()}
+	}
+	if slices.Contains(allowed, "") { // only audit lets such a container be created
+		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the image was not bound when the container was created"}
 	}
 	if !slices.Contains(allowed, config) {
 		return &verify.Fault{Reason: verify.ImageMismatch, Detail: fmt.Sprintf("the container was created from image ID %s and allowed as %s: the name moved while it was created", verify.Clean(config.String(), 96), allowed[0])}
