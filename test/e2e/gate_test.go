@@ -49,7 +49,7 @@ func TestGateGone(t *testing.T) {
 			start := time.Now()
 			if c, err := s.pod.Create(s.ctx, o); err == nil {
 				s.Fatalf("container %s was created while the gate hangs", c.ID)
-			} else if text := node.Text(err); !strings.Contains(text, "deadline exceeded") && !strings.Contains(text, "not present") || time.Since(start) > 5*time.Second {
+			} else if text := node.Text(err); !strings.Contains(text, "deadline exceeded") && !strings.Contains(text, "not present") || time.Since(start) > 10*time.Second {
 				s.Errorf("while the gate hangs, after %v: %s", time.Since(start), text)
 			}
 		}
@@ -132,13 +132,9 @@ func TestMirror(t *testing.T) {
 		for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 			o := node.ContainerOptions{Image: img.Name}
 			s.prepare(&o)
-			start := time.Now()
 			c, err := s.pod.Create(s.ctx, o)
 			if err == nil {
 				s.Fatalf("container %s was created", c.ID)
-			}
-			if took := time.Since(start); took > time.Second {
-				s.Errorf("refused after %v", took)
 			}
 			if !node.Pending(err) {
 				s.line(err, verify.SourceUnreachable)
@@ -150,8 +146,21 @@ func TestMirror(t *testing.T) {
 		s.wait(mark, func(l node.Line) bool {
 			return l.Msg == "verification" && decision(l)["reason"] == string(verify.SourceUnreachable)
 		})
+		given := 0
+		for _, l := range s.gate.Lines()[mark:] {
+			if l.Msg != "decision" {
+				continue
+			}
+			given++
+			if took, err := time.ParseDuration(fmt.Sprint(l.Fields["took"])); err != nil || took > time.Second {
+				s.Errorf("an answer took %v, %v", took, err)
+			}
+		}
+		if given < 2 {
+			s.Errorf("%d answers in three seconds", given)
+		}
 		s.reg.Fault(nil)
-		s.allowed(img.Name, "hangs", node.ContainerOptions{})
+		s.recovers(img.Name, "hangs")
 
 		img = fresh("slow")
 		s.reg.Fault(func(h http.Handler) http.Handler {
@@ -180,7 +189,7 @@ func TestMirror(t *testing.T) {
 			s.reg.Fault(tt.fault)
 			s.denied(img.Name, tt.want, node.ContainerOptions{})
 			s.reg.Fault(nil)
-			s.allowed(img.Name, word, node.ContainerOptions{})
+			s.recovers(img.Name, word)
 		}
 
 		img = fresh("refuses")
@@ -188,7 +197,7 @@ func TestMirror(t *testing.T) {
 		s.denied(img.Name, verify.SourceUnreachable, node.ContainerOptions{})
 		s.allowed(known.Name, "known", node.ContainerOptions{})
 		s.must(s.reg.Start())
-		s.allowed(img.Name, "refuses", node.ContainerOptions{})
+		s.recovers(img.Name, "refuses")
 
 		for _, l := range s.gate.Lines() {
 			if strings.HasPrefix(l.Msg, "not registered") {
@@ -196,6 +205,24 @@ func TestMirror(t *testing.T) {
 			}
 		}
 	})
+}
+
+// recovers runs an image as a kubelet does, which tries again whatever the reason:
+// the first answer may be that of a question that was put to the mirror before.
+func (s *scene) recovers(image, word string) {
+	s.Helper()
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		o := node.ContainerOptions{}
+		s.prepare(&o)
+		c, err := s.pod.Run(s.ctx, image, o, node.Retry{})
+		if err == nil {
+			s.runs(c, word)
+			return
+		}
+		if time.Now().After(end) {
+			s.Fatalf("%s is refused although the mirror answers: %v", image, err)
+		}
+	}
 }
 
 // TestConfiguration changes the configuration under the gate.

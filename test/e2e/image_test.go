@@ -1,10 +1,9 @@
 package e2e
 
 import (
-	"context"
+	"fmt"
 	"strings"
 	"testing"
-	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -387,12 +386,10 @@ func TestBurst(t *testing.T) {
 		img := s.signed("app:burst", "burst")
 		s.pull(img.Name)
 		s.reg.Forget()
-		ctx, cancel := context.WithTimeout(s.ctx, 30*time.Second)
-		defer cancel()
 		containers := make([]*node.Container, 30)
 		errs := make([]error, len(containers))
 		atOnce(len(containers), len(containers), func(i int) {
-			containers[i], errs[i] = s.pod.Run(ctx, img.Name, node.ContainerOptions{Name: "burst" + string(rune('a'+i%26)) + string(rune('a'+i/26))}, node.Retry{})
+			containers[i], errs[i] = s.pod.Run(s.ctx, img.Name, node.ContainerOptions{Name: fmt.Sprintf("burst%d", i)}, node.Retry{})
 		})
 		for i, c := range containers {
 			s.must(errs[i])
