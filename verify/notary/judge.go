@@ -52,13 +52,14 @@ func (st *statement) judge(info *signature.SignerInfo, now time.Time, maxCertifi
 		}
 	}
 
-	issued := chain[:len(chain)-1] // a root answers for itself
-	if tsa, reason, err := st.valid(info, now, maxCertificates); err != nil {
-		if fails(st.actions.timestamp, reason) {
-			return refuse(reason, err.Error())
-		}
-	} else if len(tsa) > 0 {
-		issued = slices.Concat(issued, tsa[:len(tsa)-1])
+	// As in the library, the revocation of a TSA belongs to the timestamp: no override
+	// of revocation excuses it (verifier.go:954-971).
+	tsa, reason, err := st.valid(info, now, maxCertificates)
+	if err == nil {
+		reason, err = verify.RevocationUnknown, answerable(tsa)
+	}
+	if err != nil && fails(st.actions.timestamp, reason) {
+		return refuse(reason, err.Error())
 	}
 	if st.restsOnNow(info, now) {
 		for _, c := range chain {
@@ -68,8 +69,8 @@ func (st *statement) judge(info *signature.SignerInfo, now time.Time, maxCertifi
 		}
 	}
 
-	if i := slices.IndexFunc(issued, revocable); i >= 0 && fails(st.actions.revocation, verify.RevocationUnknown) {
-		return refuse(verify.RevocationUnknown, "certificate "+verify.Quote(issued[i].Subject.String(), 128)+" names a CRL or an OCSP responder, and nobody is asked")
+	if err := answerable(chain); err != nil && fails(st.actions.revocation, verify.RevocationUnknown) {
+		return refuse(verify.RevocationUnknown, err.Error())
 	}
 	if f.Until.IsZero() {
 		// A timestamp, and a signing authority's word, do not end. An answer without
@@ -152,6 +153,17 @@ var (
 	authorityInfoAccess   = asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 1, 1}
 	ocspMethod            = []byte{6, 8, 0x2b, 6, 1, 5, 5, 7, 0x30, 1} // DER of 1.3.6.1.5.5.7.48.1
 )
+
+// answerable reports a certificate of chain of which it would have to be asked
+// whether it was revoked. A root answers for itself; an empty chain is fine.
+func answerable(chain []*x509.Certificate) error {
+	for i, c := range chain {
+		if i < len(chain)-1 && revocable(c) {
+			return fmt.Errorf("certificate %s names a CRL or an OCSP responder, and nobody is asked", verify.Quote(c.Subject.String(), 128))
+		}
+	}
+	return nil
+}
 
 // revocable reports whether c names a place to ask whether it was revoked, in
 // whatever form: the parsed fields hold URLs only.

@@ -118,6 +118,17 @@ func (ca *CA) Root() *x509.Certificate { return ca.Chain[len(ca.Chain)-1] }
 // PEM is the root certificate as a trust store holds it.
 func (ca *CA) PEM() []byte { return PEM(ca.Root()) }
 
+// CRL is a list of the certificates that the issuing CA revoked, made at Begin and
+// good until End, in DER.
+func (ca *CA) CRL(revoked ...*x509.Certificate) []byte {
+	list := &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: Begin, NextUpdate: End}
+	for _, c := range revoked {
+		list.RevokedCertificateEntries = append(list.RevokedCertificateEntries,
+			x509.RevocationListEntry{SerialNumber: c.SerialNumber, RevocationTime: Begin})
+	}
+	return must(x509.CreateRevocationList(rand.Reader, list, ca.Chain[0], ca.key))
+}
+
 // Leaf issues a signing certificate.
 func (ca *CA) Leaf(o CertOptions) *Signer {
 	key := o.generate()
