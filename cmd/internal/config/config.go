@@ -30,19 +30,22 @@ const DefaultWait = 50 * time.Millisecond
 
 // A Config is a valid configuration. It does not change.
 type Config struct {
-	Dir        string // that it was read from
-	Mode       verify.Mode
-	Mirrors    []Mirror
-	Layouts    []string      // directories, absolute
-	Limits     verify.Limits // zero fields mean verify.DefaultLimits
-	Listed     bool          // ask Mirrors and Layouts alone: a host without a mirror is not its own
-	Gate       Gate
-	Statements []verify.Statement
-	Warnings   []policy.Warning // what the author may not mean
-	Epoch      verify.Epoch     // digest of every file that was read
+	Dir         string // that it was read from
+	Mode        verify.Mode
+	Mirrors     []Mirror
+	Layouts     []string      // directories, absolute
+	Limits      verify.Limits // zero fields mean verify.DefaultLimits
+	Credentials string        // docker config.json with what registries know this node by; empty: none
+	Helpers     string        // directory of credential helpers; empty: PATH
+	Listed      bool          // ask Mirrors and Layouts alone: a host without a mirror is not its own
+	Gate        Gate
+	Statements  []verify.Statement
+	Warnings    []policy.Warning // what the author may not mean
+	Epoch       verify.Epoch     // digest of every file that was read
 
-	store   *notary.Store
-	outside []string // files that were read outside Dir
+	store       *notary.Store
+	credentials *credentials // nil: none
+	outside     []string     // files that were read outside Dir
 }
 
 // A Mirror is a registry that holds the signatures of images of another.
@@ -51,7 +54,13 @@ type Mirror struct {
 	URL  *url.URL // http or https, without user, query and fragment
 	CA   string   // file of the only CAs that its certificate may come from; empty: those of the system
 
-	roots *x509.CertPool // of CA
+	Cert  string   // file of the certificate to show it; empty: none
+	Key   string   // file of its key
+	Realm *url.URL // where tokens may come from besides the URL's own scheme, host and port; may be nil
+	NS    bool     // whether it is told in the query whose images it is asked for
+
+	roots *x509.CertPool   // of CA
+	pair  *tls.Certificate // of Cert and Key
 }
 
 // Gate is how the gate behaves.
@@ -145,6 +154,14 @@ func load(d *directory) (*Config, error) {
 		return nil, fmt.Errorf("%s: %w", d.path(policyFile), err)
 	}
 	c.Warnings = append(c.Warnings, policy.Lint(c.Statements, c.Mode)...)
+	for i, s := range c.Statements {
+		for j, name := range s.TrustStores {
+			if !c.store.Holds(name) {
+				c.Warnings = append(c.Warnings, policy.Warning{Statement: s.Name, Field: fmt.Sprintf("trustPolicies[%d].trustStores[%d]", i, j),
+					Text: fmt.Sprintf("%q does not exist or holds no certificate: it trusts nobody", name)})
+			}
+		}
+	}
 	return c, nil
 }
 
@@ -177,18 +194,16 @@ func (c *Config) Sources() func(verify.Name) []verify.Source {
 	for _, dir := range c.Layouts {
 		layouts = append(layouts, layout.New(dir))
 	}
-	type endpoint struct {
-		url    *url.URL
-		client *http.Client // shared by the sources of all hosts, with its connections
-	}
-	mirrors := map[string][]endpoint{}
+	tokens := mirror.NewTokens(time.Now) // they end after a while, not at a time
+	mirrors := map[string][]mirror.Mirror{}
 	for _, m := range c.Mirrors {
-		e := endpoint{url: m.URL}
-		if m.roots != nil {
-			e.client = &http.Client{
-				Transport: mirror.Transport(&tls.Config{RootCAs: m.roots, MinVersion: tls.VersionTLS12}),
-				Timeout:   requestTimeout,
-			}
+		e := mirror.Mirror{URL: m.URL, NS: m.NS, Realm: m.Realm, Tokens: tokens, Credentials: c.credentials.of(m.URL)}
+		// The clients are shared by the sources of all hosts, with their connections.
+		if m.roots != nil || m.pair != nil {
+			e.Client = client(m.roots, m.pair)
+		}
+		if m.roots != nil && m.Realm != nil {
+			e.RealmClient = client(m.roots, nil)
 		}
 		mirrors[m.Host] = append(mirrors[m.Host], e)
 	}
@@ -199,16 +214,28 @@ func (c *Config) Sources() func(verify.Name) []verify.Source {
 			served = mirrors["*"]
 		}
 		if served == nil && !c.Listed {
-			served = []endpoint{{url: origin(n.Host)}}
+			u := origin(n.Host)
+			served = []mirror.Mirror{{URL: u, Tokens: tokens, Credentials: c.credentials.of(u)}}
 		}
-		for _, e := range served {
-			list = append(list, mirror.New(mirror.Mirror{Host: n.Host, URL: e.url, Client: e.client}))
+		for _, m := range served {
+			m.Host = n.Host
+			list = append(list, mirror.New(m))
 		}
 		return list
 	}
 }
 
-// requestTimeout ends one request of a mirror with a CA of its own; the limits
+// client is one that trusts these CAs alone, if there are any, and shows pair, if
+// there is one.
+func client(roots *x509.CertPool, pair *tls.Certificate) *http.Client {
+	config := &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}
+	if pair != nil {
+		config.Certificates = []tls.Certificate{*pair}
+	}
+	return &http.Client{Transport: mirror.Transport(config), Timeout: requestTimeout}
+}
+
+// requestTimeout ends one request of a mirror with TLS of its own; the limits
 // end all of them together.
 const requestTimeout = 30 * time.Second
 

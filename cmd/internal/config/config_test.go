@@ -302,7 +302,6 @@ func TestDirectoryErrors(t *testing.T) {
 		"policy cut":     {with(notation(), "trustpolicy.json", trustPolicy("*")[:100]), nil, "/trustpolicy.json:6: not JSON: unexpected end"},
 		"policy empty":   {notation(), func(t *testing.T, dir string) { must(t, os.Truncate(dir+"/trustpolicy.json", 0)) }, "/trustpolicy.json:1: not JSON"},
 		"policy large":   {with(notation(), "trustpolicy.json", strings.Repeat(" ", 1<<20+1)), nil, "/trustpolicy.json: larger than 1048576 bytes"},
-		"no store":       {with(notation(), "truststore/x509/ca/acme/root.crt", ""), nil, "/trustpolicy.json: "},
 		"certificate":    {with(notation(), "truststore/x509/ca/acme/root.crt", "x"), nil, "/truststore: "},
 		"other file":     {with(notation(), "truststore/x509/ca/acme/README", "x"), nil, "/truststore: "},
 		"deep":           {with(notation(), "truststore/x509/ca/acme/old/a.crt", "x"), nil, "/truststore/x509/ca/acme/old: a directory this deep"},

@@ -2,6 +2,7 @@ package config
 
 import (
 	"bytes"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -128,7 +129,7 @@ func (r *reader) config(n *yaml.Node, c *Config) {
 }
 
 func (r *reader) sources(n *yaml.Node, c *Config) {
-	f := r.mapping(n, "sources", "mirrors", "layouts")
+	f := r.mapping(n, "sources", "mirrors", "layouts", "credentials", "helpers")
 	for i, v := range r.sequence(f["mirrors"], "sources.mirrors", maxMirrors) {
 		path := index("sources.mirrors", i)
 		m := r.mirror(v, path)
@@ -157,10 +158,62 @@ func (r *reader) sources(n *yaml.Node, c *Config) {
 		}
 		c.Layouts = append(c.Layouts, s)
 	}
+	r.credentials(f, c)
+	for i, m := range c.Mirrors {
+		if m.URL.Scheme == "http" && c.credentials.of(m.URL) != nil {
+			c.Warnings = append(c.Warnings, policy.Warning{Field: index("sources.mirrors", i) + ".url", Text: "over http anybody on the way can read the credentials"})
+		}
+	}
+}
+
+// credentials reads the file with what the registries know this node by.
+func (r *reader) credentials(f map[string]*yaml.Node, c *Config) {
+	const at, helpersAt = "sources.credentials", "sources.helpers"
+	if n := f["helpers"]; n != nil {
+		if c.Helpers = r.text(n, helpersAt); !strings.HasPrefix(c.Helpers, "/") || printable(c.Helpers) != nil {
+			r.fail(n, helpersAt, "must be the absolute path of a directory")
+		}
+		if f["credentials"] == nil {
+			r.fail(n, helpersAt, "has no use without sources.credentials, which names the helpers")
+		}
+	}
+	n := f["credentials"]
+	if n == nil || r.err != nil {
+		return
+	}
+	name, raw := r.named(n, at)
+	if r.err != nil {
+		return
+	}
+	var warnings []string
+	var err error
+	if c.credentials, warnings, err = parseCredentials(raw, c.Helpers); err != nil {
+		r.fail(n, at, "%s: %v", verify.Quote(name, 256), err)
+	}
+	for _, w := range warnings {
+		c.Warnings = append(c.Warnings, policy.Warning{Field: at, Text: w})
+	}
+	c.Credentials = absolute(r.dir.dir, name)
+}
+
+// named reads the file that n names.
+func (r *reader) named(n *yaml.Node, at string) (name string, raw []byte) {
+	name = r.text(n, at)
+	if name == "" || printable(name) != nil {
+		r.fail(n, at, "must be a file")
+	}
+	if r.err != nil {
+		return name, nil
+	}
+	raw, err := r.dir.named(name, maxFile)
+	if err != nil {
+		r.fail(n, at, "%s: %v", verify.Quote(name, 256), err)
+	}
+	return name, raw
 }
 
 func (r *reader) mirror(n *yaml.Node, path string) (m Mirror) {
-	f := r.mapping(n, path, "host", "url", "ca")
+	f := r.mapping(n, path, "host", "url", "ca", "cert", "key", "realm", "ns")
 	for _, must := range []string{"host", "url"} {
 		if f[must] == nil {
 			r.fail(n, path+"."+must, "is required")
@@ -178,29 +231,72 @@ func (r *reader) mirror(n *yaml.Node, path string) (m Mirror) {
 	if m.URL, err = ParseURL(r.text(f["url"], path+".url")); err != nil {
 		r.fail(f["url"], path+".url", "%v", err)
 	}
-	if f["ca"] == nil || r.err != nil {
-		return m
-	}
-	at := path + ".ca"
-	m.CA = r.text(f["ca"], at)
-	if m.CA == "" || printable(m.CA) != nil {
-		r.fail(f["ca"], at, "must be a file")
-	}
-	if m.URL.Scheme != "https" {
-		r.fail(f["ca"], at, "has no use without https")
-	}
 	if r.err != nil {
 		return m
 	}
-	raw, err := r.dir.named(m.CA, maxFile)
-	if err == nil {
-		m.roots, err = pool(raw)
+	for _, key := range []string{"ca", "cert", "key"} {
+		if f[key] != nil && m.URL.Scheme != "https" {
+			r.fail(f[key], path+"."+key, "has no use without https")
+		}
 	}
-	if err != nil {
-		r.fail(f["ca"], at, "%s: %v", verify.Quote(m.CA, 256), err)
+	if n := f["ca"]; n != nil {
+		name, raw := r.named(n, path+".ca")
+		if r.err == nil {
+			if m.roots, err = pool(raw); err != nil {
+				r.fail(n, path+".ca", "%s: %v", verify.Quote(name, 256), err)
+			}
+		}
+		m.CA = absolute(r.dir.dir, name)
 	}
-	m.CA = absolute(r.dir.dir, m.CA)
+	r.clientCertificate(f, path, &m)
+	if n := f["realm"]; n != nil {
+		m.Realm = r.realm(n, path+".realm", m.URL)
+	}
+	if n := f["ns"]; n != nil {
+		m.NS = r.boolean(n, path+".ns")
+	}
 	return m
+}
+
+// clientCertificate reads what the mirror knows this node by in TLS.
+func (r *reader) clientCertificate(f map[string]*yaml.Node, path string, m *Mirror) {
+	cert, key := f["cert"], f["key"]
+	switch {
+	case cert == nil && key == nil:
+		return
+	case key == nil:
+		r.fail(cert, path+".cert", "has no use without key")
+	case cert == nil:
+		r.fail(key, path+".key", "has no use without cert")
+	}
+	if r.err != nil {
+		return
+	}
+	certName, certRaw := r.named(cert, path+".cert")
+	keyName, keyRaw := r.named(key, path+".key")
+	if r.err != nil {
+		return
+	}
+	pair, err := tls.X509KeyPair(certRaw, keyRaw)
+	if err != nil {
+		// What the errors of these parsers say of a key is not worth the risk.
+		r.fail(cert, path+".cert", "%s and %s are not a certificate and its key in PEM", verify.Quote(certName, 256), verify.Quote(keyName, 256))
+	}
+	m.Cert, m.Key, m.pair = absolute(r.dir.dir, certName), absolute(r.dir.dir, keyName), &pair
+}
+
+// realm reads scheme, host and port of a token server.
+func (r *reader) realm(n *yaml.Node, at string, mirror *url.URL) *url.URL {
+	u, err := ParseURL(r.text(n, at))
+	switch {
+	case err != nil:
+		r.fail(n, at, "%v", err)
+	case u.Path != "":
+		r.fail(n, at, "must be scheme, host and port alone: the mirror names the path")
+	case u.Scheme == "http" && mirror.Scheme != "http":
+		r.fail(n, at, "must start with https://, as the mirror's URL does")
+	}
+	return u
 }
 
 // ParseURL reads the URL of a registry: http or https, without user, query and
@@ -341,6 +437,13 @@ func (r *reader) text(n *yaml.Node, path string) string {
 		r.fail(n, path, "must be text")
 	}
 	return n.Value
+}
+
+func (r *reader) boolean(n *yaml.Node, path string) (b bool) {
+	if n.Kind != yaml.ScalarNode || n.ShortTag() != "!!bool" || n.Decode(&b) != nil {
+		r.fail(n, path, "must be true or false")
+	}
+	return b
 }
 
 // integer wants a number from lo to hi; a node that is not there is 0.

@@ -29,8 +29,18 @@ func (s *Source) Find(ctx context.Context, in verify.Name, subject ocispec.Descr
 	if err := subject.Digest.Validate(); err != nil {
 		return fmt.Errorf("%w: subject %s: %w", verify.ErrUnreachable, verify.Quote(subject.Digest.String(), 80), err)
 	}
+	x, err := s.exchange(in)
+	if err != nil {
+		return err
+	}
+	return x.conceal(x.find(ctx, subject, b, yield))
+}
+
+// find is Find, except that its error may hold what must not be repeated.
+func (x *exchange) find(ctx context.Context, subject ocispec.Descriptor, b *verify.Budget, yield func(verify.Evidence) bool) error {
 	pages := &getter{
-		limit: func() (int64, error) { return b.MaxManifest(), b.Page() },
+		exchange: x,
+		limit:    func() (int64, error) { return b.MaxManifest(), b.Page() },
 		check: func(body []byte) error {
 			if err := b.Manifest(int64(len(body))); err != nil {
 				return err
@@ -38,11 +48,11 @@ func (s *Source) Find(ctx context.Context, in verify.Name, subject ocispec.Descr
 			return verify.Bounded(body)
 		},
 	}
-	repo, err := s.repository(in, pages)
+	repo, err := pages.at()
 	if err != nil {
 		return err
 	}
-	f := &finding{source: s, in: in, subject: subject, b: b, yield: yield, seen: map[verify.Target]bool{}}
+	f := &finding{exchange: x, subject: subject, b: b, yield: yield, seen: map[verify.Target]bool{}}
 	list := func(referrers []ocispec.Descriptor) error { return f.referrers(ctx, referrers) }
 
 	err = repo.Referrers(ctx, subject, verify.ArtifactTypeNotation, list)
@@ -107,8 +117,7 @@ var errStop = errors.New("enough")
 
 // A finding is one Find under way.
 type finding struct {
-	source  *Source
-	in      verify.Name
+	*exchange
 	subject ocispec.Descriptor
 	b       *verify.Budget
 	yield   func(verify.Evidence) bool
@@ -146,7 +155,7 @@ func (f *finding) referrers(ctx context.Context, entries []ocispec.Descriptor) e
 			if f.failed == nil && inconclusive(ev.Err) {
 				f.failed = ev.Err
 			}
-			ev.Err = fmt.Errorf("signature %s: %w", verify.Clean(d.Digest.String(), 80), ev.Err)
+			ev.Err = f.conceal(fmt.Errorf("signature %s: %w", verify.Clean(d.Digest.String(), 80), ev.Err))
 		}
 		if !f.yield(ev) {
 			return errStop
@@ -160,7 +169,7 @@ func (f *finding) read(ctx context.Context, d ocispec.Descriptor) (string, []byt
 	if d.MediaType != ocispec.MediaTypeImageManifest {
 		return "", nil, fmt.Errorf("media type %s is not that of a manifest", verify.Quote(d.MediaType, 80))
 	}
-	raw, err := f.fetch(ctx, d, f.b.Manifest, true)
+	raw, err := f.content(ctx, d, f.b.Manifest, true)
 	if err != nil {
 		return "", nil, err
 	}
@@ -168,20 +177,20 @@ func (f *finding) read(ctx context.Context, d ocispec.Descriptor) (string, []byt
 	if err != nil {
 		return "", nil, err
 	}
-	blob, err := f.fetch(ctx, envelope, f.b.Envelope, false)
+	blob, err := f.content(ctx, envelope, f.b.Envelope, false)
 	return envelope.MediaType, blob, err
 }
 
-// fetch reads the manifest or blob that d describes, from the budget that take is
+// content reads the manifest or blob that d describes, from the budget that take is
 // of, and checks it.
-func (f *finding) fetch(ctx context.Context, d ocispec.Descriptor, take func(int64) error, manifest bool) ([]byte, error) {
+func (f *finding) content(ctx context.Context, d ocispec.Descriptor, take func(int64) error, manifest bool) ([]byte, error) {
 	if err := d.Digest.Validate(); err != nil {
 		return nil, err
 	}
 	if err := take(d.Size); err != nil {
 		return nil, err
 	}
-	repo, err := f.source.repository(f.in, &getter{limit: func() (int64, error) { return d.Size, nil }})
+	repo, err := (&getter{exchange: f.exchange, limit: func() (int64, error) { return d.Size, nil }}).at()
 	if err != nil {
 		return nil, err
 	}

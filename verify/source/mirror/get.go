@@ -11,8 +11,10 @@ import (
 	"net/http"
 	"net/url"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/tidewaiter/tidewaiter/verify"
 )
@@ -22,10 +24,10 @@ import (
 // those that verify.Source speaks of. What oras-go makes of the answer is then
 // about its content alone.
 type getter struct {
-	source *Source
-	limit  func() (int64, error) // asked before each request: how many bytes the answer may have
-	check  func([]byte) error    // told each answer; may be nil
-	asked  int                   // requests so far
+	*exchange
+	limit func() (int64, error) // asked before each request: how many bytes the answer may have
+	check func([]byte) error    // told each answer; may be nil
+	asked int                   // requests so far, without those that a challenge makes necessary
 }
 
 // Do implements remote.Client.
@@ -35,22 +37,21 @@ func (g *getter) Do(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	g.asked++
-	if err := g.source.own(req.URL); err != nil {
+	if err := g.own(req.URL); err != nil {
 		return nil, failed(req, err)
 	}
 	req = req.Clone(req.Context())
 	req.Header.Set("Accept-Encoding", "identity") // also keeps a Transport from asking for gzip and unpacking it
 	req.Header.Set("User-Agent", "tidewaiter")
-	resp, err := g.source.client.Do(req)
+	g.namespace(req.URL)
+	resp, err := g.authorized(req)
 	if err != nil {
-		return nil, failed(req, err)
+		return nil, err
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		if n := resp.ContentLength; n >= 0 && n < 4<<10 {
-			io.Copy(io.Discard, resp.Body) // so that the connection can be used again
-		}
-		return nil, refused(req, resp)
+		drain(resp)
+		return nil, refused(req, resp, g.unwelcome(resp.StatusCode))
 	}
 	if e := resp.Header.Get("Content-Encoding"); e != "" && e != "identity" {
 		return nil, failed(req, fmt.Errorf("content encoding %s that was not asked for", verify.Quote(e, 32)))
@@ -77,6 +78,72 @@ func (g *getter) Do(req *http.Request) (*http.Response, error) {
 	}
 	resp.Body, resp.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
 	return resp, nil
+}
+
+// authorized sends req with what is known to be wanted, and once more with what the
+// answer says is wanted. req is of the mirror, and so is every request that its
+// client redirects it to.
+func (g *getter) authorized(req *http.Request) (*http.Response, error) {
+	header, old, err := g.known(req.Context())
+	if err != nil {
+		return nil, told(req, err)
+	}
+	resp, err := g.once(req, header)
+	if err != nil || resp.StatusCode != http.StatusUnauthorized {
+		return resp, err
+	}
+	list := challenges(resp.Header.Values("WWW-Authenticate"))
+	if !old || g.challenged || len(list) == 0 {
+		return resp, nil
+	}
+	g.challenged = true
+	drain(resp)
+	resp.Body.Close()
+	if header, err = g.answer(req.Context(), list); err != nil {
+		f := (*failure)(nil)
+		if errors.Is(err, errCannot) && errors.As(err, &f) {
+			return nil, refused(req, resp, f.text)
+		}
+		return nil, told(req, err)
+	}
+	return g.once(req, header)
+}
+
+// once sends req with header as its Authorization.
+func (g *getter) once(req *http.Request, header string) (*http.Response, error) {
+	if header != "" {
+		req = req.Clone(req.Context())
+		req.Header.Set("Authorization", header)
+	}
+	resp, err := g.client.Do(req)
+	if err != nil {
+		return nil, failed(req, err)
+	}
+	g.header = header
+	if resp.StatusCode == http.StatusUnauthorized {
+		g.header = ""
+		g.tokens.forget(g.origin, g.repository)
+	}
+	return resp, nil
+}
+
+// drain reads a short body, so that the connection can be used again.
+func drain(resp *http.Response) {
+	if n := resp.ContentLength; n >= 0 && n < 4<<10 {
+		io.Copy(io.Discard, resp.Body)
+	}
+}
+
+// namespace says whose images a mirror of many hosts is asked for, as containerd
+// does. What the mirror put into a link of its own stays.
+func (s *Source) namespace(u *url.URL) {
+	if !s.ns || u.Query().Has("ns") {
+		return
+	}
+	if u.RawQuery != "" {
+		u.RawQuery += "&"
+	}
+	u.RawQuery += "ns=" + url.QueryEscape(s.host)
 }
 
 // errTooLong says that a body was longer than what was asked for. What that means
@@ -115,43 +182,69 @@ func what(req *http.Request) string {
 
 // failed makes the error for a request that got no answer.
 func failed(req *http.Request, err error) error {
+	return &failure{verify.ErrUnreachable, what(req) + ": " + cause(err), 0, err}
+}
+
+// cause says in a few words why there was no answer.
+func cause(err error) string {
 	// What net/http and net add around the cause names the URL again, with its
 	// query.
 	var u *url.Error
 	if errors.As(err, &u) {
 		err = u.Err
 	}
-	var text string
 	var errno syscall.Errno
 	var n net.Error
 	switch {
 	case errors.Is(err, context.Canceled):
-		text = "given up"
+		return "given up"
 	case errors.As(err, &n) && n.Timeout():
-		text = "no answer in time"
+		return "no answer in time"
 	case errors.As(err, &errno):
-		text = errno.Error()
-	default:
-		text = short(err)
+		return errno.Error()
 	}
-	return &failure{verify.ErrUnreachable, what(req) + ": " + text, 0, err}
+	return short(err)
 }
 
-var realm = regexp.MustCompile(`(?i)realm="?([^",]*)`)
+// told adds to an error of the token protocol what it was wanted for.
+func told(req *http.Request, err error) error {
+	f := (*failure)(nil)
+	if !errors.As(err, &f) {
+		return failed(req, err)
+	}
+	return &failure{f.class, what(req) + ": " + f.text, 0, f.cause}
+}
 
-// refused makes the error for an answer with another status than 200.
-func refused(req *http.Request, resp *http.Response) error {
+// refused makes the error for an answer with another status than 200; why may be
+// empty.
+func refused(req *http.Request, resp *http.Response, why string) error {
 	f := &failure{class: verify.ErrUnreachable, status: resp.StatusCode}
-	f.text = strings.TrimSpace(fmt.Sprintf("%s: %d %s", what(req), resp.StatusCode, http.StatusText(resp.StatusCode)))
+	f.text = strings.TrimSpace(fmt.Sprintf("%s: %d %s", what(req), resp.StatusCode, http.StatusText(resp.StatusCode))) + wait(resp)
 	if f.status == http.StatusUnauthorized || f.status == http.StatusForbidden {
 		f.class = verify.ErrUnauthorized
-		if m := realm.FindStringSubmatch(resp.Header.Get("WWW-Authenticate")); m != nil {
-			if u, err := url.Parse(m[1]); err == nil && u.Host != "" && !strings.EqualFold(u.Host, resp.Request.URL.Host) {
-				f.text += ": tokens would come from another host, " + verify.Quote(u.Host, 80)
-			}
-		}
+	}
+	if why != "" {
+		f.text += ": " + why
 	}
 	return f
+}
+
+// wait says how long a registry that is busy asks not to be asked. It is not done
+// here: one question asks nothing twice, an answer like this one is not kept, and
+// who wants the container tries again, later each time.
+func wait(resp *http.Response) string {
+	if resp.StatusCode != http.StatusTooManyRequests && resp.StatusCode != http.StatusServiceUnavailable {
+		return ""
+	}
+	after := resp.Header.Get("Retry-After")
+	if s, err := strconv.ParseUint(after, 10, 31); err == nil {
+		after = fmt.Sprintf("%d s", s)
+	} else if t, err := http.ParseTime(after); err == nil {
+		after = "until " + t.UTC().Format(time.RFC3339)
+	} else {
+		return ""
+	}
+	return ", asks to wait " + after
 }
 
 // A failure is what kept a request from being answered with status 200.
@@ -182,9 +275,12 @@ func status(err error) int {
 	return 0
 }
 
+// classes are what a source can say that it could not do.
+var classes = []error{verify.ErrUnreachable, verify.ErrUnauthorized, verify.ErrNoReferrers, verify.ErrBudget}
+
 // inconclusive reports whether err left open what the registry holds.
 func inconclusive(err error) bool {
-	for _, class := range []error{verify.ErrUnreachable, verify.ErrUnauthorized, verify.ErrNoReferrers, verify.ErrBudget} {
+	for _, class := range classes {
 		if errors.Is(err, class) {
 			return true
 		}

@@ -15,9 +15,26 @@
 // Nothing is asked twice. The deadline is that of the context.
 //
 // Nothing but the scheme, host and port of the URL is ever spoken to: redirects
-// and links that lead elsewhere are errors, also for blobs. No credentials are
-// sent to anybody, so that a registry that wants a token, from itself or from
-// elsewhere, is unauthorized. Proxies from the environment are not used.
+// and links that lead elsewhere are errors, also for blobs. Proxies from the
+// environment are not used.
+//
+// # Credentials
+//
+// A registry that asks for a token gets one that its token server issues: at the
+// registry's own scheme, host and port, or at the one other origin that the
+// configuration names ([Mirror.Realm]). The credentials go to these two and to
+// nobody else, and a token goes to the registry that it was fetched for. Nobody's
+// credentials are nobody: a public registry gives tokens for that too.
+//
+// A known token costs no request, and of a registry that was asked before it is
+// known what it wants, so that a cold question costs at most 3+1; the first at a
+// registry, or one whose token ended before its time, costs the refused request
+// too, 3+2.
+//
+// # Busy registries
+//
+// Statuses 429 and 503 are answers like every other failure: nothing is asked twice
+// within one question, and the error says how long Retry-After wants us to wait.
 package mirror
 
 import (
@@ -60,7 +77,33 @@ type Mirror struct {
 	// CheckRedirect. Nil means a client that all such mirrors share, with
 	// [Transport] and 30 seconds a request.
 	Client *http.Client
+
+	// NS adds the query parameter ns with the image's host to each request, as
+	// containerd does for mirrors that serve several (Spegel).
+	NS bool
+
+	// Credentials returns what the registry may be told, for exactly the scheme,
+	// host and port of URL. It is called whenever a challenge is answered, and
+	// keeps what is costly to get. Its error is shown and holds no secret. Nil means
+	// nobody's.
+	Credentials func(context.Context) (Credential, error)
+
+	// Realm is where tokens may come from besides the scheme, host and port of URL:
+	// its own, which have to match exactly. Nil means nowhere, but for Docker Hub
+	// (https://registry-1.docker.io) https://auth.docker.io.
+	Realm *url.URL
+
+	// RealmClient sends the requests to Realm, so that the client certificate of
+	// Client is not shown there. Nil means the client that is shared.
+	RealmClient *http.Client
+
+	// Tokens keeps tokens between questions. Nil means that none are kept.
+	Tokens *Tokens
 }
+
+// dockerRealm is where Docker Hub's tokens come from, and has been since there are
+// tokens.
+var dockerRealm = &url.URL{Scheme: "https", Host: "auth.docker.io"}
 
 // Transport returns a transport fit for a Client: HTTP/1.1, 5 seconds each to
 // connect, for the TLS handshake and until an answer begins, at most 64 KiB of
@@ -87,15 +130,22 @@ type Source struct {
 	host   string
 	base   registry.Reference // registry, and what goes before the repository
 	plain  bool
+	origin string
 	client *http.Client
+	ns     bool
 	err    error // what is wrong with the Mirror
+
+	credentials func(context.Context) (Credential, error)
+	realm       *url.URL // may be nil
+	realmClient *http.Client
+	tokens      *Tokens // may be nil
 }
 
 var _ verify.Source = (*Source)(nil)
 
 // New returns the source for m. What is wrong with m, Find says.
 func New(m Mirror) *Source {
-	s := &Source{name: "mirror", host: m.Host}
+	s := &Source{name: "mirror", host: m.Host, ns: m.NS, credentials: m.Credentials, realm: m.Realm, tokens: m.Tokens}
 	u := m.URL
 	if u == nil {
 		s.err = errors.New("mirror has no URL")
@@ -104,6 +154,10 @@ func New(m Mirror) *Source {
 	s.name = "mirror " + (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
 	s.base = registry.Reference{Registry: u.Host, Repository: strings.Trim(u.Path, "/")}
 	s.plain = u.Scheme == "http"
+	s.origin = origin(u)
+	if s.realm == nil && s.origin == origin(&url.URL{Scheme: "https", Host: "registry-1.docker.io"}) {
+		s.realm = dockerRealm
+	}
 	switch {
 	case m.Host == "":
 		s.err = errors.New("mirror serves no host")
@@ -116,7 +170,13 @@ func New(m Mirror) *Source {
 	case s.base.Host() != u.Host:
 		s.err = fmt.Errorf("the registry of %s is %s", u.Host, s.base.Host())
 	}
-	c := m.Client
+	s.client, s.realmClient = bounded(m.Client), bounded(m.RealmClient)
+	s.client.CheckRedirect = s.redirect
+	return s
+}
+
+// bounded is a client with the transport and timeout of c, which may be nil.
+func bounded(c *http.Client) *http.Client {
 	if c == nil {
 		c = defaultClient
 	}
@@ -124,15 +184,14 @@ func New(m Mirror) *Source {
 	if transport == nil { // http.DefaultTransport would use a proxy from the environment
 		transport = defaultClient.Transport
 	}
-	s.client = &http.Client{Transport: transport, Timeout: c.Timeout, CheckRedirect: s.redirect}
-	return s
+	return &http.Client{Transport: transport, Timeout: c.Timeout}
 }
 
 // Name implements [verify.Source]. It shows scheme, host and path of the URL.
 func (s *Source) Name() string { return s.name }
 
-// repository is the image's repository at the mirror. get sends its requests.
-func (s *Source) repository(in verify.Name, get *getter) (*remote.Repository, error) {
+// exchange begins a question about the image's repository at the mirror.
+func (s *Source) exchange(in verify.Name) (*exchange, error) {
 	ref := s.base
 	ref.Repository = in.Path
 	err := s.err
@@ -151,8 +210,13 @@ func (s *Source) repository(in verify.Name, get *getter) (*remote.Repository, er
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s", verify.ErrUnreachable, verify.Clean(err.Error(), 200))
 	}
-	get.source = s
-	repo := &remote.Repository{Client: get, Reference: ref, PlainHTTP: s.plain, MaxMetadataBytes: math.MaxInt64} // get has the limit
+	return &exchange{Source: s, repository: ref.Repository}, nil
+}
+
+// at is the repository whose requests g sends.
+func (g *getter) at() (*remote.Repository, error) {
+	ref := registry.Reference{Registry: g.base.Registry, Repository: g.repository}
+	repo := &remote.Repository{Client: g, Reference: ref, PlainHTTP: g.plain, MaxMetadataBytes: math.MaxInt64} // g has the limit
 	// Not to let oras-go fall back to the tag schema by itself: it takes a
 	// registry with neither API nor tag for one without referrers, and does not
 	// cut the tags of long digests.
@@ -175,7 +239,21 @@ func (s *Source) Manifest(ctx context.Context, in verify.Name, d digest.Digest) 
 	if err := d.Validate(); err != nil {
 		return none, nil, fmt.Errorf("digest %s: %w", verify.Quote(d.String(), 80), err)
 	}
-	repo, err := s.repository(in, &getter{limit: func() (int64, error) { return maxManifest, nil }})
+	x, err := s.exchange(in)
+	if err != nil {
+		return none, nil, err
+	}
+	got, raw, err := x.manifest(ctx, d)
+	if err != nil && repeats(err.Error(), x.secrets) {
+		return none, nil, unanswered(x.conceal(err))
+	}
+	return got, raw, err
+}
+
+// manifest is Manifest, except that its error may hold what must not be repeated.
+func (x *exchange) manifest(ctx context.Context, d digest.Digest) (ocispec.Descriptor, []byte, error) {
+	var none ocispec.Descriptor
+	repo, err := (&getter{exchange: x, limit: func() (int64, error) { return maxManifest, nil }}).at()
 	if err != nil {
 		return none, nil, err
 	}
