@@ -61,7 +61,7 @@ type Snapshot struct {
 
 // Options are what a Resolver needs besides containerd.
 type Options struct {
-	ParseName    func(string) (verify.Name, error) // canonical name, for policy
+	ParseName    func(string) (verify.Name, error) // canonical name, for policy; the same for the same string
 	ParseRecord  func(string) (string, error)      // the name under which the CRI plugin keeps the same string
 	Snapshotters []string                          // trusted besides Snapshotters
 	Runtimes     []string                          // allowed besides Runtimes
@@ -76,7 +76,9 @@ type Resolver struct {
 	compares atomic.Bool                         // Started is asked
 	loaded   atomic.Pointer[[]string]            // snapshotters of the connected containerd, trusted first
 	leads    *lru.Cache[verify.Target, lead]     // what a target leads to: follows from its digest
+	parsed   *lru.Cache[string, parsed]          // what pods ask for, as it was parsed
 	names    *lru.Cache[string, proof]           // what image records pointed to a moment ago
+	used     *lru.Cache[string, string]          // runtime handler to the snapshotter of its containers
 	runtime  *lru.Cache[string, string]          // sandbox to runtime type
 	decided  *lru.Cache[string, []digest.Digest] // container to the configs that were allowed for it
 }
@@ -87,6 +89,13 @@ type lead struct {
 	config   digest.Digest
 	chain    string        // chain ID of the root filesystem
 	fault    *verify.Fault // set: the content cannot be judged
+}
+
+// A parsed is an image string of pods. Parsing is a matter of regular expressions
+// and was half of what a repeated decision cost.
+type parsed struct {
+	name   verify.Name
+	record string
 }
 
 // A proof is what a record pointed to, and when containerd said so.
@@ -103,8 +112,10 @@ const proofFor = 30 * time.Second
 
 // Bounds of what a Resolver remembers: entries.
 const (
+	maxParsed  = 2048
 	maxNames   = 2048
 	maxLeads   = 2048
+	maxUsed    = 64
 	maxRuntime = 1024
 	maxDecided = 4096
 )
@@ -112,10 +123,12 @@ const (
 // NewResolver makes a Resolver.
 func NewResolver(r Records, o Options) *Resolver {
 	c, _ := lru.New[verify.Target, lead](maxLeads) // errors only for a size below one
+	s, _ := lru.New[string, parsed](maxParsed)
 	p, _ := lru.New[string, proof](maxNames)
+	u, _ := lru.New[string, string](maxUsed)
 	rt, _ := lru.New[string, string](maxRuntime)
 	d, _ := lru.New[string, []digest.Digest](maxDecided)
-	n := &Resolver{records: r, leads: c, names: p, runtime: rt, decided: d}
+	n := &Resolver{records: r, leads: c, parsed: s, names: p, used: u, runtime: rt, decided: d}
 	n.options.Store(&o)
 	return n
 }
@@ -130,6 +143,8 @@ func (r *Resolver) Connected(compares bool) {
 	r.compares.Store(compares)
 	r.loaded.Store(nil)
 	r.names.Purge()
+	r.leads.Purge() // the disk may have been changed meanwhile
+	r.used.Purge()
 }
 
 // What containerd's CRI plugin writes into a container's annotations
@@ -161,9 +176,12 @@ func (r *Resolver) Resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Container, img *verify.Image) error {
 	o := r.options.Load()
 	img.Epoch = o.Epoch
-	var err error
-	if img.Name, err = o.ParseName(img.Asked); err != nil {
-		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error() + "; name it as repository:tag or repository@digest"}
+	known, ok := r.parsed.Get(img.Asked)
+	if img.Name = known.name; !ok {
+		var err error
+		if img.Name, err = o.ParseName(img.Asked); err != nil {
+			return &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error() + "; name it as repository:tag or repository@digest"}
+		}
 	}
 	if _, ok := ctr.GetAnnotations()[annotationRestored]; ok {
 		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the container is restored from a checkpoint, which no signature covers"}
@@ -174,10 +192,15 @@ func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 	if err := r.shim(ctx, o, pod.GetId()); err != nil {
 		return err
 	}
-	record, err := o.ParseRecord(img.Asked)
-	if err != nil {
-		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error()}
+	if !ok {
+		record, err := o.ParseRecord(img.Asked)
+		if err != nil {
+			return &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error()}
+		}
+		known = parsed{img.Name, record}
+		r.parsed.Add(img.Asked, known) // both took it, so that it is as short as references are
 	}
+	record := known.record
 	target, err := r.record(ctx, o, record, ctr.GetImage().GetDigest())
 	if errors.Is(err, ErrNotFound) {
 		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "no image record on this node has the name " + verify.Quote(record, 200) + ", so it does not prove which policy applies; pull the image by that name"}
@@ -193,7 +216,7 @@ func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 	if d := img.Name.Digest; d != "" && d != target.Digest && d != c.manifest.Digest {
 		return &verify.Fault{Reason: verify.ImageMismatch, Detail: "the record " + verify.Quote(record, 200) + " points to " + target.Digest.String() + ", another image than the digest that the pod names"}
 	}
-	img.Binding, err = r.bind(ctx, o, ctr, target, c)
+	img.Binding, err = r.bind(ctx, o, pod.GetRuntimeHandler(), ctr, target, c)
 	return err
 }
 
@@ -218,7 +241,7 @@ func (r *Resolver) record(ctx context.Context, o *Options, name, told string) (o
 // plugin (internal/cri/server/helpers.go, getImageVolumeHostPath).
 func (r *Resolver) volumes(ctr *api.Container) error {
 	for _, m := range ctr.GetMounts() {
-		if imageVolume.MatchString(m.GetSource()) {
+		if s := m.GetSource(); strings.Contains(s, "/image-volumes/") && imageVolume.MatchString(s) {
 			return &verify.Fault{Reason: verify.ImageVolumeUnverified, Detail: "an image is mounted at " + verify.Quote(m.GetDestination(), 120) + " as a volume, and image volumes cannot be verified yet"}
 		}
 	}
@@ -287,26 +310,32 @@ func read(ctx context.Context, blob Reader, target ocispec.Descriptor) (lead, er
 	return lead{manifest: manifest, config: m.Config.Digest, chain: identity.ChainID(diffs).String()}, nil
 }
 
-// bind ties what the record leads to to the container that is being created.
-func (r *Resolver) bind(ctx context.Context, o *Options, ctr *api.Container, target ocispec.Descriptor, c lead) (verify.Binding, error) {
-	loaded, err := r.snapshotters(ctx, o)
-	if err != nil {
-		return 0, err
-	}
+// bind ties what the record leads to to the container that is being created, in a
+// pod of that runtime handler.
+func (r *Resolver) bind(ctx context.Context, o *Options, handler string, ctr *api.Container, target ocispec.Descriptor, c lead) (verify.Binding, error) {
 	image := ctr.GetImage()
 	config, told := digest.Digest(image.GetConfigDigest()), image.GetConfigDigest() != "" && image.GetDigest() != ""
 	if told && config != c.config {
 		return 0, &verify.Fault{Reason: verify.ImageMismatch, Detail: "the container runs image ID " + verify.Clean(config.String(), 96) + ", and the name that the pod gave leads to " + c.config.String()}
 	}
 	// The runtime resolved the very target that the record points to, and target
-	// leads to the config: where every snapshotter checks what it unpacks, that is
-	// all that there is to know, and no call is needed.
-	if told && digest.Digest(image.GetDigest()) == target.Digest && !slices.ContainsFunc(loaded, o.strange) {
-		return verify.BoundRuntime, nil
+	// leads to the config: where the snapshotter checks what it unpacks, that is all
+	// that there is to know. Which one it is follows from the runtime handler and the
+	// runtime's configuration, and was seen once since it started.
+	if told && digest.Digest(image.GetDigest()) == target.Digest {
+		if s, ok := r.used.Get(handler); ok && !o.strange(s) {
+			return verify.BoundRuntime, nil
+		}
 	}
-	if err := r.snapshot(ctx, o, loaded, ctr.GetId(), c.chain); err != nil {
+	loaded, err := r.snapshotters(ctx, o)
+	if err != nil {
 		return 0, err
 	}
+	s, err := r.snapshot(ctx, o, loaded, ctr.GetId(), c.chain)
+	if err != nil {
+		return 0, err
+	}
+	r.used.Add(handler, s)
 	if told {
 		return verify.BoundRuntime, nil
 	}
@@ -319,25 +348,26 @@ func (r *Resolver) bind(ctx context.Context, o *Options, ctr *api.Container, tar
 }
 
 // snapshot checks that the root filesystem prepared for the container has the
-// chain ID, and that its snapshotter can be believed about that.
-func (r *Resolver) snapshot(ctx context.Context, o *Options, loaded []string, id, chain string) error {
+// chain ID, and that its snapshotter, which it returns, can be believed about that.
+func (r *Resolver) snapshot(ctx context.Context, o *Options, loaded []string, id, chain string) (string, error) {
 	for _, s := range loaded {
 		snapshot, err := r.records.Snapshot(ctx, s, id)
 		if errors.Is(err, ErrNotFound) {
 			continue
 		}
 		if err != nil {
-			return err
+			return "", err
 		}
 		if o.strange(s) {
-			return &verify.Fault{Reason: verify.SnapshotterUnverified, Detail: "the snapshotter " + verify.Quote(s, 64) + " is not known to check what it mounts; list it under gate.snapshotters to trust it"}
+			return "", &verify.Fault{Reason: verify.SnapshotterUnverified, Detail: "the snapshotter " + verify.Quote(s, 64) + " is not known to check what it mounts; list it under gate.snapshotters to trust it"}
 		}
-		if snapshot.Parent == chain || snapshot.Parent == remapped(chain, snapshot.Labels) {
-			return nil
+		// A snapshot of nothing has no parent, and one without ID maps no remapped name.
+		if p := snapshot.Parent; p != "" && (p == chain || p == remapped(chain, snapshot.Labels)) {
+			return s, nil
 		}
-		return &verify.Fault{Reason: verify.ImageMismatch, Detail: "the container's root filesystem is " + verify.Clean(snapshot.Parent, 96) + ", not that of the image that the pod names (" + chain + ")"}
+		return "", &verify.Fault{Reason: verify.ImageMismatch, Detail: "the container's root filesystem is " + verify.Clean(snapshot.Parent, 96) + ", not that of the image that the pod names (" + chain + ")"}
 	}
-	return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "no snapshotter has the container's root filesystem"}
+	return "", &verify.Fault{Reason: verify.ImageUnresolved, Detail: "no snapshotter has the container's root filesystem"}
 }
 
 // remapped returns the name of the copy that containerd makes of a chain for a

@@ -452,6 +452,7 @@ func TestRemembers(t *testing.T) {
 	rec := newRecords()
 	i := rec.image("good", "a")
 	rec.images[name] = i.manifest
+	rec.snapshots["overlayfs"][ctrID] = Snapshot{Parent: i.chain}
 	ctr := container(name, i.manifest.Digest, i.config.Digest)
 	r := NewResolver(rec, testOptions())
 	config := rec.blobs[i.config.Digest]
@@ -476,6 +477,7 @@ func TestProofOfName(t *testing.T) {
 	rec := newRecords()
 	old, moved := rec.image("old", "a"), rec.image("new", "b")
 	rec.images[name] = old.manifest
+	rec.snapshots["overlayfs"][ctrID] = Snapshot{Parent: old.chain}
 	now := time.Unix(1e9, 0)
 	o := testOptions()
 	o.Now = func() time.Time { return now }
@@ -512,13 +514,64 @@ func TestProofOfName(t *testing.T) {
 	}
 	// Without the runtime's word the record is asked for each time.
 	silent := container(name, "", "")
-	rec.snapshots["overlayfs"][ctrID] = Snapshot{Parent: old.chain}
 	if img := resolveOne(t, r, silent); img.Fault != nil {
 		t.Fatal(img.Fault)
 	}
 	rec.images[name] = moved.manifest
 	if img := resolveOne(t, r, silent); img.Fault == nil {
 		t.Fatal("a moved record was not looked up")
+	}
+}
+
+// The snapshotter of a runtime handler is looked at once a connection, and a
+// strange one is refused each time.
+func TestSnapshotterOfHandler(t *testing.T) {
+	const name = "registry.example/app:1"
+	rec := newRecords()
+	rec.snapshotters = append(rec.snapshotters, "erofs")
+	rec.snapshots["erofs"] = map[string]Snapshot{}
+	i := rec.image("good", "a")
+	rec.images[name] = i.manifest
+	r := NewResolver(rec, testOptions())
+	ask := func(handler string) verify.Reason {
+		t.Helper()
+		images := r.Resolve(t.Context(), &api.PodSandbox{Id: "pod", RuntimeHandler: handler}, container(name, i.manifest.Digest, i.config.Digest))
+		if f := images[0].Fault; f != nil {
+			return f.Reason
+		}
+		return ""
+	}
+	rec.snapshots["overlayfs"][ctrID] = Snapshot{Parent: i.chain}
+	if got := ask("runc"); got != "" {
+		t.Fatal(got)
+	}
+	delete(rec.snapshots["overlayfs"], ctrID)
+	rec.snapshots["erofs"][ctrID] = Snapshot{Parent: i.chain}
+	if got := ask("runc"); got != "" {
+		t.Errorf("the same handler: %s", got)
+	}
+	for range 2 {
+		if got := ask("lazy"); got != verify.SnapshotterUnverified {
+			t.Errorf("another handler: %s", got)
+		}
+	}
+	r.Connected(false)
+	if got := ask("runc"); got != verify.SnapshotterUnverified {
+		t.Errorf("after a new connection: %s", got)
+	}
+}
+
+// A snapshot of nothing is no image's.
+func TestSnapshotWithoutParent(t *testing.T) {
+	const name = "registry.example/app:1"
+	rec := newRecords()
+	i := rec.image("good", "a")
+	rec.images[name] = i.manifest
+	rec.snapshots["overlayfs"][ctrID] = Snapshot{}
+	r := NewResolver(rec, testOptions())
+	r.Connected(true)
+	if img := resolveOne(t, r, container(name, "", "")); img.Fault == nil || img.Fault.Reason != verify.ImageMismatch {
+		t.Fatalf("bound to a snapshot without a parent: %v", img.Fault)
 	}
 }
 

@@ -152,9 +152,8 @@ func newStatement(s verify.Statement, store *Store) (*statement, error) {
 		default:
 			return nil, fmt.Errorf("trust store %q: no type of trust store %q", name, t)
 		}
-		if len(store.anchors[name]) == 0 {
-			return nil, fmt.Errorf("trust store %q does not exist or holds no certificate", name)
-		}
+		// A trust store without a certificate trusts nobody. It is no error: taking the
+		// last one away must not leave an older configuration in force.
 		for _, an := range store.anchors[name] {
 			if t == string(truststore.TypeTSA) {
 				st.tsa.AddCert(an.cert)

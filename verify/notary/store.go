@@ -178,12 +178,13 @@ func admissible(t truststore.Type, certs []*x509.Certificate) error {
 	return nil
 }
 
+// Holds reports whether the trust store with that name, "ca:acme", has a
+// certificate. One that has none trusts nobody.
+func (s *Store) Holds(name string) bool { return len(s.anchors[name]) > 0 }
+
 // GetCertificates implements notation's truststore.X509TrustStore.
 func (s *Store) GetCertificates(_ context.Context, t truststore.Type, name string) ([]*x509.Certificate, error) {
 	list := s.anchors[string(t)+":"+name]
-	if len(list) == 0 {
-		return nil, fmt.Errorf("trust store %s:%s does not exist or is empty", t, name)
-	}
 	certs := make([]*x509.Certificate, 0, len(list))
 	for _, a := range list {
 		certs = append(certs, a.cert)

@@ -54,7 +54,7 @@ func TestLoadStore(t *testing.T) {
 		}
 	}
 	for _, name := range []string{"acm", "acme/", "../ca/acme", ""} {
-		if _, err := s.GetCertificates(context.Background(), truststore.TypeCA, name); err == nil {
+		if got, _ := s.GetCertificates(context.Background(), truststore.TypeCA, name); len(got) > 0 || s.Holds("ca:"+name) {
 			t.Errorf("there is a store %q", name)
 		}
 	}
@@ -70,7 +70,7 @@ func TestLoadStoreEmpty(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}
-		if _, err := s.GetCertificates(context.Background(), truststore.TypeCA, "acme"); err == nil {
+		if got, _ := s.GetCertificates(context.Background(), truststore.TypeCA, "acme"); len(got) > 0 || s.Holds("ca:acme") {
 			t.Errorf("%s: has certificates", name)
 		}
 	}
