@@ -43,7 +43,7 @@ type Answer struct {
 	Image    verify.Image
 	Decision verify.Decision
 	Took     time.Duration // from the request to this decision
-	Hook     string        // ValidateContainerAdjustment or StartContainer
+	Hook     string        // ValidateContainerAdjustment, CreateContainer or StartContainer
 }
 
 // A Gate decides container creations. Its answer to anything unforeseen is a
@@ -68,8 +68,23 @@ const (
 
 // ValidateContainerAdjustment is the hook. Nil lets the container be created.
 func (g *Gate) ValidateContainerAdjustment(ctx context.Context, req *api.ValidateContainerAdjustmentRequest) error {
-	pod, ctr := req.GetPod(), req.GetContainer()
-	ask := about(pod, ctr, "ValidateContainerAdjustment")
+	return g.create(ctx, req.GetPod(), req.GetContainer(), "ValidateContainerAdjustment")
+}
+
+// CreateContainer is the hook in audit, where a runtime goes on without a plugin
+// that fails. Nil lets the container be created. Where the node does not audit any
+// more, nothing is decided here: the connection is about to be made anew, with a
+// hook that stays closed.
+func (g *Gate) CreateContainer(ctx context.Context, pod *api.PodSandbox, ctr *api.Container, audits bool) error {
+	const hook = "CreateContainer"
+	if !audits {
+		return g.verify(ctx, about(pod, ctr, hook), g.Now(), fault(about(pod, ctr, hook), verify.Pending, "the node enforces now, and the gate registers anew; the next try answers"))
+	}
+	return g.create(ctx, pod, ctr, hook)
+}
+
+func (g *Gate) create(ctx context.Context, pod *api.PodSandbox, ctr *api.Container, hook string) error {
+	ask := about(pod, ctr, hook)
 	return g.answer(ctx, ask, func(ctx context.Context) []verify.Image {
 		return g.Resolver.Resolve(ctx, pod, ctr)
 	}, func(images []verify.Image) { g.Resolver.Decided(ctr.GetId(), images) })
@@ -161,9 +176,7 @@ func (g *Gate) decide(ctx context.Context, ask question, start time.Time, find f
 // verify asks for one decision, has it observed, and renders a denial.
 func (g *Gate) verify(ctx context.Context, ask question, start time.Time, img verify.Image) error {
 	before := g.Now()
-	ctx, cancel := g.purse.open(ctx, before)
-	d := g.Verifier.Verify(ctx, img)
-	cancel()
+	d := g.Verifier.Verify(g.purse.open(ctx, before), img)
 	g.purse.pay(g.Now().Sub(before))
 	g.Observe(Answer{Image: img, Decision: d, Took: g.Now().Sub(start), Hook: ask.hook})
 	if !d.Allowed() {
@@ -204,18 +217,19 @@ type purse struct {
 
 // open returns ctx, or where the purse is empty a context that has ended: what is
 // known is answered all the same, and what is not goes on without anybody waiting.
-func (p *purse) open(ctx context.Context, now time.Time) (context.Context, context.CancelFunc) {
+func (p *purse) open(ctx context.Context, now time.Time) context.Context {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if d := now.Sub(p.at); d > 0 {
 		p.spent = max(p.spent-d/waitShare, 0)
 	}
 	p.at = now
-	ctx, cancel := context.WithCancel(ctx)
-	if p.spent >= maxWaits {
-		cancel()
+	if p.spent < maxWaits {
+		return ctx
 	}
-	return ctx, cancel
+	ctx, cancel := context.WithCancel(ctx)
+	cancel()
+	return ctx
 }
 
 // pay takes d out of the purse.

@@ -41,8 +41,28 @@ type Session struct {
 	Socket string // the runtime's NRI socket
 	Log    *slog.Logger
 
+	// Audit reports whether the node only audits. It is asked at each registration:
+	// then the gate is asked in CreateContainer, where a runtime goes on without a
+	// plugin that fails, instead of ValidateContainerAdjustment, where it refuses the
+	// container. Call Renew when the answer changes.
+	Audit func() bool
+
 	registered atomic.Bool
+	mu         sync.Mutex
+	renew      context.CancelFunc // ends the connection; nil where there is none
 }
+
+// Renew ends the connection, so that Run registers anew at once.
+func (s *Session) Renew() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.renew != nil {
+		s.renew()
+	}
+}
+
+// errRenew ends a connection that is to be made anew.
+var errRenew = errors.New("the mode changed")
 
 // Registered reports whether the runtime asks this gate now.
 func (s *Session) Registered() bool { return s.registered.Load() }
@@ -53,10 +73,21 @@ func (s *Session) Run(ctx context.Context) error {
 	last := ""
 	for {
 		start := s.Gate.Now()
-		err := s.once(ctx)
+		one, cancel := context.WithCancel(ctx)
+		s.mu.Lock()
+		s.renew = cancel
+		s.mu.Unlock()
+		err := s.once(one)
 		s.registered.Store(false)
+		renewed := one.Err() != nil
+		cancel()
 		if ctx.Err() != nil {
 			return nil
+		}
+		if renewed {
+			s.Log.Info("registering anew", "why", errRenew.Error())
+			wait = minBackoff
+			continue
 		}
 		if s.Gate.Now().Sub(start) > settled {
 			wait = minBackoff
@@ -91,7 +122,7 @@ func (s *Session) once(ctx context.Context) error {
 		return fmt.Errorf("connect to the runtime: %w", err)
 	}
 	watched := &watchedConn{Conn: conn, ended: make(chan struct{})}
-	p := &plugin{gate: s.Gate, synced: make(chan struct{})}
+	p := &plugin{gate: s.Gate, audit: s.Audit(), audits: s.Audit, synced: make(chan struct{})}
 	closed := make(chan struct{})
 	var once sync.Once
 	st, err := stub.New(p,
@@ -99,7 +130,7 @@ func (s *Session) once(ctx context.Context) error {
 		stub.WithConnection(watched),
 		stub.WithOnClose(func() { once.Do(func() { close(closed) }) }),
 		stub.WithLogger(stubLog{s.Log, p}),
-		stub.WithFailurePolicy(&api.FailurePolicy{FailRequest: true, KeepConnected: true}),
+		stub.WithFailurePolicy(&api.FailurePolicy{FailRequest: !p.audit, KeepConnected: true}),
 		stub.WithTTRPCOptions(nil, []ttrpc.ServerOpt{ttrpc.WithUnaryServerInterceptor(p.watch)}),
 	)
 	if err != nil {
@@ -192,6 +223,8 @@ func (c *watchedConn) Read(b []byte) (int, error) {
 // A plugin is one connection's view of the gate.
 type plugin struct {
 	gate    *Gate
+	audit   bool                 // when it registered
+	audits  func() bool          // now
 	peer    atomic.Pointer[peer] // nil until the runtime configured the plugin
 	waiting atomic.Bool          // the stub registers, and waits for Configure after that
 	aborted atomic.Bool
@@ -207,9 +240,10 @@ type peer struct {
 
 // Configure tells the runtime which events the plugin wants. The mask is made
 // anew for each connection and never from the version that the stub infers,
-// which fails for builds such as "2.2.9+unknown". It always asks for VALIDATE:
-// a runtime that has no such event refuses the registration, and nothing else
-// would stay closed.
+// which fails for builds such as "2.2.9+unknown". To enforce it always asks for
+// VALIDATE and never for CREATE: a runtime that has no such event refuses the
+// registration, and nothing else would stay closed. To audit it asks for CREATE,
+// so that nothing depends on the gate.
 func (p *plugin) Configure(_ context.Context, _, runtime, version string) (api.EventMask, error) {
 	if p.aborted.Load() {
 		return 0, errors.New("the connection ended before the plugin was configured")
@@ -218,17 +252,26 @@ func (p *plugin) Configure(_ context.Context, _, runtime, version string) (api.E
 		return 0, fmt.Errorf("the runtime %q is not containerd, the only one whose images can be bound", runtime)
 	}
 	mask := api.EventMask(0)
-	mask.Set(api.Event_VALIDATE_CONTAINER_ADJUSTMENT)
 	compares := !tellsConfig(version)
-	if compares {
-		mask.Set(api.Event_START_CONTAINER)
+	switch {
+	case p.audit:
+		mask.Set(api.Event_CREATE_CONTAINER)
+	case compares:
+		mask.Set(api.Event_VALIDATE_CONTAINER_ADJUSTMENT, api.Event_START_CONTAINER)
+	default:
+		mask.Set(api.Event_VALIDATE_CONTAINER_ADJUSTMENT)
 	}
 	p.gate.Resolver.Connected(compares)
 	p.peer.Store(&peer{runtime, version, mask})
 	return mask, nil
 }
 
-// ValidateContainerAdjustment and StartContainer are the hooks.
+// CreateContainer is asked for only in audit. It changes nothing.
+func (p *plugin) CreateContainer(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) (*api.ContainerAdjustment, []*api.ContainerUpdate, error) {
+	return nil, nil, p.gate.CreateContainer(ctx, pod, ctr, p.audits())
+}
+
+// ValidateContainerAdjustment is asked for to enforce.
 func (p *plugin) ValidateContainerAdjustment(ctx context.Context, req *api.ValidateContainerAdjustmentRequest) error {
 	return p.gate.ValidateContainerAdjustment(ctx, req)
 }

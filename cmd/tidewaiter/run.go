@@ -82,14 +82,18 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 
 	log.Info("starting", "build", thisBuild(), "config", o.configDir)
 	gate := &nri.Gate{Resolver: d.resolver, Verifier: &d.enforcer, Observe: d.observe, Now: time.Now, Node: o.node}
-	session := &nri.Session{Gate: gate, Socket: o.nri, Log: log}
+	session := &nri.Session{Gate: gate, Socket: o.nri, Log: log, Audit: d.audits}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { d.write(ctx); return nil })
 	loaded := make(chan struct{}) // closed when the directory was read once
 	var once sync.Once
 	g.Go(func() error {
 		return config.Watch(ctx, o.configDir, nil, hup, func(c *config.Config, err error) {
+			before := d.audits()
 			d.apply(c, err)
+			if d.audits() != before {
+				session.Renew() // the hook in which the gate is asked is another
+			}
 			once.Do(func() { close(loaded) })
 		})
 	})
@@ -155,6 +159,12 @@ func (d *daemon) apply(c *config.Config, err error) {
 	if old != nil {
 		d.retired.Go(func() { old.Close() })
 	}
+}
+
+// audits reports whether the configuration in force only audits. None enforces.
+func (d *daemon) audits() bool {
+	s := d.enforcer.Setup()
+	return s != nil && s.Mode == verify.Audit
 }
 
 // close ends what apply started.

@@ -51,7 +51,13 @@ func socketDir(t *testing.T) string {
 	return dir
 }
 
+// startRuntime starts a runtime that requires the gate.
 func startRuntime(t *testing.T, dir, version string, containers ...*api.Container) *runtime {
+	t.Helper()
+	return startRuntimeWith(t, dir, version, []string{gate.PluginName}, containers...)
+}
+
+func startRuntimeWith(t *testing.T, dir, version string, required []string, containers ...*api.Container) *runtime {
 	t.Helper()
 	socket := filepath.Join(dir, "nri.sock")
 	adaptation.SetPluginRequestTimeout(2 * time.Second)
@@ -66,7 +72,7 @@ func startRuntime(t *testing.T, dir, version string, containers ...*api.Containe
 		adaptation.WithSocketPath(socket),
 		adaptation.WithPluginPath(filepath.Join(dir, "plugins")),
 		adaptation.WithPluginConfigPath(filepath.Join(dir, "conf.d")),
-		adaptation.WithDefaultValidator(&validator.DefaultValidatorConfig{Enable: true, RequiredPlugins: []string{gate.PluginName}}),
+		adaptation.WithDefaultValidator(&validator.DefaultValidatorConfig{Enable: true, RequiredPlugins: required}),
 	)
 	if err != nil {
 		t.Fatal(err)
@@ -183,11 +189,12 @@ type running struct {
 	stop    func()
 }
 
-func start(t *testing.T, socket string, r gate.Resolver, v verify.Verifier) *running {
+func start(t *testing.T, socket string, r gate.Resolver, v *verify.Enforcer) *running {
 	t.Helper()
 	g := &running{}
 	g.Session = &gate.Session{Socket: socket, Log: slog.New(slog.NewTextHandler(&g.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
-		Gate: &gate.Gate{Resolver: r, Verifier: v, Observe: g.answers.observe, Now: time.Now, Node: "edge-1"}}
+		Audit: func() bool { s := v.Setup(); return s != nil && s.Mode == verify.Audit },
+		Gate:  &gate.Gate{Resolver: r, Verifier: v, Observe: g.answers.observe, Now: time.Now, Node: "edge-1"}}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
@@ -442,6 +449,64 @@ func TestReconnects(t *testing.T) {
 	rt.Stop()
 	if strings.Contains(g.log.String(), "SECRET") {
 		t.Error("a container's environment reached the log")
+	}
+}
+
+// In audit nothing depends on the gate: not when it hangs, not when it dies while
+// it is asked, and not afterwards. When the node turns to enforce, the gate
+// registers anew and all of that is closed.
+func TestAuditTouchesNothing(t *testing.T) {
+	for _, version := range []string{"v2.4.2", "v2.2.9", "v1.7.35"} {
+		t.Run(version, func(t *testing.T) {
+			dir := socketDir(t)
+			rt := startRuntimeWith(t, dir, version, nil)
+			l := newLink(t, filepath.Join(dir, "link.sock"), rt.socket)
+			var do atomic.Pointer[func()]
+			nothing := func() {}
+			do.Store(&nothing)
+			r := resolves()
+			r.resolve = func(context.Context) []verify.Image { (*do.Load())(); return []verify.Image{image("evil")} }
+			e := enforcer(verify.Audit)
+			g := start(t, filepath.Join(dir, "link.sock"), r, e)
+			hang := func() { time.Sleep(3 * time.Second) }
+			cut := func() { l.cut() }
+			for label, f := range map[string]*func(){"nothing": &nothing, "hang": &hang, "cut": &cut} {
+				g.waitRegistered(t, true)
+				do.Store(f)
+				for range 3 {
+					if err := rt.create(context.Background()); err != nil {
+						t.Errorf("%s: %v", label, err)
+					}
+				}
+			}
+			do.Store(&nothing)
+			g.waitRegistered(t, true)
+			e.Swap(enforcer(verify.Enforce).Setup())
+			if err := rt.create(context.Background()); err == nil || !strings.Contains(err.Error(), "[PENDING]") {
+				t.Errorf("enforcing, and still asked as in audit: %v", err)
+			}
+			g.Renew()
+			g.waitRegistered(t, false)
+			g.waitRegistered(t, true)
+			if err := rt.create(context.Background()); err == nil || !strings.Contains(err.Error(), "[SIGNER_UNTRUSTED]") || !strings.Contains(err.Error(), "rejected container adjustment") {
+				t.Errorf("enforcing: %v", err)
+			}
+			e.Swap(enforcer(verify.Audit).Setup())
+			g.Renew()
+			g.waitRegistered(t, false)
+			g.waitRegistered(t, true)
+			if err := rt.create(context.Background()); err != nil {
+				t.Errorf("back in audit: %v", err)
+			}
+			g.stop()
+			for range 3 {
+				if err := rt.create(context.Background()); err != nil {
+					t.Errorf("after the gate ended: %v", err)
+				}
+			}
+			l.close()
+			rt.Stop()
+		})
 	}
 }
 
