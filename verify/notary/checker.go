@@ -38,8 +38,9 @@ var _ verify.Checker = (*Checker)(nil)
 
 // New makes a Checker for statements that trust what store holds. It refuses,
 // naming the statement, what it could not judge in full: an unknown level,
-// override or kind of identity. A trust store that is missing or empty trusts
-// nobody (see Store.Holds). A statement of level skip is accepted, since policies hold such statements, and
+// override or kind of identity. Where a trust store is missing or empty (see
+// Store.Holds), as in notation none of its type counts in the statement. A
+// statement of level skip is accepted, since policies hold such statements, and
 // verifies nothing.
 func New(statements []verify.Statement, store *Store, o Options) (*Checker, error) {
 	if store == nil || o.Now == nil {

@@ -656,14 +656,18 @@ func TestRequirement(t *testing.T) {
 	}
 }
 
-// A trust store without a certificate trusts nobody and takes nothing from the
-// others: the last root can be taken away.
+// Where a trust store has no certificate none of its type counts, as in notation,
+// and the others do: the last root can be taken away.
 func TestEmptyTrustStore(t *testing.T) {
-	store := must(LoadStore(notarytest.Stores{"ca/acme/root.crt": acme.PEM()}.FS()))
-	envelope := notarytest.MustSign(signer, image, notarytest.SignOptions{MediaType: verify.MediaTypeJWS})
+	store := must(LoadStore(notarytest.Stores{
+		"ca/acme/root.crt": acme.PEM(), "signingAuthority/acme/root.crt": acme.PEM(), "tsa/t/root.crt": tsaCA.PEM(),
+	}.FS()))
+	envelope := stamp(verify.MediaTypeJWS, tsa, notarytest.TokenOptions{})
 	for stores, reason := range map[string]verify.Reason{
-		"ca:acme": verify.Verified, "ca:acme ca:gone": verify.Verified, "ca:gone": verify.SignerUntrusted, "ca:gone ca:away": verify.SignerUntrusted,
-		"ca:acme tsa:gone": verify.TimestampInvalid,
+		"ca:acme": verify.Verified, "ca:acme ca:gone": verify.SignerUntrusted, "ca:gone ca:acme": verify.SignerUntrusted,
+		"ca:gone": verify.SignerUntrusted, "ca:gone ca:away": verify.SignerUntrusted,
+		"ca:gone signingAuthority:acme": verify.SignerUntrusted, "ca:acme signingAuthority:gone": verify.Verified,
+		"ca:acme tsa:gone": verify.TimestampInvalid, "ca:acme tsa:t": verify.Verified, "ca:acme tsa:t tsa:gone": verify.TimestampInvalid,
 	} {
 		s := notarytest.Statement("prod", acmeIdentity)
 		s.TrustStores = strings.Fields(stores)

@@ -136,7 +136,8 @@ func newStatement(s verify.Statement, store *Store) (*statement, error) {
 			return nil, fmt.Errorf("trusted identity %q is of a kind that cannot be judged; use x509.subject", id)
 		}
 	}
-	var signers []string // the trust stores for signing chains
+	var signers []string        // the trust stores for signing chains
+	var empty []truststore.Type // types of which a trust store holds no certificate
 	for _, name := range s.TrustStores {
 		t, _, _ := strings.Cut(name, ":")
 		var into names
@@ -152,8 +153,9 @@ func newStatement(s verify.Statement, store *Store) (*statement, error) {
 		default:
 			return nil, fmt.Errorf("trust store %q: no type of trust store %q", name, t)
 		}
-		// A trust store without a certificate trusts nobody. It is no error: taking the
-		// last one away must not leave an older configuration in force.
+		if !store.Holds(name) {
+			empty = append(empty, truststore.Type(t))
+		}
 		for _, an := range store.anchors[name] {
 			if t == string(truststore.TypeTSA) {
 				st.tsa.AddCert(an.cert)
@@ -163,6 +165,19 @@ func newStatement(s verify.Statement, store *Store) (*statement, error) {
 		}
 		if t != string(truststore.TypeTSA) {
 			signers = append(signers, name)
+		}
+	}
+	// As in the library, a trust store without a certificate takes the others of its
+	// type with it (helpers.go, loadX509TrustStoresWithType). It is no error: taking
+	// the last root away must not leave an older configuration in force.
+	for _, t := range empty {
+		switch t {
+		case truststore.TypeCA:
+			clear(st.anchors[signature.SigningSchemeX509])
+		case truststore.TypeSigningAuthority:
+			clear(st.anchors[signature.SigningSchemeX509SigningAuthority])
+		case truststore.TypeTSA:
+			st.tsa = x509.NewCertPool()
 		}
 	}
 	if len(s.TrustStores) > 0 && len(signers) == 0 {

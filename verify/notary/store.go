@@ -179,7 +179,7 @@ func admissible(t truststore.Type, certs []*x509.Certificate) error {
 }
 
 // Holds reports whether the trust store with that name, "ca:acme", has a
-// certificate. One that has none trusts nobody.
+// certificate.
 func (s *Store) Holds(name string) bool { return len(s.anchors[name]) > 0 }
 
 // GetCertificates implements notation's truststore.X509TrustStore.

@@ -158,7 +158,7 @@ func load(d *directory) (*Config, error) {
 		for j, name := range s.TrustStores {
 			if !c.store.Holds(name) {
 				c.Warnings = append(c.Warnings, policy.Warning{Statement: s.Name, Field: fmt.Sprintf("trustPolicies[%d].trustStores[%d]", i, j),
-					Text: fmt.Sprintf("%q does not exist or holds no certificate: it trusts nobody", name)})
+					Text: fmt.Sprintf("%q does not exist or holds no certificate: no trust store of its type counts", name)})
 			}
 		}
 	}
