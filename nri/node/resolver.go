@@ -340,8 +340,7 @@ func (r *Resolver) bind(ctx context.Context, o *Options, handler string, ctr *ap
 		return verify.BoundRuntime, nil
 	}
 	// The chain ID binds the root filesystem. Images with equal layers can differ
-	// in their config, which Started compares. In audit nobody asks Started, and
-	// what is recorded is as good as the layers tell.
+	// in their config, which Started compares.
 	if !r.compares.Load() {
 		return 0, &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the runtime does not say which image config it runs"}
 	}
