@@ -252,14 +252,14 @@ func (p *plugin) Configure(_ context.Context, _, runtime, version string) (api.E
 		return 0, fmt.Errorf("the runtime %q is not containerd, the only one whose images can be bound", runtime)
 	}
 	mask := api.EventMask(0)
-	compares := !tellsConfig(version)
-	switch {
-	case p.audit:
+	if p.audit {
 		mask.Set(api.Event_CREATE_CONTAINER)
-	case compares:
-		mask.Set(api.Event_VALIDATE_CONTAINER_ADJUSTMENT, api.Event_START_CONTAINER)
-	default:
+	} else {
 		mask.Set(api.Event_VALIDATE_CONTAINER_ADJUSTMENT)
+	}
+	compares := !tellsConfig(version)
+	if compares {
+		mask.Set(api.Event_START_CONTAINER)
 	}
 	p.gate.Resolver.Connected(compares)
 	p.peer.Store(&peer{runtime, version, mask})
