@@ -26,6 +26,8 @@ const (
 
 	runcVersion = "1.5.2"
 	cniVersion  = "1.9.1"
+
+	notationVersion = "1.3.2"
 )
 
 // Tools are the programs that a node runs.
@@ -78,6 +80,16 @@ func FindTools(ctx context.Context, containerd string, progress io.Writer) (*Too
 		Runc:       filepath.Join(runc, "runc"),
 		CNIDir:     cni,
 	}, nil
+}
+
+// FindNotation returns the path of the notation CLI, which it builds as FindTools
+// builds its tools where the cache does not hold it.
+func FindNotation(ctx context.Context, progress io.Writer) (string, error) {
+	dir, err := install(ctx, progress, tool{
+		name: "notation", version: notationVersion, takes: "half a minute",
+		module: "github.com/notaryproject/notation", packages: []string{"github.com/notaryproject/notation/cmd/notation"},
+	})
+	return filepath.Join(dir, "notation"), err
 }
 
 // BuildTidewaiter builds the program under test from the tree that this module
@@ -152,6 +164,7 @@ func buildProgram(ctx context.Context) ([]byte, error) {
 type tool struct {
 	name, version string
 	packages      []string
+	module        string // built in a module that requires this one, instead of as package@version
 	tags          string
 	cgo           bool
 	takes         string // about how long the first time, for the progress line
@@ -196,10 +209,24 @@ func install(ctx context.Context, progress io.Writer, t tool) (string, error) {
 	if t.tags != "" {
 		args = append(args, "-tags", t.tags)
 	}
-	for _, p := range t.packages {
-		args = append(args, p+"@v"+version)
+	in := tmp
+	if t.module == "" {
+		for _, p := range t.packages {
+			args = append(args, p+"@v"+version)
+		}
+	} else {
+		// What go.mod leaves out is what the tool's own go.mod requires.
+		args = append(append(args, "-mod=mod", "-trimpath"), t.packages...)
+		if in, err = os.MkdirTemp("", "tidewaiter-build-"); err != nil {
+			return "", err
+		}
+		defer os.RemoveAll(in)
+		mod := fmt.Sprintf("module tool\n\nrequire %s v%s\n", t.module, version)
+		if err := os.WriteFile(filepath.Join(in, "go.mod"), []byte(mod), 0o644); err != nil {
+			return "", err
+		}
 	}
-	if err := goTool(ctx, tmp, []string{cgo, "GOBIN=" + tmp}, args...); err != nil {
+	if err := goTool(ctx, in, []string{cgo, "GOBIN=" + tmp}, args...); err != nil {
 		return "", fmt.Errorf("building %s %s: %w", t.name, version, err)
 	}
 	if err := os.Rename(tmp, dir); err != nil {

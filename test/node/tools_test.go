@@ -53,4 +53,12 @@ func TestFailedBuild(t *testing.T) {
 	if _, err := install(t.Context(), &progress, tool{name: "tool", version: "../1"}); err == nil {
 		t.Error("took a path for a version")
 	}
+	// One that is built in a module of its own.
+	_, err = install(t.Context(), &progress, tool{name: "tool", version: "1.0.0", module: "nowhere", packages: []string{"nowhere/tool"}})
+	if err == nil || !strings.Contains(err.Error(), "nowhere") || !strings.Contains(err.Error(), "exit status 1") {
+		t.Errorf("error: %v", err)
+	}
+	if left, err := filepath.Glob(filepath.Join(dir, "*")); err != nil || len(left) != 1 {
+		t.Errorf("left in the cache: %v, %v", left, err)
+	}
 }
