@@ -97,6 +97,20 @@ func (c *Containerd) Image(ctx context.Context, name string) (ocispec.Descriptor
 	return ocispec.Descriptor{MediaType: t.GetMediaType(), Digest: digest.Digest(t.GetDigest()), Size: t.GetSize()}, nil
 }
 
+// Targets returns what the image records of the node point to, in no order.
+func (c *Containerd) Targets(ctx context.Context) ([]ocispec.Descriptor, error) {
+	r, err := c.images.List(inNamespace(ctx), &imagesapi.ListImagesRequest{})
+	if err != nil {
+		return nil, wrap("image records", err)
+	}
+	var list []ocispec.Descriptor
+	for _, i := range r.GetImages() {
+		t := i.GetTarget()
+		list = append(list, ocispec.Descriptor{MediaType: t.GetMediaType(), Digest: digest.Digest(t.GetDigest()), Size: t.GetSize()})
+	}
+	return list, nil
+}
+
 // Blob is a Reader of the content store.
 func (c *Containerd) Blob(ctx context.Context, d ocispec.Descriptor) ([]byte, error) {
 	if d.Size < 0 || d.Size > MaxBlob {

@@ -47,6 +47,7 @@ type Records interface {
 	Blob(ctx context.Context, d ocispec.Descriptor) ([]byte, error)
 	Snapshot(ctx context.Context, snapshotter, key string) (Snapshot, error)
 	Snapshotters(ctx context.Context) ([]string, error)
+	Targets(ctx context.Context) ([]ocispec.Descriptor, error) // of all image records
 	SandboxRuntime(ctx context.Context, id string) (string, error)
 	ContainerConfig(ctx context.Context, id string) (digest.Digest, error)
 }
@@ -77,6 +78,8 @@ type Resolver struct {
 	loaded   atomic.Pointer[[]string]            // snapshotters of the connected containerd, trusted first
 	leads    *lru.Cache[verify.Target, lead]     // what a target leads to: follows from its digest
 	parsed   *lru.Cache[string, parsed]          // what pods ask for, as it was parsed
+	kin      kinship                             // which of those lead to the same config
+	wake     chan struct{}                       // asks Survey to look
 	names    *lru.Cache[string, proof]           // what image records pointed to a moment ago
 	used     *lru.Cache[string, string]          // runtime handler to the snapshotter of its containers
 	runtime  *lru.Cache[string, string]          // sandbox to runtime type
@@ -122,13 +125,15 @@ const (
 
 // NewResolver makes a Resolver.
 func NewResolver(r Records, o Options) *Resolver {
-	c, _ := lru.New[verify.Target, lead](maxLeads) // errors only for a size below one
+	n := &Resolver{records: r, wake: make(chan struct{}, 1)}
+	// Errors only for a size below one.
+	c, _ := lru.NewWithEvict(maxLeads, func(t verify.Target, l lead) { n.kin.remove(l.config, t) })
 	s, _ := lru.New[string, parsed](maxParsed)
 	p, _ := lru.New[string, proof](maxNames)
 	u, _ := lru.New[string, string](maxUsed)
 	rt, _ := lru.New[string, string](maxRuntime)
 	d, _ := lru.New[string, []digest.Digest](maxDecided)
-	n := &Resolver{records: r, leads: c, parsed: s, names: p, used: u, runtime: rt, decided: d}
+	n.leads, n.parsed, n.names, n.used, n.runtime, n.decided = c, s, p, u, rt, d
 	n.options.Store(&o)
 	return n
 }
@@ -145,6 +150,7 @@ func (r *Resolver) Connected(compares bool) {
 	r.names.Purge()
 	r.leads.Purge() // the disk may have been changed meanwhile
 	r.used.Purge()
+	r.look()
 }
 
 // What containerd's CRI plugin writes into a container's annotations
@@ -216,7 +222,14 @@ func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 	if d := img.Name.Digest; d != "" && d != target.Digest && d != c.manifest.Digest {
 		return &verify.Fault{Reason: verify.ImageMismatch, Detail: "the record " + verify.Quote(record, 200) + " points to " + target.Digest.String() + ", another image than the digest that the pod names"}
 	}
-	img.Binding, err = r.bind(ctx, o, pod.GetRuntimeHandler(), ctr, target, c)
+	var snapshotter string
+	img.Binding, snapshotter, err = r.bind(ctx, o, pod.GetRuntimeHandler(), ctr, target, c)
+	// Where a snapshotter is only trusted because the configuration says so, what it
+	// mounts may be the target's layers whatever the config says: only what was
+	// resolved counts.
+	if err == nil && slices.Contains(Snapshotters, snapshotter) {
+		img.Others = r.kin.of(c.config, target.Digest, c.manifest.Digest)
+	}
 	return err
 }
 
@@ -266,27 +279,6 @@ func (r *Resolver) shim(ctx context.Context, o *Options, sandbox string) error {
 	return nil
 }
 
-// follow returns what target leads to. What follows from the content is
-// remembered; what containerd could not answer is not.
-func (r *Resolver) follow(ctx context.Context, target ocispec.Descriptor) (lead, error) {
-	key := verify.Target{MediaType: target.MediaType, Digest: target.Digest, Size: target.Size}
-	if c, ok := r.leads.Get(key); ok {
-		return c, c.err()
-	}
-	c, err := read(ctx, r.records.Blob, target)
-	var fault *verify.Fault
-	switch {
-	case err == nil:
-	case errors.As(err, &fault) && fault.Reason != verify.ImageMismatch: // the disk may be mended
-		// It is kept, and what decoders say may repeat megabytes of the document.
-		c = lead{fault: &verify.Fault{Reason: fault.Reason, Detail: verify.Clean(fault.Detail, verify.MaxMessage)}}
-	default:
-		return c, err
-	}
-	r.leads.Add(key, c)
-	return c, c.err()
-}
-
 func (c lead) err() error {
 	if c.fault != nil {
 		return c.fault
@@ -311,12 +303,12 @@ func read(ctx context.Context, blob Reader, target ocispec.Descriptor) (lead, er
 }
 
 // bind ties what the record leads to to the container that is being created, in a
-// pod of that runtime handler.
-func (r *Resolver) bind(ctx context.Context, o *Options, handler string, ctr *api.Container, target ocispec.Descriptor, c lead) (verify.Binding, error) {
+// pod of that runtime handler. It returns the snapshotter too.
+func (r *Resolver) bind(ctx context.Context, o *Options, handler string, ctr *api.Container, target ocispec.Descriptor, c lead) (verify.Binding, string, error) {
 	image := ctr.GetImage()
 	config, told := digest.Digest(image.GetConfigDigest()), image.GetConfigDigest() != "" && image.GetDigest() != ""
 	if told && config != c.config {
-		return 0, &verify.Fault{Reason: verify.ImageMismatch, Detail: "the container runs image ID " + verify.Clean(config.String(), 96) + ", and the name that the pod gave leads to " + c.config.String()}
+		return 0, "", &verify.Fault{Reason: verify.ImageMismatch, Detail: "the container runs image ID " + verify.Clean(config.String(), 96) + ", and the name that the pod gave leads to " + c.config.String()}
 	}
 	// The runtime resolved the very target that the record points to, and target
 	// leads to the config: where the snapshotter checks what it unpacks, that is all
@@ -324,27 +316,27 @@ func (r *Resolver) bind(ctx context.Context, o *Options, handler string, ctr *ap
 	// runtime's configuration, and was seen once since it started.
 	if told && digest.Digest(image.GetDigest()) == target.Digest {
 		if s, ok := r.used.Get(handler); ok && !o.strange(s) {
-			return verify.BoundRuntime, nil
+			return verify.BoundRuntime, s, nil
 		}
 	}
 	loaded, err := r.snapshotters(ctx, o)
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	s, err := r.snapshot(ctx, o, loaded, ctr.GetId(), c.chain)
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	r.used.Add(handler, s)
 	if told {
-		return verify.BoundRuntime, nil
+		return verify.BoundRuntime, s, nil
 	}
 	// The chain ID binds the root filesystem. Images with equal layers can differ
 	// in their config, which Started compares.
 	if !r.compares.Load() {
-		return 0, &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the runtime does not say which image config it runs"}
+		return 0, "", &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the runtime does not say which image config it runs"}
 	}
-	return verify.BoundSnapshot, nil
+	return verify.BoundSnapshot, s, nil
 }
 
 // snapshot checks that the root filesystem prepared for the container has the

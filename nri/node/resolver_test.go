@@ -51,6 +51,15 @@ func (r *records) Image(_ context.Context, name string) (ocispec.Descriptor, err
 	return d, r.err
 }
 
+func (r *records) Targets(context.Context) ([]ocispec.Descriptor, error) {
+	r.calls++
+	var list []ocispec.Descriptor
+	for _, d := range r.images {
+		list = append(list, d)
+	}
+	return list, r.err
+}
+
 func (r *records) Blob(_ context.Context, d ocispec.Descriptor) ([]byte, error) {
 	r.calls++
 	if d.Size > MaxBlob {
@@ -558,6 +567,59 @@ func TestSnapshotterOfHandler(t *testing.T) {
 	r.Connected(false)
 	if got := ask("runc"); got != verify.SnapshotterUnverified {
 		t.Errorf("after a new connection: %s", got)
+	}
+}
+
+// An image that was copied, or pushed again with another index around it, brings
+// the targets under which it may have been signed.
+func TestOthers(t *testing.T) {
+	const name = "registry.example/copy:1"
+	rec := newRecords()
+	i, evil := rec.image("good", "a"), rec.image("evil", "a")
+	copied := rec.index(on(i.manifest, here))
+	signed := rec.index(on(i.manifest, here), on(evil.manifest, elsewhere))
+	decoy := rec.index(on(evil.manifest, here), on(i.manifest, elsewhere)) // leads to the evil one here
+	rec.images[name] = copied
+	rec.images["registry.example/app:1"] = signed
+	rec.images["registry.example/evil:1"] = decoy
+	rec.images["registry.example/broken:1"] = ocispec.Descriptor{MediaType: ocispec.MediaTypeImageIndex, Digest: digest.FromString("gone"), Size: 4}
+	rec.snapshots["overlayfs"][ctrID] = Snapshot{Parent: i.chain}
+	r := NewResolver(rec, testOptions())
+	r.Connected(true)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); _ = r.Survey(ctx) }()
+	for end := time.Now().Add(10 * time.Second); len(r.kin.of(i.config.Digest)) < 2 || len(r.kin.of(evil.config.Digest)) < 1; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the survey does not find the images")
+		}
+	}
+	cancel()
+	<-done
+	img := resolveOne(t, r, container(name, copied.Digest, i.config.Digest))
+	if img.Fault != nil || len(img.Others) != 1 || img.Others[0].Digest != signed.Digest || img.Others[0].Size != signed.Size {
+		t.Fatalf("others of %s: %v", img.Target.Digest, img.Others)
+	}
+	// Not where a snapshotter is trusted only because the configuration says so.
+	o := testOptions()
+	o.Snapshotters = []string{"stargz"}
+	r.Configure(o)
+	r.Connected(true)
+	rec.snapshotters = []string{"stargz"}
+	rec.snapshots["stargz"] = rec.snapshots["overlayfs"]
+	if img := resolveOne(t, r, container(name, copied.Digest, i.config.Digest)); img.Fault != nil || img.Others != nil {
+		t.Fatalf("on a listed snapshotter: %v, others %v", img.Fault, img.Others)
+	}
+	// Nothing is kept of what was forgotten, and those that were first stay.
+	r.leads.Purge()
+	if n := len(r.kin.from); n != 0 {
+		t.Errorf("%d configs are remembered after their targets are not", n)
+	}
+	for n := range 3 * maxKin {
+		r.kin.add("sha256:c", verify.Target{Size: int64(n), Digest: digest.FromString(fmt.Sprint(n))})
+	}
+	if l := r.kin.of("sha256:c"); len(l) != verify.MaxOthers || l[0].Size != 0 || len(r.kin.from["sha256:c"]) != maxKin {
+		t.Errorf("others %v", l)
 	}
 }
 
