@@ -40,7 +40,8 @@ func verifyCommand(stdout io.Writer) *cobra.Command {
 says audit. It needs no daemon and no containerd. The digest may be that of an
 index or of a manifest; tags are not resolved. With --layout or --mirror only
 those are asked, and not what the configuration names. They hold the image's
-manifest with its signatures, or its signatures alone.
+manifest with its signatures, or its signatures alone. A registry is told what the
+configuration's file of credentials has for the host and port of its URL.
 
 The answer goes to standard output, what kept Verify from one to standard error.
 Exit status: 0 allowed, 1 denied, 2 it could not be found out.`,

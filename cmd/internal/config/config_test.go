@@ -159,21 +159,26 @@ func TestDocumentation(t *testing.T) {
 	if !found {
 		t.Fatal("no example")
 	}
-	dir := write(t, with(notation(), "config.yaml", example, "mirror-ca.crt", string(root())))
+	cert, key := pairOf(t, "node")
+	dir := write(t, with(notation(), "config.yaml", example, "mirror-ca.crt", string(root()), "node.crt", cert, "node.key", key, "auth.json", "{}"))
 	c := load1(t, dir)
 	if c.Mode != verify.Enforce || len(c.Mirrors) != 3 || len(c.Layouts) != 1 ||
 		c.Limits != (verify.Limits{Referrers: 100, Wall: 5 * time.Second}) ||
 		!reflect.DeepEqual(c.Gate, Gate{Wait: 20 * time.Millisecond, Snapshotters: []string{"stargz"}, Runtimes: []string{"io.containerd.kata.v2"}}) {
 		t.Errorf("got %+v", c)
 	}
-	if m := c.Mirrors[0]; m.Host != "docker.io" || m.URL.String() != "https://mirror.site.internal:5000" || m.CA != filepath.Join(dir, "mirror-ca.crt") || m.roots == nil {
+	if m := c.Mirrors[0]; m.Host != "docker.io" || m.URL.String() != "https://mirror.site.internal:5000" || m.CA != filepath.Join(dir, "mirror-ca.crt") || m.roots == nil ||
+		m.Cert != filepath.Join(dir, "node.crt") || m.Key != filepath.Join(dir, "node.key") || m.pair == nil || m.Realm.String() != "https://auth.site.internal" || m.NS {
 		t.Errorf("got %+v", m)
+	}
+	if !c.Mirrors[2].NS || c.Credentials != filepath.Join(dir, "auth.json") || c.Helpers != "/usr/local/lib/tidewaiter" {
+		t.Errorf("got %+v", c)
 	}
 	if len(c.Warnings) != 1 || c.Warnings[0].Field != "sources.mirrors[1].url" {
 		t.Errorf("warnings %v", c.Warnings)
 	}
 	for _, key := range []string{
-		"version", "mode", "sources.mirrors", "….host", "….url", "….ca", "sources.layouts",
+		"version", "mode", "sources.mirrors", "….host", "….url", "….ca", "….cert`, `….key", "….realm", "….ns", "sources.credentials", "sources.helpers", "sources.layouts",
 		"limits.pages` | 24 |", "limits.referrers` | 200 |", "limits.signatures` | 50 |", "limits.certificates` | 10 |",
 		"limits.manifestBytes` | 4194304 |", "limits.envelopeBytes` | 262144 |", "limits.totalBytes` | 16777216 |", "limits.wall` | 10s |",
 		"gate.wait` | 50ms |", "gate.snapshotters", "gate.runtimes",

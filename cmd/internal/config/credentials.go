@@ -342,6 +342,7 @@ func ask(ctx context.Context, dir, name, key string) (mirror.Credential, error) 
 	case errors.As(err, &exit):
 		return fail("failed: " + exit.ProcessState.String())
 	case errors.Is(err, exec.ErrWaitDelay):
+		cmd.Cancel() // the group is there as long as somebody is in it
 		return fail("left something running")
 	case err != nil:
 		return fail("could not be run")

@@ -160,18 +160,17 @@ func helper(t testing.TB, name, script string) string {
 func TestHelper(t *testing.T) {
 	big := "head -c 10000000 /dev/zero | tr '\\0' g; echo geheim"
 	for name, tt := range map[string]struct{ script, want string }{
-		"good":           {`read -r key; test "$1" = get && echo "{\"ServerURL\": \"$key\", \"Username\": \"$key\", \"Secret\": \"p\"}"`, "a.b/v2/:p"},
-		"token":          {`echo '{"Username": "<token>", "Secret": "t"}'`, "!t"},
-		"environment":    {`test -z "$TIDEWAITER_TEST$LANG$http_proxy" && test -n "$PATH" && echo "{\"Username\": \"$(env | cut -d= -f1 | grep -v '^_$\|^PWD$\|^SHLVL$\|^OLDPWD$' | sort | tr '\n' ' ')\", \"Secret\": \"p\"}"`, "HOME PATH :p"},
-		"none":           {`echo credentials not found in native keychain; exit 1`, ":"},
-		"fails":          {`echo geheim; echo geheim >&2; exit 3`, "error: docker-credential-x failed: exit status 3"},
-		"killed":         {`kill -9 $$`, "error: docker-credential-x failed: signal: killed"},
-		"garbage":        {`echo geheim`, "error: docker-credential-x printed no credentials"},
-		"nothing":        {``, "error: docker-credential-x printed no credentials"},
-		"huge":           {big, "error: docker-credential-x printed more than 65536 bytes"},
-		"endless":        {`yes geheim`, "error: docker-credential-x printed more than 65536 bytes"},
-		"header":         {`printf '{"Username": "geheim\\r\\nX: y", "Secret": "p"}'`, "error: docker-credential-x printed credentials that cannot be used: "},
-		"leaves a child": {`sleep 1000 & echo '{"Username": "u", "Secret": "p"}'`, "error: docker-credential-x left something running"},
+		"good":        {`read -r key; test "$1" = get && echo "{\"ServerURL\": \"$key\", \"Username\": \"$key\", \"Secret\": \"p\"}"`, "a.b/v2/:p"},
+		"token":       {`echo '{"Username": "<token>", "Secret": "t"}'`, "!t"},
+		"environment": {`test -z "$TIDEWAITER_TEST$LANG$http_proxy" && test -n "$PATH" && echo "{\"Username\": \"$(env | cut -d= -f1 | grep -v '^_$\|^PWD$\|^SHLVL$\|^OLDPWD$' | sort | tr '\n' ' ')\", \"Secret\": \"p\"}"`, "HOME PATH :p"},
+		"none":        {`echo credentials not found in native keychain; exit 1`, ":"},
+		"fails":       {`echo geheim; echo geheim >&2; exit 3`, "error: docker-credential-x failed: exit status 3"},
+		"killed":      {`kill -9 $$`, "error: docker-credential-x failed: signal: killed"},
+		"garbage":     {`echo geheim`, "error: docker-credential-x printed no credentials"},
+		"nothing":     {``, "error: docker-credential-x printed no credentials"},
+		"huge":        {big, "error: docker-credential-x printed more than 65536 bytes"},
+		"endless":     {`yes geheim`, "error: docker-credential-x printed more than 65536 bytes"},
+		"header":      {`printf '{"Username": "geheim\\r\\nX: y", "Secret": "p"}'`, "error: docker-credential-x printed credentials that cannot be used: "},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Setenv("TIDEWAITER_TEST", "geheim")
@@ -217,20 +216,39 @@ func TestHelperHangs(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "did not answer in time") || time.Since(began) > helperTime {
 		t.Errorf("%v after %v", err, time.Since(began))
 	}
-	raw, err := os.ReadFile(pid)
+	gone(t, pid)
+}
+
+// gone waits until the process whose id is in file has ended.
+func gone(t *testing.T, file string) {
+	t.Helper()
+	raw, err := os.ReadFile(file)
 	must(t, err)
 	child, err := strconv.Atoi(strings.TrimSpace(string(raw)))
 	must(t, err)
 	for i := 0; ; i++ { // init reaps it
 		state, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", child))
 		if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ESRCH) || strings.Contains(string(state), ") Z ") {
-			break
+			return
 		}
 		if i > 2000 {
-			t.Fatalf("the helper's child still runs: %s", state)
+			syscall.Kill(child, syscall.SIGKILL)
+			t.Fatalf("the helper's child still ran: %s", state)
 		}
 		time.Sleep(time.Millisecond)
 	}
+}
+
+// One that ends and leaves something behind that could still answer is no better.
+func TestHelperLeavesAChild(t *testing.T) {
+	pid := filepath.Join(t.TempDir(), "pid")
+	dir := helper(t, "x", "sleep 1000 &\necho $! >"+pid+"\necho '{\"Username\": \"u\", \"Secret\": \"geheim\"}'\n")
+	c, _, err := parseCredentials([]byte(`{"credsStore": "x"}`), dir)
+	must(t, err)
+	if got := who(t, c, "https://a.b"); got != "error: docker-credential-x left something running" {
+		t.Error(got)
+	}
+	gone(t, pid)
 }
 
 // A helper is run once for many questions at a time, by the name under which
