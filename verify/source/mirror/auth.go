@@ -77,6 +77,7 @@ type Tokens struct {
 
 type token struct {
 	value string
+	named bool // for somebody
 	until time.Time
 }
 
@@ -88,20 +89,22 @@ func NewTokens(now func() time.Time) *Tokens {
 	return t
 }
 
-func (t *Tokens) get(key string) string {
+// get returns the token for key, or the zero token.
+func (t *Tokens) get(key string) token {
 	if t == nil {
-		return ""
+		return token{}
 	}
 	k, ok := t.tokens.Get(key)
 	if !ok || !t.now().Before(k.until) {
-		return ""
+		return token{}
 	}
-	return k.value
+	return k
 }
 
-func (t *Tokens) put(key, value string, life time.Duration) {
+func (t *Tokens) put(key string, k token, life time.Duration) {
 	if t != nil && life > tokenMargin {
-		t.tokens.Add(key, token{value, t.now().Add(life - tokenMargin)})
+		k.until = t.now().Add(life - tokenMargin)
+		t.tokens.Add(key, k)
 	}
 }
 
@@ -232,16 +235,19 @@ func (e *exchange) keep(secrets ...string) {
 	}
 }
 
-// unwelcome says as whom the mirror was asked in vain.
+// unwelcome says as whom the mirror was asked in vain, where it was told anything.
 func (e *exchange) unwelcome(status int) string {
-	switch {
-	case status != http.StatusUnauthorized && status != http.StatusForbidden:
-	case e.named:
-		return "asked with the credentials from sources.credentials"
-	case e.challenged || e.header != "":
-		return "asked without credentials: sources.credentials has none for " + e.base.Registry
+	if status != http.StatusUnauthorized && status != http.StatusForbidden || !e.challenged && e.header == "" {
+		return ""
 	}
-	return ""
+	return e.asWhom()
+}
+
+func (e *exchange) asWhom() string {
+	if e.named {
+		return "asked with the credentials from sources.credentials"
+	}
+	return "asked without credentials: sources.credentials has none for " + e.base.Registry
 }
 
 // key is where the token for the repository is kept. Schemes and ports are apart.
@@ -271,9 +277,10 @@ func (e *exchange) known(ctx context.Context) (header string, old bool, err erro
 	if e.header != "" {
 		return e.header, true, nil
 	}
-	if t := e.tokens.get(e.key()); t != "" {
-		e.keep(t)
-		return "Bearer " + t, true, nil
+	if t := e.tokens.get(e.key()); t.value != "" {
+		e.keep(t.value)
+		e.named = t.named
+		return "Bearer " + t.value, true, nil
 	}
 	c := e.tokens.wanted(e.origin)
 	if c.scheme == "" {
@@ -396,7 +403,7 @@ func (e *exchange) bearer(ctx context.Context, c challenge) (string, error) {
 		return "", err
 	}
 	e.keep(value)
-	e.tokens.put(e.key(), value, life)
+	e.tokens.put(e.key(), token{value: value, named: e.named}, life)
 	return "Bearer " + value, nil
 }
 
@@ -425,6 +432,7 @@ func (e *exchange) fetch(client *http.Client, req *http.Request) (value string, 
 		switch resp.StatusCode {
 		case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden:
 			class = verify.ErrUnauthorized // OAuth2 says 400 of a refresh token that it does not know
+			text += ": " + e.asWhom()
 		}
 		return fail(class, text+wait(resp), nil)
 	}

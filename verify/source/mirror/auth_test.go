@@ -269,6 +269,33 @@ func TestTokenLife(t *testing.T) {
 	}
 }
 
+// As whom a registry was asked is said of a token that is known, too.
+func TestForbidden(t *testing.T) {
+	t.Parallel()
+	c, subject, _ := signed(0)
+	for _, tt := range []struct {
+		cred func(context.Context) (mirror.Credential, error)
+		text string
+	}{
+		{robot, ": asked with the credentials from sources.credentials"},
+		{nil, ": asked without credentials: sources.credentials has none for 127.0.0.1:"},
+	} {
+		g := &gate{Registry: serve(c)}
+		g.Intercept = func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(403); return true }
+		src := mirror.New(mirror.Mirror{Host: sourcetest.Name.Host, URL: start(t, g), Client: client(t, nil), Credentials: tt.cred, Tokens: mirror.NewTokens(newClock().now)})
+		for _, want := range [][2]int{{2, 1}, {1, 0}} {
+			_, err := sourcetest.Find(t.Context(), src, subject, verify.Limits{})
+			if n := g.count(); n != want {
+				t.Errorf("%v requests", n)
+			}
+			silent(t, fmt.Sprint(err))
+			if !errors.Is(err, verify.ErrUnauthorized) || !strings.Contains(fmt.Sprint(err), "403 Forbidden"+tt.text) {
+				t.Errorf("error %v", err)
+			}
+		}
+	}
+}
+
 // Without a store a question still needs one token only.
 func TestTokenOfOneQuestion(t *testing.T) {
 	t.Parallel()
@@ -372,7 +399,7 @@ func TestUnauthorized(t *testing.T) {
 		"token of nobody":         {tokens(write(`{"token":"T0K3N.1"}`)), nil, verify.ErrUnauthorized, "401 Unauthorized: asked without credentials: sources.credentials has none for 127.0.0.1:"},
 		"token server, 400":       {tokens(say(400)), robot, verify.ErrUnauthorized, "token server 127.0.0.1:"},
 		"token server, 401":       {tokens(say(401)), robot, verify.ErrUnauthorized, ": 401 Unauthorized"},
-		"token server, 403":       {tokens(say(403)), robot, verify.ErrUnauthorized, ": 403 Forbidden"},
+		"token server, 403":       {tokens(say(403)), nil, verify.ErrUnauthorized, ": 403 Forbidden: asked without credentials: sources.credentials has none for 127.0.0.1:"},
 		"token server, 404":       {tokens(say(404)), robot, verify.ErrUnreachable, ": 404 Not Found"},
 		"token server, 429":       {tokens(say(429)), robot, verify.ErrUnreachable, ": 429 Too Many Requests, asks to wait 30 s"},
 		"token server, 500":       {tokens(say(500)), robot, verify.ErrUnreachable, ": 500 Internal Server Error"},
