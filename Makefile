@@ -6,13 +6,16 @@ FUZZTIME   ?= 20s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 LDFLAGS     = -s -w -X main.version=$(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 
-.PHONY: build demo test lint unit core386 cross fuzz e2e clean
+.PHONY: build demo bench test lint unit core386 cross fuzz e2e clean
 
 build: ## the static binary, in bin/
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/tidewaiter ./cmd/tidewaiter
 
 demo: ## a throwaway containerd node where signed images start and others do not
 	cd test && go run ./demo -containerd $(CONTAINERD)
+
+bench: ## the tables of docs/performance.md; needs root on Linux, a quiet machine and 15 minutes
+	cd test && go run ./bench
 
 test: lint unit core386 cross fuzz e2e ## everything that CI runs
 

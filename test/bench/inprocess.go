@@ -64,6 +64,9 @@ type memory struct {
 }
 
 func (m *memory) Image(context.Context, string) (ocispec.Descriptor, error) { return m.target, nil }
+func (m *memory) Targets(context.Context) ([]ocispec.Descriptor, error) {
+	return []ocispec.Descriptor{m.target}, nil
+}
 func (m *memory) Blob(_ context.Context, d ocispec.Descriptor) ([]byte, error) {
 	return m.blobs[d.Digest], nil
 }

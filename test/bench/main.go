@@ -37,6 +37,7 @@ type bench struct {
 	images         int           // of the memory part, which has as many requests
 	idle           time.Duration // of the memory part
 	colds          int           // verifications of each kind
+	versions       string        // of containerd
 	parts          string
 
 	dir             string // below it is all that is written
@@ -52,6 +53,8 @@ func main() {
 	flag.DurationVar(&b.idle, "idle", 5*time.Minute, "idle time of the memory part")
 	flag.IntVar(&b.colds, "colds", 101, "cold verifications of each kind")
 	flag.StringVar(&b.parts, "parts", "warm,cold,memory,own,size", "what to measure")
+	flag.StringVar(&b.versions, "containerd", node.Containerd24+","+node.Containerd22, "releases of the warm part")
+	flag.StringVar(&b.binary, "binary", "", "the `program` to measure instead of this tree's; own and size are this tree's all the same")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -73,8 +76,10 @@ func (b *bench) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer os.RemoveAll(b.dir)
-	if b.binary, err = node.BuildTidewaiter(ctx); err != nil {
-		return err
+	if b.binary == "" {
+		if b.binary, err = node.BuildTidewaiter(ctx); err != nil {
+			return err
+		}
 	}
 	b.nothing = filepath.Join(b.dir, "noop")
 	if err := command(ctx, "", nil, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", b.nothing, "github.com/tidewaiter/tidewaiter/test/bench/noop"); err != nil {
@@ -188,7 +193,7 @@ func mib(n int64) string            { return fmt.Sprintf("%.1f MiB", float64(n)/
 func (b *bench) printWarm(ctx context.Context) error {
 	fmt.Printf("\nWarm decisions, medians of %d runs of %d requests, both plugins in turns of %d requests:\n\n", b.runs, b.requests, block)
 	fmt.Println("| | no-op plugin | Tidewaiter | ratio |\n|---|---|---|---|")
-	for _, version := range []string{node.Containerd24, node.Containerd22} {
+	for _, version := range strings.Split(b.versions, ",") {
 		if err := b.printWarmOf(ctx, version); err != nil {
 			return err
 		}
@@ -211,6 +216,7 @@ func (b *bench) printWarmOf(ctx context.Context, version string) (err error) {
 	}
 	row("p50", micros(one.noop.p50), micros(one.gate.p50), one.p50)
 	row("p99", micros(one.noop.p99), micros(one.gate.p99), one.p99)
+	row("processor time a decision", micros(one.noop.cpu), micros(one.gate.cpu), one.cpu)
 	row("a second, 1 caller", fmt.Sprintf("%.0f", one.noop.rate), fmt.Sprintf("%.0f", one.gate.rate), one.rate)
 	row("a second, 8 callers, half to be refused", fmt.Sprintf("%.0f", flood.noop.rate), fmt.Sprintf("%.0f", flood.gate.rate), flood.rate)
 	fmt.Printf("| containerd %s, escapes of %d | | %d | |\n", version, b.runs*b.requests/2, escapes)

@@ -60,8 +60,14 @@ func (b *bench) memory(ctx context.Context, w *world) (l load, err error) {
 	if err != nil {
 		return l, err
 	}
-	var asks []*api.CreateContainerRequest
-	for i, img := range list {
+	// One container there really is: the gate looks once at what a runtime handler's
+	// containers are made of.
+	c, err := pod.Run(ctx, list[0].Name, node.ContainerOptions{Name: "real"}, node.Retry{})
+	if err != nil {
+		return l, err
+	}
+	asks := []*api.CreateContainerRequest{asked(w.node, c.ID, pod, list[0])}
+	for i, img := range list[1:] {
 		asks = append(asks, asked(w.node, fmt.Sprintf("container%d", i), pod, img))
 	}
 

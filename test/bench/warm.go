@@ -20,14 +20,15 @@ const block = 200
 // A run is what one side did in one run.
 type run struct {
 	p50, p99 time.Duration
-	rate     float64 // requests a second
+	rate     float64       // requests a second
+	cpu      time.Duration // processor time that the plugin used for one
 }
 
 // A contest is the medians of several runs of two sides, and of the ratios of
 // each run.
 type contest struct {
-	noop, gate     run
-	p50, p99, rate float64 // gate by no-op
+	noop, gate          run
+	p50, p99, rate, cpu float64 // gate by no-op
 }
 
 func median[T int64 | float64 | time.Duration](l []T) T {
@@ -49,6 +50,7 @@ func medians(noop, gate []run) contest {
 			p50:  time.Duration(of(func(n, g run) float64 { return float64(get(n, g).p50) })),
 			p99:  time.Duration(of(func(n, g run) float64 { return float64(get(n, g).p99) })),
 			rate: of(func(n, g run) float64 { return get(n, g).rate }),
+			cpu:  time.Duration(of(func(n, g run) float64 { return float64(get(n, g).cpu) })),
 		}
 	}
 	return contest{
@@ -57,6 +59,7 @@ func medians(noop, gate []run) contest {
 		p50:  of(func(n, g run) float64 { return float64(g.p50) / float64(n.p50) }),
 		p99:  of(func(n, g run) float64 { return float64(g.p99) / float64(n.p99) }),
 		rate: of(func(n, g run) float64 { return g.rate / n.rate }),
+		cpu:  of(func(n, g run) float64 { return float64(g.cpu) / float64(n.cpu) }),
 	}
 }
 
@@ -73,7 +76,12 @@ func race(ctx context.Context, noop, gate *side, runs, requests, callers int, as
 	var results [2][]run
 	for r := range runs {
 		var took [2][]time.Duration
-		var wall [2]time.Duration
+		var wall, cpu [2]time.Duration
+		for i, s := range []*side{noop, gate} {
+			if cpu[i], err = s.plugin.cpu(); err != nil {
+				return c, escapes, err
+			}
+		}
 		for done := 0; done < requests; done += block {
 			for i := range 2 {
 				which := (i + done/block + r) % 2 // who is first changes
@@ -115,7 +123,11 @@ func race(ctx context.Context, noop, gate *side, runs, requests, callers int, as
 		for i := range 2 {
 			slices.Sort(took[i])
 			n := len(took[i])
-			results[i] = append(results[i], run{took[i][n/2], took[i][n*99/100], float64(n) / wall[i].Seconds()})
+			used, err := []*side{noop, gate}[i].plugin.cpu()
+			if err != nil {
+				return c, escapes, err
+			}
+			results[i] = append(results[i], run{took[i][n/2], took[i][n*99/100], float64(n) / wall[i].Seconds(), (used - cpu[i]) / time.Duration(n)})
 		}
 	}
 	return medians(results[0], results[1]), escapes, nil
