@@ -78,7 +78,8 @@ var settings = []setting{
 	{name: "tsa-permissive-revocation", tsa: true, level: "permissive", override: override(revocation, "enforce")},
 }
 
-// directories are about the files and the scopes, and meet the good exhibit.
+// directories are about the files and the scopes. They meet the good exhibit, if
+// they name no others.
 var directories = []setting{
 	{name: "exact-scope", exact: true},
 	{name: "other-scope", scopes: []string{"registry.example/other"}, refused: true},
@@ -116,6 +117,12 @@ var directories = []setting{
 	{name: "text-before-pem", edit: func(dir string) error {
 		return os.WriteFile(filepath.Join(dir, "truststore/x509/ca/acme/root.crt"), append([]byte("the root\n"), world.ca.PEM()...), 0o644)
 	}},
+	{name: "key-after-certificate", edit: func(dir string) error {
+		const key = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"
+		return os.WriteFile(filepath.Join(dir, "truststore/x509/ca/acme/root.crt"), append(world.ca.PEM(), key...), 0o644)
+	}, refused: true},
+	{name: "store-of-another-statement-missing", more: []verify.Statement{{Name: "else", Scopes: []string{"registry.example/else"}, Level: "strict", TrustStores: []string{"ca:nowhere"}, TrustedIdentities: []string{"*"}}}},
+	{name: "identity-is-lower-case", identities: []string{"x509.subject: C=us, ST=WA, O=acme"}, refused: true},
 
 	// Where notation and Tidewaiter differ: see differences.
 	{name: "skip-everything", level: "skip"},
@@ -143,13 +150,7 @@ var directories = []setting{
 		dir = filepath.Join(dir, "truststore/x509/ca/acme")
 		return os.Rename(filepath.Join(dir, "root.crt"), filepath.Join(dir, "root.txt"))
 	}},
-	{name: "key-after-certificate", edit: func(dir string) error {
-		const key = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"
-		return os.WriteFile(filepath.Join(dir, "truststore/x509/ca/acme/root.crt"), append(world.ca.PEM(), key...), 0o644)
-	}, refused: true},
-	{name: "missing-second-store", more: []verify.Statement{{Name: "else", Scopes: []string{"registry.example/else"}, Level: "strict", TrustStores: []string{"ca:nowhere"}, TrustedIdentities: []string{"*"}}}},
 	{name: "identity-of-another-kind", identities: []string{"x509.subject: C=US, ST=WA, O=acme", "x509.san: acme.example"}},
-	{name: "identity-is-lower-case", identities: []string{"x509.subject: C=us, ST=WA, O=acme"}, refused: true},
 }
 
 func remove(path string) func(string) error {
