@@ -46,7 +46,7 @@ e2e: ## on real containerd, 2.4.2 and 2.2.9; needs root on Linux
 	  echo '** Linux. What they hold was not tested.                      **'; \
 	  echo '****************************************************************'; \
 	fi
-	cd test && go test -race -count=1 -timeout 30m ./...
+	cd test && go test -race -count=1 -p 1 -timeout 30m ./...
 
 clean:
 	rm -rf bin dist
