@@ -10,7 +10,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,10 +20,6 @@ import (
 // GateOptions say how Tidewaiter is started.
 type GateOptions struct {
 	ConfigDir string // required; WriteConfig makes one
-
-	// StateDir and RunDir are below the node's directory if empty, and the same for
-	// each gate of the node, so that one started again finds what the last one kept.
-	StateDir, RunDir string
 
 	NodeName string // empty means "test-node"
 
@@ -37,8 +32,8 @@ type GateOptions struct {
 
 // A Gate is Tidewaiter as a process of its own, connected to a node.
 type Gate struct {
-	ConfigDir, StateDir, RunDir string
-	PID                         int
+	ConfigDir string
+	PID       int
 
 	process *process
 	read    chan struct{} // closed when its standard error has ended
@@ -73,19 +68,8 @@ func (n *Node) StartGate(ctx context.Context, o GateOptions) (*Gate, error) {
 		}
 		o.Binary = bin
 	}
-	if o.StateDir == "" {
-		o.StateDir = filepath.Join(n.Dir, "gate", "state")
-	}
-	if o.RunDir == "" {
-		o.RunDir = filepath.Join(n.Dir, "gate", "run")
-	}
 	if o.NodeName == "" {
 		o.NodeName = "test-node"
-	}
-	for _, d := range []string{o.StateDir, o.RunDir} {
-		if err := os.MkdirAll(d, 0o700); err != nil {
-			return nil, err
-		}
 	}
 	args := append([]string{
 		"run",
@@ -98,7 +82,7 @@ func (n *Node) StartGate(ctx context.Context, o GateOptions) (*Gate, error) {
 	cmd.Env = append(os.Environ(), o.Env...)
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	g := &Gate{ConfigDir: o.ConfigDir, StateDir: o.StateDir, RunDir: o.RunDir, read: make(chan struct{}), more: make(chan struct{})}
+	g := &Gate{ConfigDir: o.ConfigDir, read: make(chan struct{}), more: make(chan struct{})}
 	// A pipe of our own: Wait closes the one of StderrPipe before it is read.
 	r, w, err := os.Pipe()
 	if err != nil {
