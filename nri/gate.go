@@ -7,6 +7,9 @@
 // validator does (required_plugins). In CreateContainer the runtime would go on
 // without the plugin (containerd/nri issue 316).
 //
+// A node that only audits asks in CreateContainer for that very reason: nothing
+// depends on the gate there.
+//
 // On containerd 2.2 and 2.3, which do not say which image config they run,
 // StartContainer compares the config of the created container with what was
 // allowed. It compares only; a hang there is let through by the runtime.

@@ -61,9 +61,6 @@ func (s *Session) Renew() {
 	}
 }
 
-// errRenew ends a connection that is to be made anew.
-var errRenew = errors.New("the mode changed")
-
 // Registered reports whether the runtime asks this gate now.
 func (s *Session) Registered() bool { return s.registered.Load() }
 
@@ -85,7 +82,7 @@ func (s *Session) Run(ctx context.Context) error {
 			return nil
 		}
 		if renewed {
-			s.Log.Info("registering anew", "why", errRenew.Error())
+			s.Log.Info("registering anew: the mode changed")
 			wait = minBackoff
 			continue
 		}

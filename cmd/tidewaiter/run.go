@@ -106,7 +106,9 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 			return nil
 		}
 	})
-	if err := g.Wait(); err != nil {
+	err = g.Wait()
+	d.write(ctx) // what the gate answered while it ended
+	if err != nil {
 		return unknown(err, "")
 	}
 	log.Info("stopped")

@@ -471,9 +471,6 @@ func (r *Resolver) Started(ctx context.Context, id string) *verify.Fault {
 	if err != nil {
 		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error()}
 	}
-	if slices.Contains(allowed, "") { // only audit lets such a container be created
-		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the image was not bound when the container was created"}
-	}
 	if !slices.Contains(allowed, config) {
 		return &verify.Fault{Reason: verify.ImageMismatch, Detail: fmt.Sprintf("the container was created from image ID %s and allowed as %s: the name moved while it was created", verify.Clean(config.String(), 96), allowed[0])}
 	}
