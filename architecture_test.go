@@ -429,23 +429,29 @@ func TestTwoFunctionsAllow(t *testing.T) {
 	if types != 1 {
 		t.Errorf("type Decision is declared %d times", types)
 	}
-	// Each sets it once and is called once.
-	for _, name := range []string{"allow", "audit"} {
+	// Each sets it once. allow is called where a signature meets the rule and where
+	// a file of the node lists the digest, audit where a Decision leaves.
+	for name, callers := range map[string][]string{"allow": {"Judge", "ask"}, "audit": {"seal"}} {
+		var from []string
 		declared, set, all, calls := 0, 0, 0, 0
 		look(t, core, func(f *file) []string {
 			for _, d := range f.ast.Decls {
 				if fn, ok := d.(*ast.FuncDecl); ok && fn.Name.Name == name {
 					declared++
 					set += len(sets(fn))
+				} else if ok {
+					_, c := mentions(only(f, d), name)
+					from = append(from, slices.Repeat([]string{fn.Name.Name}, c)...)
 				}
 			}
 			a, c := mentions(f, name)
 			all, calls = all+a, calls+c
 			return nil
 		})
-		if declared != 1 || set != 1 || all != 1 || calls != 1 {
-			t.Errorf("%s is declared %d times, sets the field %d times, is mentioned %d and called %d times; want once each",
-				name, declared, set, all, calls)
+		slices.Sort(from)
+		if declared != 1 || set != 1 || all != len(callers) || calls != len(callers) || !slices.Equal(from, callers) {
+			t.Errorf("%s is declared %d times, sets the field %d times, is mentioned %d times and called %d times, by %q; want once, once, and by %q",
+				name, declared, set, all, calls, from, callers)
 		}
 	}
 
@@ -482,6 +488,14 @@ func TestTwoFunctionsAllow(t *testing.T) {
 			t.Errorf("%d mentions and %d calls, want %v, in\n%s", all, calls, want, body)
 		}
 	}
+}
+
+// only is f with the declaration d alone.
+func only(f *file, d ast.Decl) *file {
+	c, a := *f, *f.ast
+	a.Decls = []ast.Decl{d}
+	c.ast = &a
+	return &c
 }
 
 // without is f without the declaration d.

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"maps"
 	"strings"
 	"time"
 	"unicode"
@@ -32,9 +33,15 @@ type Decision struct {
 	Source   string        // where the deciding evidence came from
 	Tried    []Attempt     // each source that was asked and what it said
 	Warnings []Reason      // checks that failed and that the statement only logs
-	Detail   string        // one clause for a person
-	Made     time.Time
-	Until    time.Time // when the answer ends; zero: good for this once
+
+	// Metadata are the annotations that the signer signed with the image (notation
+	// sign --user-metadata): at most 32, keys up to 128 bytes and values up to 512;
+	// what is longer is left out. Only with VERIFIED.
+	Metadata map[string]string
+
+	Detail string // one clause for a person
+	Made   time.Time
+	Until  time.Time // when the answer ends; zero: good for this once
 }
 
 // An Attempt is what one source said.
@@ -56,25 +63,34 @@ func Deny(r Reason, detail string) Decision {
 
 // allow makes the Decision that lets an image run: the only place in the program
 // that does. It looks again at everything that an allow rests on, so that a
-// mistake of a caller ends as a denial.
+// mistake of a caller ends as a denial. There are two things that it may rest on:
+// a signature over one of the image's subjects, and a digest of the image that a
+// file of the node lists.
 func allow(q Question, f Finding, now time.Time) Decision {
-	signed := false
-	for _, s := range q.Image.subjects() {
-		signed = signed || s.Digest != "" && s.Digest == f.Signed
+	supported, unfit := false, q.Unfit()
+	if q.listed() {
+		supported, unfit = f.Reason == AllowedByDigest && f.Signed == q.Rule.Digest, q.Image.unfit()
+	} else if f.Reason == Verified {
+		for _, s := range q.Image.subjects() {
+			supported = supported || s.Digest != "" && s.Digest == f.Signed
+		}
 	}
-	unfit := q.Unfit()
 	switch {
 	case unfit != nil:
 		return Deny(unfit.Reason, unfit.Detail)
-	case f.Reason != Verified || !signed:
+	case !supported:
 		return Deny(Internal, "the finding does not support an allow")
 	case !f.Until.IsZero() && !now.Before(f.Until):
 		return Deny(SignatureExpired, "what the answer rests on ended at "+f.Until.UTC().Format(time.RFC3339))
 	}
-	return Decision{
-		allowed: true, Reason: Verified, Signers: []Signer{f.Signer}, Signed: f.Signed,
+	d := Decision{
+		allowed: true, Reason: f.Reason, Signed: f.Signed, Metadata: f.Metadata,
 		Warnings: f.Warnings, Detail: f.Detail, Made: now, Until: f.Until,
 	}
+	if f.Signer != (Signer{}) {
+		d.Signers = []Signer{f.Signer}
+	}
+	return d
 }
 
 // audit turns a denial into an allow where the configuration only audits, and
@@ -199,28 +215,29 @@ const Schema = "tidewaiter.dev/decision/v1"
 // A Report is a Decision about one image as scripts and logs read it. It is
 // output only.
 type Report struct {
-	Schema   string     `json:"schema"`
-	ID       string     `json:"id"`
-	Allowed  bool       `json:"allowed"`
-	Reason   Reason     `json:"reason"`
-	Would    Reason     `json:"would,omitempty"`
-	Message  string     `json:"message"`
-	Image    string     `json:"image"`
-	Target   string     `json:"target,omitempty"`
-	Manifest string     `json:"manifest,omitempty"`
-	Config   string     `json:"config,omitempty"`
-	Binding  Binding    `json:"binding"`
-	Pod      *Pod       `json:"pod,omitempty"`
-	Rule     string     `json:"rule,omitempty"`
-	Epoch    string     `json:"epoch"`
-	Signers  []Signer   `json:"signers"`
-	Signed   string     `json:"signed,omitempty"`
-	Source   string     `json:"source,omitempty"`
-	Tried    []Attempt  `json:"tried"`
-	Warnings []Reason   `json:"warnings,omitempty"`
-	Detail   string     `json:"detail,omitempty"`
-	Made     time.Time  `json:"made"`
-	Until    *time.Time `json:"until,omitempty"`
+	Schema   string            `json:"schema"`
+	ID       string            `json:"id"`
+	Allowed  bool              `json:"allowed"`
+	Reason   Reason            `json:"reason"`
+	Would    Reason            `json:"would,omitempty"`
+	Message  string            `json:"message"`
+	Image    string            `json:"image"`
+	Target   string            `json:"target,omitempty"`
+	Manifest string            `json:"manifest,omitempty"`
+	Config   string            `json:"config,omitempty"`
+	Binding  Binding           `json:"binding"`
+	Pod      *Pod              `json:"pod,omitempty"`
+	Rule     string            `json:"rule,omitempty"`
+	Epoch    string            `json:"epoch"`
+	Signers  []Signer          `json:"signers"`
+	Signed   string            `json:"signed,omitempty"`
+	Source   string            `json:"source,omitempty"`
+	Metadata map[string]string `json:"metadata,omitempty"`
+	Tried    []Attempt         `json:"tried"`
+	Warnings []Reason          `json:"warnings,omitempty"`
+	Detail   string            `json:"detail,omitempty"`
+	Made     time.Time         `json:"made"`
+	Until    *time.Time        `json:"until,omitempty"`
 }
 
 // Report makes the report of d about img on node.
@@ -230,7 +247,7 @@ func (d Decision) Report(img Image, node string) Report {
 		Message: d.Message(img, node), Image: Clean(img.Name.String(), 512),
 		Target: img.Target.Digest.String(), Manifest: img.Manifest.Digest.String(), Config: img.Config.String(),
 		Binding: d.Binding, Rule: d.Rule, Epoch: d.Epoch.String(),
-		Signers: append([]Signer{}, d.Signers...), Signed: d.Signed.String(), Source: d.Source,
+		Signers: append([]Signer{}, d.Signers...), Signed: d.Signed.String(), Source: d.Source, Metadata: maps.Clone(d.Metadata),
 		Tried: append([]Attempt{}, d.Tried...), Warnings: d.Warnings, Detail: Clean(d.Detail, MaxMessage), Made: d.Made.UTC(),
 	}
 	if img.Name.Path == "" {

@@ -69,25 +69,47 @@ func decide(ctx context.Context, s *Setup, img Image) (d Decision) {
 		return Deny(f.Reason, f.Detail)
 	}
 	// The configuration also says which snapshotters and runtimes are believed.
-	if img.Use == UseContainer && img.Epoch != s.Epoch {
+	if img.Use != UseQuestion && img.Epoch != s.Epoch {
 		return Deny(Pending, "the configuration changed while the image was looked at; the next try answers")
 	}
-	rule := s.Policy.Select(img)
-	q := Question{Image: img, Rule: rule}
-	if rule != nil && rule.Settled != "" {
-		d = Deny(rule.Settled, rule.Detail)
-	} else if f := q.Unfit(); f != nil {
-		return Deny(f.Reason, f.Detail)
-	} else {
+	if img.Use.runs() {
 		wait := s.Wait
 		if s.Mode == Audit {
 			wait = 0
 		}
-		if img.Use != UseQuestion {
-			var cancel context.CancelFunc
-			ctx, cancel = context.WithTimeout(ctx, wait)
-			defer cancel()
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, wait)
+		defer cancel()
+	}
+	d = ask(ctx, s, img)
+	if img.Use == UseVolume {
+		for _, n := range img.Names[:min(len(img.Names), MaxOthers)] {
+			if d.allowed {
+				break
+			}
+			img.Name = n
+			if other := ask(ctx, s, img); other.allowed {
+				d = other
+			}
 		}
+	}
+	return d
+}
+
+// ask answers for the one name that img has. Its context ends with the wait.
+func ask(ctx context.Context, s *Setup, img Image) (d Decision) {
+	if f := img.unfit(); f != nil { // of an image volume each name comes here
+		return Deny(f.Reason, f.Detail)
+	}
+	rule := s.Policy.Select(img)
+	q := Question{Image: img, Rule: rule}
+	if q.listed() {
+		d = allow(q, Finding{Reason: AllowedByDigest, Signed: rule.Digest, Detail: rule.Detail}, time.Time{})
+	} else if rule != nil && rule.Settled != "" && rule.Settled != AllowedByDigest {
+		d = Deny(rule.Settled, rule.Detail)
+	} else if f := q.Unfit(); f != nil {
+		return Deny(f.Reason, f.Detail)
+	} else {
 		d = s.Judge.Judge(ctx, q)
 		if d.allowed && d.Key != q.Key() {
 			d = Deny(Internal, "the answer is to another question")

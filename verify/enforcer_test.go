@@ -2,11 +2,14 @@ package verify
 
 import (
 	"context"
+	"fmt"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 type policy func(Image) *Rule
@@ -150,6 +153,100 @@ func TestAnswerIsAboutThisContainer(t *testing.T) {
 	}
 }
 
+// TestFloor: a digest that a file lists needs no signature and no judge, once the
+// image is bound, and nothing else does.
+func TestFloor(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		change func(*Question)
+		want   Reason
+	}{
+		{"target", func(q *Question) { q.Rule.Digest = q.Image.Target.Digest }, AllowedByDigest},
+		{"manifest", func(q *Question) { q.Rule.Digest = q.Image.Manifest.Digest }, AllowedByDigest},
+		{"config", func(q *Question) { q.Rule.Digest = q.Image.Config }, AllowedByDigest},
+		{"a volume", func(q *Question) {
+			q.Rule.Digest, q.Image.Use, q.Image.Binding = q.Image.Config, UseVolume, BoundSnapshot
+		}, AllowedByDigest},
+		{"other target of the config", func(q *Question) {
+			q.Image.Others = []ocispec.Descriptor{desc("other")}
+			q.Rule.Digest = of("other")
+		}, PolicyInvalid},
+		{"pinned by the pod, not what runs", func(q *Question) { q.Image.Name.Digest, q.Rule.Digest = of("pinned"), of("pinned") }, PolicyInvalid},
+		{"none", func(q *Question) { q.Rule.Digest = "" }, PolicyInvalid},
+		{"fault", func(q *Question) {
+			q.Rule.Digest, q.Image.Fault = q.Image.Config, &Fault{ImageMismatch, "x"}
+		}, ImageMismatch},
+		{"not bound", func(q *Question) { q.Rule.Digest, q.Image.Binding = q.Image.Config, 0 }, ImageUnresolved},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			q := with(func(q *Question) {
+				*q.Rule = Rule{Name: "floor/k3s.txt", Settled: AllowedByDigest, Detail: "listed"}
+				tt.change(q)
+			})
+			s := setup(Enforce)
+			s.Policy = policy(func(Image) *Rule { return q.Rule })
+			s.Judge = judge(func(context.Context, Question) Decision { t.Error("the judge was asked"); return Decision{} })
+			d := enforcer(s).Verify(bg, q.Image)
+			if tt.want != AllowedByDigest {
+				denied(t, d, tt.want)
+				return
+			}
+			allowed(t, d, AllowedByDigest)
+			if d.Rule != "floor/k3s.txt" || d.Signed != q.Rule.Digest || len(d.Signers) != 0 || d.Detail != "listed" {
+				t.Errorf("decision is %+v", d)
+			}
+		})
+	}
+	// A signature does not stand in for a digest, nor a digest for a signature.
+	q := with(func(q *Question) { *q.Rule = Rule{Settled: AllowedByDigest, Digest: q.Image.Config} })
+	denied(t, allow(q, good(q), start), Internal)
+	denied(t, allow(bound(), Finding{Reason: AllowedByDigest, Signed: bound().Image.Config}, start), Internal)
+	denied(t, allow(bound(), Finding{Reason: AllowedByDigest, Signed: bound().Image.Target.Digest}, start), Internal)
+}
+
+// TestVolumeNames: one of the names under which the node keeps the content is
+// enough, of a bounded number, and only for a volume.
+func TestVolumeNames(t *testing.T) {
+	names := func(n int, last string) (list []Name) {
+		for i := range n {
+			list = append(list, Name{Host: "copy.local", Path: fmt.Sprint("app", i)})
+		}
+		return append(list, Name{Host: "registry.local", Path: last})
+	}
+	for _, tt := range []struct {
+		name  string
+		use   Use
+		names []Name
+		want  Reason
+	}{
+		{"none", UseVolume, nil, PolicyNoMatch},
+		{"the last", UseVolume, names(MaxOthers-1, "app"), Verified},
+		{"beyond the bound", UseVolume, names(MaxOthers, "app"), PolicyNoMatch},
+		{"another", UseVolume, names(0, "other"), PolicyNoMatch},
+		{"too long", UseVolume, names(0, strings.Repeat("a", 1000)), PolicyNoMatch},
+		{"a container", UseContainer, names(0, "app"), PolicyNoMatch},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			img := bound().Image
+			img.Use, img.Binding, img.Names = tt.use, BoundSnapshot, tt.names
+			img.Name = Name{Host: "aaa.local", Path: "copy"}
+			s := setup(Enforce)
+			s.Policy = policy(func(i Image) *Rule {
+				if i.Name.Host == "registry.local" && i.Name.Path != "other" {
+					return bound().Rule
+				}
+				return &Rule{Settled: PolicyNoMatch}
+			})
+			d := enforcer(s).Verify(bg, img)
+			if tt.want == Verified {
+				allowed(t, d, Verified)
+			} else {
+				denied(t, d, tt.want)
+			}
+		})
+	}
+}
+
 // TestFaultIsNotMatched: a policy is not asked about an image that is not bound,
 // so that no rule can speak of it.
 func TestFaultIsNotMatched(t *testing.T) {
@@ -178,6 +275,8 @@ func TestWait(t *testing.T) {
 		{"audit never waits", Audit, time.Hour, UseContainer, func(d time.Duration, ends bool) bool { return ends && d <= 0 }},
 		{"a question waits for its asker", Enforce, time.Nanosecond, UseQuestion, func(_ time.Duration, ends bool) bool { return !ends }},
 		{"also in audit", Audit, 0, UseQuestion, func(_ time.Duration, ends bool) bool { return !ends }},
+		{"nobody waits ahead of time", Enforce, time.Nanosecond, UseAhead, func(_ time.Duration, ends bool) bool { return !ends }},
+		{"an image volume is waited for", Enforce, time.Hour, UseVolume, func(d time.Duration, ends bool) bool { return ends && d > time.Minute && d <= time.Hour }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			asked := false
@@ -192,8 +291,12 @@ func TestWait(t *testing.T) {
 				return Deny(Pending, "")
 			})
 			img := bound().Image
-			if img.Use = tt.use; tt.use == UseQuestion {
+			img.Use = tt.use
+			switch tt.use {
+			case UseQuestion:
 				img.Binding = BoundDigest
+			case UseVolume:
+				img.Binding = BoundSnapshot
 			}
 			enforcer(s).Verify(bg, img)
 			if !asked {

@@ -3,7 +3,9 @@ package verify
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -61,6 +63,7 @@ func (e *Engine) ask(ctx context.Context, src Source, q Question) (a Attempt, fo
 	ctx, cancel := context.WithTimeout(ctx, limits.Wall)
 	defer cancel()
 	budget := NewBudget(limits)
+	budget.Ahead = q.Image.Use == UseAhead
 	a = Attempt{Source: clip(src.Name()), Reason: SignatureMissing}
 	for _, subject := range q.Image.subjects() {
 		if subject.Digest == "" {
@@ -123,9 +126,32 @@ func (e *Engine) check(ctx context.Context, ev Evidence, subject ocispec.Descrip
 		f.Reason, f.Detail = Internal, "the checker accepted a signature of something else"
 	}
 	f.Signer = Signer{clip(f.Signer.Subject), clip(f.Signer.Thumbprint), clip(f.Signer.Anchor)}
+	f.Metadata = whole(f.Metadata)
 	f.Warnings = f.Warnings[:min(len(f.Warnings), MaxOthers)]
 	f.Detail = clip(f.Detail)
 	return f
+}
+
+// Bounds of signed metadata, as OCI registries have them for annotations in
+// practice: what is longer is left out whole, since half a value is another value.
+const (
+	maxMetadata      = 32
+	maxMetadataKey   = 128
+	maxMetadataValue = 512
+)
+
+// whole returns what of m is within bounds, in the order of the keys.
+func whole(m map[string]string) map[string]string {
+	kept := map[string]string{}
+	for _, k := range slices.Sorted(maps.Keys(m)) {
+		if v := m[k]; len(k) <= maxMetadataKey && len(v) <= maxMetadataValue && len(kept) < maxMetadata {
+			kept[strings.Clone(k)] = strings.Clone(v)
+		}
+	}
+	if len(kept) == 0 {
+		return nil
+	}
+	return kept
 }
 
 // clip bounds a text that ends up in a Decision.

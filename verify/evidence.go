@@ -183,7 +183,7 @@ type Limits struct {
 
 // DefaultLimits are the limits where a configuration is silent.
 var DefaultLimits = Limits{
-	Pages: 24, Referrers: 200, Signatures: 50, Certificates: 10,
+	Pages: 24, Referrers: 200, Signatures: 100, Certificates: 10,
 	ManifestBytes: 4 << 20, EnvelopeBytes: 256 << 10, TotalBytes: 16 << 20,
 	Wall: 10 * time.Second,
 }
@@ -211,10 +211,17 @@ func or[T comparable](p *T, d T) {
 // A Budget is what is left of Limits for one question at one source. Its methods
 // return an error that wraps ErrBudget once a limit is passed. It is not safe
 // for concurrent use. The zero Budget allows nothing.
-type Budget struct{ left Limits }
+type Budget struct {
+	// Ahead says that nobody waits for the answer. A source that is shared with
+	// others takes its time then: the start of a node with many images is no reason
+	// to flood its mirror.
+	Ahead bool
+
+	left Limits
+}
 
 // NewBudget returns a full budget; zero fields of l mean DefaultLimits.
-func NewBudget(l Limits) *Budget { return &Budget{l.Or(DefaultLimits)} }
+func NewBudget(l Limits) *Budget { return &Budget{left: l.Or(DefaultLimits)} }
 
 // Page takes one page of referrers (or one index) from the budget.
 func (b *Budget) Page() error { return take(&b.left.Pages, "pages of referrers") }
@@ -267,9 +274,10 @@ type Finding struct {
 	Reason   Reason
 	Signed   digest.Digest // the descriptor digest that the envelope's payload names
 	Signer   Signer
-	Warnings []Reason  // checks that failed and that the statement only logs
-	Until    time.Time // first end among what the answer rests on; zero: no end known, not kept
-	Detail   string    // one clause for a person; no image name, no secret
+	Metadata map[string]string // annotations that are signed with it; see Decision.Metadata
+	Warnings []Reason          // checks that failed and that the statement only logs
+	Until    time.Time         // first end among what the answer rests on; zero: no end known, not kept
+	Detail   string            // one clause for a person; no image name, no secret
 }
 
 // A Signer is an identity as the evidence proves it.

@@ -41,8 +41,13 @@ type Use uint8
 const (
 	_            Use = iota
 	UseContainer     // a container is about to be created from it
+	UseVolume        // it is mounted into a container as an image volume (KEP-4639)
+	UseAhead         // the node has it or runs it already; nobody waits and nothing starts
 	UseQuestion      // somebody asks (the CLI); nothing starts
 )
+
+// runs reports whether something is about to start with the image.
+func (u Use) runs() bool { return u == UseContainer || u == UseVolume }
 
 // A Binding says how Target and Config were tied to what runs. The zero Binding
 // is denied with IMAGE_UNRESOLVED.
@@ -53,6 +58,7 @@ const (
 	BoundRuntime          // the runtime handed over target and config digest
 	BoundSnapshot         // the chain ID equals the Parent of the container's snapshot
 	BoundDigest           // the asker named the digest; only with UseQuestion
+	BoundRecord           // an image record of this node leads to it; only with UseAhead
 )
 
 // String names the binding as reports show it.
@@ -64,6 +70,8 @@ func (b Binding) String() string {
 		return "snapshot"
 	case BoundDigest:
 		return "digest"
+	case BoundRecord:
+		return "record"
 	}
 	return "none"
 }
@@ -76,11 +84,14 @@ const MaxOthers = 8
 
 // An Image is what a runtime is about to run, as the runtime itself told it, and
 // bound to content. Nothing in it was resolved at a registry. The zero Image is
-// denied. Where the image could not be bound, Fault says why and nothing else
+// denied. An image volume has no name that the runtime tells: it has those of all
+// image records that lead to its content, and one that is allowed is enough, as a
+// pod's author could have asked for that one. Where the image could not be bound, Fault says why and nothing else
 // but Name, Asked and Pod is meaningful.
 type Image struct {
 	Name  Name   // selects the rule and the mirrors; never leads to content
 	Asked string // the pod's own string, for messages where Name is empty
+	Names []Name // with UseVolume, at most MaxOthers further names of the same content
 
 	Target   ocispec.Descriptor   // what the image record points to: an index or a manifest
 	Manifest ocispec.Descriptor   // the manifest selected from Target; Target itself if that is one
@@ -105,8 +116,17 @@ const (
 // unfit says why no container may run from i whatever signatures there are, or
 // returns nil where they decide.
 func (i Image) unfit() *Fault {
-	bound := i.Use == UseContainer && (i.Binding == BoundRuntime || i.Binding == BoundSnapshot) && i.Config != "" ||
-		i.Use == UseQuestion && i.Binding == BoundDigest
+	bound := false
+	switch i.Use {
+	case UseContainer:
+		bound = i.Config != "" && (i.Binding == BoundRuntime || i.Binding == BoundSnapshot)
+	case UseVolume:
+		bound = i.Config != "" && i.Binding == BoundSnapshot
+	case UseAhead:
+		bound = i.Config != "" && (i.Binding == BoundRuntime || i.Binding == BoundSnapshot || i.Binding == BoundRecord)
+	case UseQuestion:
+		bound = i.Binding == BoundDigest
+	}
 	switch {
 	case i.Fault != nil:
 		return i.Fault

@@ -37,8 +37,9 @@ const (
 
 // Reasons of decisions that allow.
 const (
-	Verified  Reason = "VERIFIED"
-	AuditOnly Reason = "AUDIT_ONLY" // Decision.Would says what enforce would have answered
+	Verified        Reason = "VERIFIED"
+	AllowedByDigest Reason = "ALLOWED_BY_DIGEST" // a file of the node lists the digest: the floor
+	AuditOnly       Reason = "AUDIT_ONLY"        // Decision.Would says what enforce would have answered
 )
 
 // String returns the code; the zero Reason is INTERNAL.
@@ -54,7 +55,7 @@ func (r Reason) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
 
 // denial is r where r can be the reason of a denial, and else INTERNAL.
 func (r Reason) denial() Reason {
-	if r == "" || r == Verified || r == AuditOnly {
+	if r == "" || r == Verified || r == AllowedByDigest || r == AuditOnly {
 		return Internal
 	}
 	return r

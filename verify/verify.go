@@ -72,6 +72,14 @@ func (q Question) Unfit() *Fault {
 	return nil
 }
 
+// listed reports whether the rule names a digest of the image itself, which
+// needs no signature then. Other targets of the same config do not count.
+func (q Question) listed() bool {
+	r, i := q.Rule, q.Image
+	return r != nil && r.Settled == AllowedByDigest && r.Digest != "" &&
+		(r.Digest == i.Target.Digest || r.Digest == i.Manifest.Digest || r.Digest == i.Config)
+}
+
 // Bare copies what answering q takes and nothing else: no pod, no tag, none of
 // what a registry can put into a descriptor besides the three parts that are
 // signed. It shares no memory that can be changed with q. Rule must not be nil.
@@ -160,10 +168,11 @@ type Policy interface {
 // Settled and Statement is set; the zero Rule denies with POLICY_INVALID.
 type Rule struct {
 	Name        string
-	Settled     Reason   // a denial that asks for no evidence: POLICY_NO_MATCH, POLICY_INVALID
-	Detail      string   // with Settled: one clause that says what to do
-	Statement   string   // name of the trust policy statement that a signature must meet
-	Requirement [32]byte // hash of that statement with its trust stores; zero is denied
+	Settled     Reason        // asks for no evidence: POLICY_NO_MATCH, POLICY_INVALID or ALLOWED_BY_DIGEST
+	Detail      string        // with Settled: one clause that says what to do
+	Digest      digest.Digest // with ALLOWED_BY_DIGEST: the target, manifest or config that is listed
+	Statement   string        // name of the trust policy statement that a signature must meet
+	Requirement [32]byte      // hash of that statement with its trust stores; zero is denied
 }
 
 // A Statement is one statement of a Notary Project trust policy as its author

@@ -60,9 +60,18 @@ var weakened = []struct {
 	{"zero question", func(q *Question) { *q = Question{} }, ImageUnresolved},
 	{"zero image", func(q *Question) { q.Image = Image{} }, ImageUnresolved},
 	{"no use", func(q *Question) { q.Image.Use = 0 }, ImageUnresolved},
-	{"unknown use", func(q *Question) { q.Image.Use = 3 }, ImageUnresolved},
+	{"unknown use", func(q *Question) { q.Image.Use = 9 }, ImageUnresolved},
 	{"no binding", func(q *Question) { q.Image.Binding = 0 }, ImageUnresolved},
-	{"unknown binding", func(q *Question) { q.Image.Binding = 4 }, ImageUnresolved},
+	{"unknown binding", func(q *Question) { q.Image.Binding = 9 }, ImageUnresolved},
+	{"a container bound by a record", func(q *Question) { q.Image.Binding = BoundRecord }, ImageUnresolved},
+	{"a volume bound by the runtime", func(q *Question) { q.Image.Use = UseVolume }, ImageUnresolved},
+	{"a volume without config", func(q *Question) {
+		q.Image.Use, q.Image.Binding, q.Image.Config = UseVolume, BoundSnapshot, ""
+	}, ImageUnresolved},
+	{"ahead, bound by what somebody asked", func(q *Question) { q.Image.Use, q.Image.Binding = UseAhead, BoundDigest }, ImageUnresolved},
+	{"ahead, without config", func(q *Question) {
+		q.Image.Use, q.Image.Binding, q.Image.Config = UseAhead, BoundRecord, ""
+	}, ImageUnresolved},
 	{"a container bound by what somebody asked", func(q *Question) { q.Image.Binding = BoundDigest }, ImageUnresolved},
 	{"a question bound by the runtime", func(q *Question) { q.Image.Use = UseQuestion }, ImageUnresolved},
 	{"no target", func(q *Question) { q.Image.Target = ocispec.Descriptor{} }, ImageUnresolved},
@@ -79,6 +88,8 @@ var weakened = []struct {
 	{"no statement", func(q *Question) { q.Rule.Statement = "" }, PolicyInvalid},
 	{"no requirement", func(q *Question) { q.Rule.Requirement = [32]byte{} }, PolicyInvalid},
 	{"settled as well", func(q *Question) { q.Rule.Settled = PolicyInvalid }, PolicyInvalid},
+	{"a digest that is not listed", func(q *Question) { q.Rule.Settled, q.Rule.Digest = AllowedByDigest, of("another") }, PolicyInvalid},
+	{"no digest listed", func(q *Question) { q.Rule.Settled = AllowedByDigest }, PolicyInvalid},
 }
 
 func denied(t *testing.T, d Decision, want Reason) {
@@ -156,6 +167,7 @@ func TestKey(t *testing.T) {
 			q.Image.Name = Name{Host: "other", Path: "other", Tag: "other", Digest: of("other")}
 		}},
 		{"Image.Asked", false, func(q *Question) { q.Image.Asked = "other" }},
+		{"Image.Names", false, func(q *Question) { q.Image.Names = []Name{{Host: "other"}} }},
 		{"Image.Target.MediaType", true, func(q *Question) { q.Image.Target.MediaType = "other" }},
 		{"Image.Target.Digest", true, func(q *Question) { q.Image.Target.Digest = of("other") }},
 		{"Image.Target.Size", true, func(q *Question) { q.Image.Target.Size++ }},
@@ -169,6 +181,7 @@ func TestKey(t *testing.T) {
 		{"Image.Fault", false, func(q *Question) { q.Image.Fault = &Fault{} }},
 		{"Rule.Name", false, func(q *Question) { q.Rule.Name = "other" }},
 		{"Rule.Settled", false, func(q *Question) { q.Rule.Settled = PolicyInvalid }},
+		{"Rule.Digest", false, func(q *Question) { q.Rule.Digest = of("other") }},
 		{"Rule.Detail", false, func(q *Question) { q.Rule.Detail = "other" }},
 		{"Rule.Statement", false, func(q *Question) { q.Rule.Statement = "other" }},
 		{"Rule.Requirement", true, func(q *Question) { q.Rule.Requirement[31]++ }},
@@ -181,7 +194,7 @@ func TestKey(t *testing.T) {
 			t.Errorf("%s: in the key's bytes otherwise than in the key", tt.field)
 		}
 	}
-	if n, m := reflect.TypeFor[Image]().NumField(), reflect.TypeFor[Rule]().NumField(); n != 11 || m != 5 {
+	if n, m := reflect.TypeFor[Image]().NumField(), reflect.TypeFor[Rule]().NumField(); n != 12 || m != 6 {
 		t.Errorf("Image has %d fields and Rule %d: extend the table above", n, m)
 	}
 	if (Question{}).Key() != (Key{}) {

@@ -187,7 +187,7 @@ func (st *statement) check(ctx context.Context, ev verify.Evidence, e *envelope,
 	}
 	f = st.judge(info, now, maxCertificates)
 	if f.Reason == verify.Verified {
-		f.Signed = want.Digest
+		f.Signed, f.Metadata = want.Digest, metadata(e.payload)
 	}
 	return f
 }
@@ -235,6 +235,20 @@ func mismatch(payload []byte, want ocispec.Descriptor) string {
 		return fmt.Sprintf("the signature is for the digest with another size: %d", got.Size)
 	}
 	return ""
+}
+
+// metadata returns the annotations of the descriptor that was signed: what
+// "notation sign --user-metadata" adds. What cannot be read is none.
+func metadata(payload []byte) map[string]string {
+	var p struct {
+		TargetArtifact struct {
+			Annotations map[string]string `json:"annotations"`
+		} `json:"targetArtifact"`
+	}
+	if json.Unmarshal(payload, &p) != nil {
+		return nil
+	}
+	return p.TargetArtifact.Annotations
 }
 
 // pluginOf returns the header that asks for a verification plugin, whatever its
