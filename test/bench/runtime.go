@@ -190,7 +190,7 @@ func request(id string, pod *node.Pod, image, target, config string) *api.Create
 
 // asked is the request for an image of a registry, on a containerd of that node.
 func asked(n *node.Node, id string, pod *node.Pod, img *node.Image) *api.CreateContainerRequest {
-	if n.Version == node.Containerd22 {
+	if !n.NamesImage() {
 		return request(id, pod, img.Name, "", "")
 	}
 	return request(id, pod, img.Name, img.Target.Digest.String(), img.Config.Digest.String())

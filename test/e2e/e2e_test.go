@@ -24,7 +24,7 @@ import (
 	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
 )
 
-var versions = []string{node.Containerd24, node.Containerd22}
+var versions = node.Versions(node.Containerd24, node.Containerd22)
 
 var (
 	notRoot string            // why nothing can be tested, or empty

@@ -262,6 +262,14 @@ VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["1.0.0"]}' ;;
 esac
 `
 
+// NamesImage reports whether the node's containerd says to NRI which image config
+// it runs (2.4 and later). On older ones the gate compares the configs when a
+// container starts.
+func (n *Node) NamesImage() bool {
+	schema, err := configVersion(n.Version)
+	return err == nil && schema >= 4
+}
+
 // configVersion is the version of containerd's configuration for a release.
 func configVersion(release string) (int, error) {
 	major, rest, _ := strings.Cut(release, ".")

@@ -51,7 +51,7 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-var versions = []string{node.Containerd24, node.Containerd22}
+var versions = node.Versions(node.Containerd24, node.Containerd22)
 
 // each runs a test on every version, the versions side by side.
 func each(t *testing.T, f func(t *testing.T, ctx context.Context, version string)) {

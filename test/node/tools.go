@@ -22,13 +22,24 @@ import (
 // be asked for in [Options].
 const (
 	Containerd24 = "2.4.2" // hands the image to NRI
-	Containerd22 = "2.2.9" // does not
+	Containerd23 = "2.3.7" // does not
+	Containerd22 = "2.2.9" // the oldest that asks a plugin in a hook that stays closed
+	Containerd21 = "2.1.9" // has no such hook
 
 	runcVersion = "1.5.2"
 	cniVersion  = "1.9.1"
 
 	notationVersion = "1.3.2"
 )
+
+// Versions returns the versions of containerd that the environment variable
+// TIDEWAITER_TEST_CONTAINERD names, with spaces between, and without it these.
+func Versions(these ...string) []string {
+	if named := strings.Fields(os.Getenv("TIDEWAITER_TEST_CONTAINERD")); len(named) > 0 {
+		return named
+	}
+	return these
+}
 
 // Tools are the programs that a node runs.
 type Tools struct {
@@ -52,10 +63,15 @@ type Tools struct {
 // are missing and this is root they are installed with apt-get.
 func FindTools(ctx context.Context, containerd string, progress io.Writer) (*Tools, error) {
 	const c = "github.com/containerd/containerd/v2/cmd/"
-	ctrd, err := install(ctx, progress, tool{
+	t := tool{
 		name: "containerd", version: containerd, takes: "2 minutes",
 		packages: []string{c + "containerd", c + "containerd-shim-runc-v2", c + "ctr"},
-	})
+	}
+	if strings.HasPrefix(containerd, "2.0.") || strings.HasPrefix(containerd, "2.1.") {
+		// Its go.mod has exclude directives, which package@version does not allow.
+		t.module = "github.com/containerd/containerd/v2"
+	}
+	ctrd, err := install(ctx, progress, t)
 	if err != nil {
 		return nil, err
 	}
@@ -96,6 +112,12 @@ func FindNotation(ctx context.Context, progress io.Writer) (string, error) {
 // stands in and returns its path. It builds each time: Go's own cache knows what
 // changed. The working directory must be inside this module, as it is in a test.
 func BuildTidewaiter(ctx context.Context) (string, error) {
+	return buildTidewaiter(ctx, "tidewaiter-")
+}
+
+// buildTidewaiter builds the program with flags of go build. Its name in the cache
+// starts with prefix.
+func buildTidewaiter(ctx context.Context, prefix string, flags ...string) (string, error) {
 	var out, stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", "github.com/tidewaiter/tidewaiter")
 	cmd.Stdout, cmd.Stderr = &out, &stderr
@@ -105,7 +127,7 @@ func BuildTidewaiter(ctx context.Context) (string, error) {
 	root := strings.TrimSpace(out.String())
 	// One path a checkout, so that two of them do not run each other's program.
 	sum := sha256.Sum256([]byte(root))
-	bin, err := cached("tidewaiter-" + hex.EncodeToString(sum[:6]))
+	bin, err := cached(prefix + hex.EncodeToString(sum[:6]))
 	if err != nil {
 		return "", err
 	}
@@ -117,7 +139,8 @@ func BuildTidewaiter(ctx context.Context) (string, error) {
 	// go build writes in place and a gate may be running the old program: build
 	// beside it and rename.
 	next := bin + ".next"
-	if err := goTool(ctx, root, nil, "build", "-trimpath", "-ldflags", "-s -w", "-o", next, "./cmd/tidewaiter"); err != nil {
+	args := append([]string{"build", "-trimpath", "-ldflags", "-s -w", "-o", next}, flags...)
+	if err := goTool(ctx, root, nil, append(args, "./cmd/tidewaiter")...); err != nil {
 		return "", fmt.Errorf("building tidewaiter: %w", err)
 	}
 	return bin, os.Rename(next, bin)
@@ -234,6 +257,15 @@ func install(ctx context.Context, progress io.Writer, t tool) (string, error) {
 	}
 	fmt.Fprintf(progress, "built %s %s in %s\n", t.name, version, time.Since(start).Round(time.Second))
 	return dir, nil
+}
+
+// goEnv returns a variable of the go command.
+func goEnv(ctx context.Context, name string) (string, error) {
+	out, err := exec.CommandContext(ctx, "go", "env", name).Output()
+	if err != nil {
+		return "", fmt.Errorf("go env %s: %w", name, err)
+	}
+	return strings.TrimSpace(string(out)), nil
 }
 
 // goTool runs the go command in dir without the flags and the workspace of
