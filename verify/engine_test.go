@@ -64,6 +64,12 @@ func (c checks) Check(_ context.Context, ev Evidence, want ocispec.Descriptor, s
 	switch s {
 	case "good":
 		return Finding{Reason: Verified, Signed: want.Digest, Signer: who, Until: start.Add(time.Hour), Warnings: []Reason{RevocationUnknown}, Detail: "fine"}
+	case "metadata":
+		m := map[string]string{"env": "prod", strings.Repeat("k", 200): "v", "long": strings.Repeat("v", 600)}
+		for i := range 100 {
+			m[fmt.Sprintf("m%03d", i)] = "x"
+		}
+		return Finding{Reason: Verified, Signed: want.Digest, Signer: who, Metadata: m}
 	case "ended":
 		return Finding{Reason: Verified, Signed: want.Digest, Signer: who, Until: start.Add(-time.Second)}
 	case "lie":
@@ -349,6 +355,18 @@ func TestTextIsBounded(t *testing.T) {
 		if n == 0 || n > 10*MaxMessage || len(d.Warnings) > MaxOthers {
 			t.Errorf("a decision holds %d bytes of text", n)
 		}
+	}
+}
+
+// TestMetadataIsWhole: signed metadata is bounded, and no value of it is cut, since
+// half a value is another one.
+func TestMetadataIsWhole(t *testing.T) {
+	d := engine(on("a", "metadata")).Judge(bg, bound())
+	if _, long := d.Metadata["long"]; !d.Allowed() || long || len(d.Metadata) != maxMetadata || d.Metadata["env"] != "prod" || d.Metadata["m000"] != "x" {
+		t.Errorf("metadata is %v", d.Metadata)
+	}
+	if d := engine(on("a", "good")).Judge(bg, bound()); d.Metadata != nil {
+		t.Errorf("metadata is %v", d.Metadata)
 	}
 }
 

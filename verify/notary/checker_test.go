@@ -86,6 +86,21 @@ func TestGoodSignature(t *testing.T) {
 	}
 }
 
+// TestMetadata: annotations that were signed are handed on, and only those of a
+// signature that counts.
+func TestMetadata(t *testing.T) {
+	c := newChecker(t, acmeStore(t), noon, notarytest.Statement("prod", "*"))
+	o := notarytest.SignOptions{Annotations: map[string]string{"env": "prod", "build": "7"}}
+	for _, o.MediaType = range formats {
+		if f := check(c, o.MediaType, notarytest.MustSign(signer, image, o), image); !maps.Equal(f.Metadata, o.Annotations) {
+			t.Errorf("%s: metadata %v of %+v", o.MediaType, f.Metadata, f)
+		}
+		if f := check(c, o.MediaType, notarytest.MustSign(mallory, image, o), image); f.Reason == verify.Verified || f.Metadata != nil {
+			t.Errorf("%s of a stranger: %+v", o.MediaType, f)
+		}
+	}
+}
+
 // TestFindings checks one envelope after the other under one statement of level
 // strict that trusts acmeIdentity, in both formats where the envelope exists in
 // both.

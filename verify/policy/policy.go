@@ -23,6 +23,7 @@ import (
 type Policy struct {
 	exact map[repository]*verify.Rule
 	any   *verify.Rule // of scope "*"; nil without one
+	floor floor        // goes before all statements
 }
 
 var _ verify.Policy = (*Policy)(nil)
@@ -72,6 +73,9 @@ func New(statements []verify.Statement, mode verify.Mode, requirement func(state
 
 // Select implements [verify.Policy]. Callers must not change the rule.
 func (p *Policy) Select(img verify.Image) *verify.Rule {
+	if r := p.floor.of(img); r != nil {
+		return r
+	}
 	n := img.Name
 	if n.Host == "" || n.Path == "" {
 		return &verify.Rule{Settled: verify.PolicyNoMatch, Detail: "the image has no name that a statement could name"}

@@ -40,12 +40,13 @@ type Config struct {
 	Listed      bool          // ask Mirrors and Layouts alone: a host without a mirror is not its own
 	Gate        Gate
 	Statements  []verify.Statement
+	Floor       []policy.Listed  // digests that run without a signature, in their namespaces
 	Warnings    []policy.Warning // what the author may not mean
 	Epoch       verify.Epoch     // digest of every file that was read
 
 	store       *notary.Store
 	credentials *credentials // nil: none
-	outside     []string     // files that were read outside Dir
+	outside     []string     // files that were read elsewhere than in Dir itself and the trust store
 }
 
 // A Mirror is a registry that holds the signatures of images of another.
@@ -180,7 +181,7 @@ func (c *Config) Setup(build func(*verify.Engine) verify.Judge, now func() time.
 	return &verify.Setup{
 		Epoch:  c.Epoch,
 		Mode:   c.Mode,
-		Policy: rules,
+		Policy: rules.WithFloor(c.Floor),
 		Judge:  build(&verify.Engine{Sources: c.Sources(), Checker: checker, Limits: c.Limits, Now: now}),
 		Wait:   c.Gate.Wait,
 	}, nil

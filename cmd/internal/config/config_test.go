@@ -160,7 +160,7 @@ func TestDocumentation(t *testing.T) {
 		t.Fatal("no example")
 	}
 	cert, key := pairOf(t, "node")
-	dir := write(t, with(notation(), "config.yaml", example, "mirror-ca.crt", string(root()), "node.crt", cert, "node.key", key, "auth.json", "{}"))
+	dir := write(t, with(notation(), "config.yaml", example, "mirror-ca.crt", string(root()), "node.crt", cert, "node.key", key, "auth.json", "{}", "floor/k3s.txt", digest.FromString("pause").String()+"\n"))
 	c := load1(t, dir)
 	if c.Mode != verify.Enforce || len(c.Mirrors) != 3 || len(c.Layouts) != 1 ||
 		c.Limits != (verify.Limits{Referrers: 100, Wall: 5 * time.Second}) ||
@@ -171,6 +171,9 @@ func TestDocumentation(t *testing.T) {
 		m.Cert != filepath.Join(dir, "node.crt") || m.Key != filepath.Join(dir, "node.key") || m.pair == nil || m.Realm.String() != "https://auth.site.internal" || m.NS {
 		t.Errorf("got %+v", m)
 	}
+	if len(c.Floor) != 1 || c.Floor[0].File != "floor/k3s.txt" || c.Floor[0].Digest != digest.FromString("pause") {
+		t.Errorf("floor %+v", c.Floor)
+	}
 	if !c.Mirrors[2].NS || c.Credentials != filepath.Join(dir, "auth.json") || c.Helpers != "/usr/local/lib/tidewaiter" {
 		t.Errorf("got %+v", c)
 	}
@@ -179,15 +182,15 @@ func TestDocumentation(t *testing.T) {
 	}
 	for _, key := range []string{
 		"version", "mode", "sources.mirrors", "….host", "….url", "….ca", "….cert`, `….key", "….realm", "….ns", "sources.credentials", "sources.helpers", "sources.layouts",
-		"limits.pages` | 24 |", "limits.referrers` | 200 |", "limits.signatures` | 50 |", "limits.certificates` | 10 |",
+		"limits.pages` | 24 |", "limits.referrers` | 200 |", "limits.signatures` | 100 |", "limits.certificates` | 10 |",
 		"limits.manifestBytes` | 4194304 |", "limits.envelopeBytes` | 262144 |", "limits.totalBytes` | 16777216 |", "limits.wall` | 10s |",
-		"gate.wait` | 50ms |", "gate.snapshotters", "gate.runtimes",
+		"gate.wait` | 50ms |", "gate.snapshotters", "gate.runtimes", "floor",
 	} {
 		if !strings.Contains(string(doc), "| `"+key) {
 			t.Errorf("no row for %s", key)
 		}
 	}
-	if d := (verify.Limits{Pages: 24, Referrers: 200, Signatures: 50, Certificates: 10, ManifestBytes: 4194304, EnvelopeBytes: 262144, TotalBytes: 16777216, Wall: 10 * time.Second}); d != verify.DefaultLimits {
+	if d := (verify.Limits{Pages: 24, Referrers: 200, Signatures: 100, Certificates: 10, ManifestBytes: 4194304, EnvelopeBytes: 262144, TotalBytes: 16777216, Wall: 10 * time.Second}); d != verify.DefaultLimits {
 		t.Errorf("the documented limits are not %+v", verify.DefaultLimits)
 	}
 }
@@ -210,7 +213,7 @@ func TestConfigErrors(t *testing.T) {
 		"anchor":             {"version: &v 1\nmode: audit\n", ":1: anchors and aliases are not supported"},
 		"bomb":               {"a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c]\n", ":1: anchors"},
 		"merge":              {minimal + "<<: {gate: {wait: 1ms}}\n", ":3: <<: unknown key"},
-		"unknown":            {minimal + "rules: []\n", ":3: rules: unknown key; known are version, mode, sources, limits, gate"},
+		"unknown":            {minimal + "rules: []\n", ":3: rules: unknown key; known are version, mode, sources, limits, gate, floor"},
 		"upper-case":         {"Version: 1\n", ":1: Version: unknown key"},
 		"key twice":          {minimal + "mode: audit\n", ":3: mode: given twice"},
 		"quoted key twice":   {minimal + "\"mode\": audit\n", ":3: mode: given twice"},
@@ -225,6 +228,10 @@ func TestConfigErrors(t *testing.T) {
 		"mode null":          {"version: 1\nmode:\n", ":2: mode: must be text"},
 		"mode with tag":      {"version: 1\nmode: !x audit\n", ":2: mode: must be text"},
 		"sources null":       {minimal + "sources:\n", ":3: sources: must be a mapping of mirrors, layouts"},
+		"floor text":         {minimal + "floor: a.txt\n", ":3: floor: must be a list"},
+		"floor empty":        {minimal + "floor: []\n", ":3: floor: is empty"},
+		"floor not there":    {minimal + "floor: [floor/none.txt]\n", ":3: floor[0]: "},
+		"floor number":       {minimal + "floor: [1]\n", ":3: floor[0]: must be text"},
 		"sources list":       {minimal + "sources: []\n", ":3: sources: must be a mapping"},
 		"network":            {minimal + "sources:\n  network: origin\n", ":4: sources.network: unknown key"},
 		"mirrors mapping":    {minimal + "sources:\n  mirrors: {host: a}\n", ":4: sources.mirrors: must be a list"},

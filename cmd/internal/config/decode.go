@@ -25,6 +25,7 @@ import (
 const (
 	maxMirrors = 100
 	maxLayouts = 20
+	maxFloors  = 32 // files
 	maxNames   = 50 // snapshotters, and runtimes
 	maxWait    = time.Second
 )
@@ -99,7 +100,7 @@ func (r *reader) plain(n *yaml.Node) {
 }
 
 func (r *reader) config(n *yaml.Node, c *Config) {
-	top := r.mapping(n, "", "version", "mode", "sources", "limits", "gate")
+	top := r.mapping(n, "", "version", "mode", "sources", "limits", "gate", "floor")
 	if v, there := top["version"]; !there {
 		r.fail(n, "version", "is required: version: 1")
 	} else if r.integer(v, "version", 0, 1<<31) != 1 {
@@ -125,6 +126,24 @@ func (r *reader) config(n *yaml.Node, c *Config) {
 	}
 	if v, there := top["gate"]; there {
 		r.gate(v, &c.Gate)
+	}
+	r.floor(top["floor"], c)
+}
+
+// floor reads the files of digests that need no signature.
+func (r *reader) floor(n *yaml.Node, c *Config) {
+	for i, v := range r.sequence(n, "floor", maxFloors) {
+		at := index("floor", i)
+		name, raw := r.named(v, at)
+		if r.err != nil {
+			return
+		}
+		list, err := policy.ParseFloor(name, raw)
+		if e := (*policy.Error)(nil); errors.As(err, &e) {
+			r.err = &Error{File: absolute(r.dir.dir, name), Line: e.Line, Text: e.Text}
+			return
+		}
+		c.Floor = append(c.Floor, list...)
 	}
 }
 

@@ -34,7 +34,7 @@ type directory struct {
 	dir     string
 	root    *os.Root
 	read    []content
-	outside []string // absolute names of files read elsewhere
+	outside []string // absolute names of files read elsewhere, or in a directory below
 }
 
 type content struct {
@@ -106,6 +106,9 @@ func (d *directory) file(name string, limit int64) ([]byte, error) {
 // anywhere.
 func (d *directory) named(name string, limit int64) ([]byte, error) {
 	if filepath.IsLocal(name) {
+		if filepath.Dir(name) != "." {
+			d.outside = append(d.outside, d.path(name))
+		}
 		return d.file(name, limit)
 	}
 	name = absolute(d.dir, name)

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/tidewaiter/tidewaiter/verify"
 )
 
@@ -231,10 +233,24 @@ func TestWatchFilesElsewhere(t *testing.T) {
 	w.bad("CA broken", "no certificate")
 }
 
+// A file in a directory below that the configuration names.
+func TestWatchFilesBelow(t *testing.T) {
+	one, two := digest.FromString("one").String(), digest.FromString("two").String()
+	dir := write(t, with(notation(), "floor/k3s.txt", one+"\n", "config.yaml", minimal+"floor: [floor/k3s.txt]\n"))
+	w := startWatching(t, dir, load1(t, dir), time.Hour)
+	replace(t, dir, "floor/k3s.txt", one+"\n"+two+"\n")
+	if c := w.good("a digest more"); len(c.Floor) != 2 {
+		t.Errorf("floor %+v", c.Floor)
+	}
+	replace(t, dir, "floor/k3s.txt", one+"\nnginx:1\n")
+	w.bad("a tag", "floor/k3s.txt:2: ")
+}
+
 // What the kernel does not tell of is noticed all the same.
 func TestWatchTicks(t *testing.T) {
 	dir := write(t, with(notation(), "certs/ca.crt", string(root()),
-		"config.yaml", minimal+"sources: {mirrors: [{host: a.b, url: https://a.b, ca: certs/ca.crt}]}\n"))
+		"config.yaml", minimal+"sources: {mirrors: [{host: a.b, url: https://a.b, ca: ca.crt}]}\n"))
+	must(t, os.Symlink("certs/ca.crt", filepath.Join(dir, "ca.crt")))
 	w := startWatching(t, dir, load1(t, dir), 30*time.Millisecond)
 	w.quiet("nothing changes")
 	replace(t, dir, "certs/ca.crt", string(authority("two")))
