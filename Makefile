@@ -6,7 +6,7 @@ FUZZTIME   ?= 20s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 LDFLAGS     = -s -w -X main.version=$(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 
-.PHONY: build demo bench test lint unit core386 cross fuzz e2e clean
+.PHONY: build demo bench flood test lint unit core386 cross fuzz e2e clean
 
 build: ## the static binary, in bin/
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/tidewaiter ./cmd/tidewaiter
@@ -16,6 +16,9 @@ demo: ## a throwaway containerd node where signed images start and others do not
 
 bench: ## the tables of docs/performance.md; needs root on Linux, a quiet machine and 15 minutes
 	cd test && go run ./bench
+
+flood: ## 10,000 creations on containerd 2.4.2 and 2.2.9 while the mirror fails; needs root on Linux and 15 minutes
+	cd test && go run ./flood
 
 test: lint unit core386 cross fuzz e2e ## everything that CI runs
 

@@ -1,6 +1,7 @@
 // Command noop is an NRI plugin that validates containers and says yes to every
 // one: what the round trip alone costs. It takes the path of the runtime's NRI
-// socket and ends when the connection does.
+// socket and, if it is not to be "noop", the name to register by, and ends when the
+// connection does.
 package main
 
 import (
@@ -32,7 +33,11 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	s, err := stub.New(plugin{}, stub.WithPluginName("noop"), stub.WithPluginIdx("99"), stub.WithConnection(conn), stub.WithLogger(quiet{}))
+	name := "noop"
+	if len(os.Args) > 2 {
+		name = os.Args[2]
+	}
+	s, err := stub.New(plugin{}, stub.WithPluginName(name), stub.WithPluginIdx("99"), stub.WithConnection(conn), stub.WithLogger(quiet{}))
 	if err != nil {
 		return err
 	}
