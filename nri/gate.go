@@ -32,6 +32,9 @@ import (
 type Resolver interface {
 	// Resolve never returns an empty list; all images in it must be allowed.
 	Resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) []verify.Image
+	// Known is Resolve from memory alone, for the caller's own goroutine: it waits
+	// for nothing and nobody. It returns false where that is not enough.
+	Known(pod *api.PodSandbox, ctr *api.Container) ([]verify.Image, bool)
 	// Decided remembers the images for which a container was allowed.
 	Decided(id string, images []verify.Image)
 	// Started compares a created container with what was decided.
@@ -88,10 +91,46 @@ func (g *Gate) CreateContainer(ctx context.Context, pod *api.PodSandbox, ctr *ap
 
 func (g *Gate) create(ctx context.Context, pod *api.PodSandbox, ctr *api.Container, hook string) error {
 	ask := about(pod, ctr, hook)
+	if known, err := g.known(pod, ctr, ask); known {
+		return err
+	}
 	return g.answer(ctx, ask, func(ctx context.Context) []verify.Image {
 		return g.Resolver.Resolve(ctx, pod, ctr)
 	}, func(images []verify.Image) { g.Resolver.Decided(ctr.GetId(), images) })
 }
+
+// known answers where nothing has to be waited for, neither containerd nor a
+// verification. Nearly all questions are such, and the goroutine and the timers
+// of answer are most of what they would cost. Whatever is out of the ordinary, a
+// panic included, is left to answer, which begins anew.
+func (g *Gate) known(pod *api.PodSandbox, ctr *api.Container, ask question) (known bool, err error) {
+	defer func() {
+		if recover() != nil {
+			known, err = false, nil
+		}
+	}()
+	start := g.Now()
+	images, ok := g.Resolver.Known(pod, ctr)
+	if !ok || len(images) != 1 {
+		return false, nil
+	}
+	d := g.Verifier.Verify(atOnce, images[0])
+	if !d.Allowed() && d.Reason == verify.Pending {
+		return false, nil
+	}
+	if err := g.tell(ask, start, images[0], d); err != nil {
+		return true, err
+	}
+	g.Resolver.Decided(ctr.GetId(), images)
+	return true, nil
+}
+
+// atOnce has ended: a Verifier answers what it knows and waits for nothing.
+var atOnce = func() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}()
 
 // StartContainer compares what was created with what was allowed, on runtimes
 // that say it only now. Nil lets the container start. A refusal here is final for
@@ -176,11 +215,16 @@ func (g *Gate) decide(ctx context.Context, ask question, start time.Time, find f
 	return nil
 }
 
-// verify asks for one decision, has it observed, and renders a denial.
+// verify asks for one decision and tells it.
 func (g *Gate) verify(ctx context.Context, ask question, start time.Time, img verify.Image) error {
 	before := g.Now()
 	d := g.Verifier.Verify(g.purse.open(ctx, before), img)
 	g.purse.pay(g.Now().Sub(before))
+	return g.tell(ask, start, img, d)
+}
+
+// tell has a decision observed, and renders a denial.
+func (g *Gate) tell(ask question, start time.Time, img verify.Image, d verify.Decision) error {
 	g.Observe(Answer{Image: img, Decision: d, Took: g.Now().Sub(start), Hook: ask.hook})
 	if !d.Allowed() {
 		return errors.New(d.Message(img, g.Node))

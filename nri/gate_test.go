@@ -2,6 +2,7 @@ package nri
 
 import (
 	"context"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,9 +19,10 @@ type one struct{}
 func (one) Resolve(context.Context, *api.PodSandbox, *api.Container) []verify.Image {
 	return []verify.Image{{Name: verify.Name{Host: "registry.example", Path: "app"}, Use: verify.UseContainer}}
 }
-func (one) Decided(string, []verify.Image)                {}
-func (one) Started(context.Context, string) *verify.Fault { return nil }
-func (one) Connected(bool)                                {}
+func (one) Known(*api.PodSandbox, *api.Container) ([]verify.Image, bool) { return nil, false }
+func (one) Decided(string, []verify.Image)                               {}
+func (one) Started(context.Context, string) *verify.Fault                { return nil }
+func (one) Connected(bool)                                               {}
 
 // slow is a Verifier that waits for what is not known, as an Enforcer does.
 type slow struct {
@@ -102,6 +104,69 @@ func TestKnownAnswersCostNoWait(t *testing.T) {
 		t.Errorf("%v, %v, asked %d times", err, last.Reason, k.asked)
 	}
 }
+
+// remembers is a Resolver that knows its one image.
+type remembers struct {
+	one
+	decided int
+	panics  bool
+}
+
+func (r *remembers) Known(pod *api.PodSandbox, ctr *api.Container) ([]verify.Image, bool) {
+	if r.panics {
+		panic("as told")
+	}
+	return r.Resolve(context.Background(), pod, ctr), true
+}
+func (r *remembers) Decided(string, []verify.Image) { r.decided++ }
+
+// yes is a Verifier that allows; it is PENDING where it may not wait, if so told.
+type yes struct {
+	enforcer verify.Enforcer
+	wait     bool
+	asked    []bool // whether it might wait, by question
+}
+
+func (y *yes) Verify(ctx context.Context, img verify.Image) verify.Decision {
+	y.asked = append(y.asked, ctx.Err() == nil)
+	if y.wait && ctx.Err() != nil {
+		return verify.Deny(verify.Pending, "not known yet")
+	}
+	return y.enforcer.Verify(ctx, img)
+}
+
+// TestKnownIsAnsweredAtOnce: what is known takes one question and no waiting, and
+// whatever is not takes the way on which a deadline holds. Either is told once.
+func TestKnownIsAnsweredAtOnce(t *testing.T) {
+	for label, tt := range map[string]struct {
+		wait, panics bool
+		asked        []bool
+	}{
+		"known":              {false, false, []bool{false}},
+		"not verified yet":   {true, false, []bool{false, true}},
+		"panic when looking": {false, true, []bool{true}},
+	} {
+		t.Run(label, func(t *testing.T) {
+			y, r, told := &yes{wait: tt.wait}, &remembers{panics: tt.panics}, 0
+			y.enforcer.Swap(&verify.Setup{Mode: verify.Audit, Policy: nothing{}}) // audit allows
+			g := &Gate{Resolver: r, Verifier: y, Observe: func(Answer) { told++ }, Now: time.Now}
+			err := g.ValidateContainerAdjustment(t.Context(), &api.ValidateContainerAdjustmentRequest{})
+			if err != nil || !slices.Equal(y.asked, tt.asked) || told != 1 || r.decided != 1 {
+				t.Errorf("%v, asked %v, told %d times, decided %d times", err, y.asked, told, r.decided)
+			}
+		})
+	}
+	k, r, told := &known{}, &remembers{}, 0
+	g := &Gate{Resolver: r, Verifier: k, Observe: func(Answer) { told++ }, Now: time.Now}
+	if err := g.ValidateContainerAdjustment(t.Context(), &api.ValidateContainerAdjustmentRequest{}); err == nil || k.asked != 1 || !k.ended || told != 1 || r.decided != 0 {
+		t.Errorf("a known no: %v, asked %d times, told %d times, decided %d times", err, k.asked, told, r.decided)
+	}
+}
+
+// nothing is a Policy that matches nothing.
+type nothing struct{}
+
+func (nothing) Select(verify.Image) *verify.Rule { return &verify.Rule{Settled: verify.PolicyNoMatch} }
 
 // mismatched is a Resolver for which every container was created from something else.
 type mismatched struct{ one }

@@ -41,7 +41,7 @@ var Snapshotters = []string{"overlayfs", "native", "btrfs", "zfs", "devmapper", 
 var Runtimes = []string{"io.containerd.runc.v2"}
 
 // Records is what a Resolver asks of containerd. Errors wrap ErrNotFound where
-// there is no such record.
+// there is no such record. Where ctx has ended they fail without asking.
 type Records interface {
 	Image(ctx context.Context, name string) (ocispec.Descriptor, error)
 	Blob(ctx context.Context, d ocispec.Descriptor) ([]byte, error)
@@ -178,6 +178,29 @@ func (r *Resolver) Resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 	}
 	return []verify.Image{img}
 }
+
+// Known is Resolve where the runtime told the image and all else that it takes is
+// remembered: containerd is not asked, and nothing is waited for. It returns
+// false where that is not enough, or where the image cannot be bound.
+func (r *Resolver) Known(pod *api.PodSandbox, ctr *api.Container) ([]verify.Image, bool) {
+	if ctr.GetImage().GetDigest() == "" {
+		return nil, false // the snapshot is looked at each time
+	}
+	images := r.Resolve(unasked, pod, ctr)
+	for _, i := range images {
+		if i.Fault != nil {
+			return nil, false
+		}
+	}
+	return images, true
+}
+
+// unasked has ended: Records fail under it at once.
+var unasked = func() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}()
 
 func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Container, img *verify.Image) error {
 	o := r.options.Load()
@@ -446,6 +469,9 @@ func (r *Resolver) snapshotters(ctx context.Context, o *Options) ([]string, erro
 // that Started can compare. Nothing else is remembered of a container. Images that
 // could not be bound, which audit allows all the same, are none to compare with.
 func (r *Resolver) Decided(id string, images []verify.Image) {
+	if !r.compares.Load() {
+		return // nobody will ask
+	}
 	configs := make([]digest.Digest, 0, len(images))
 	for _, i := range images {
 		if i.Fault == nil {

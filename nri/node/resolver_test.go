@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"reflect"
 	"runtime"
 	"strings"
 	"testing"
@@ -42,8 +43,19 @@ func newRecords() *records {
 	}
 }
 
-func (r *records) Image(_ context.Context, name string) (ocispec.Descriptor, error) {
+// called counts a call, unless it fails before anybody is asked.
+func (r *records) called(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	r.calls++
+	return nil
+}
+
+func (r *records) Image(ctx context.Context, name string) (ocispec.Descriptor, error) {
+	if err := r.called(ctx); err != nil {
+		return ocispec.Descriptor{}, err
+	}
 	d, ok := r.images[name]
 	if !ok {
 		return d, errors.Join(r.err, fmt.Errorf("image %s: %w", name, ErrNotFound))
@@ -51,8 +63,10 @@ func (r *records) Image(_ context.Context, name string) (ocispec.Descriptor, err
 	return d, r.err
 }
 
-func (r *records) Targets(context.Context) ([]ocispec.Descriptor, error) {
-	r.calls++
+func (r *records) Targets(ctx context.Context) ([]ocispec.Descriptor, error) {
+	if err := r.called(ctx); err != nil {
+		return nil, err
+	}
 	var list []ocispec.Descriptor
 	for _, d := range r.images {
 		list = append(list, d)
@@ -60,8 +74,10 @@ func (r *records) Targets(context.Context) ([]ocispec.Descriptor, error) {
 	return list, r.err
 }
 
-func (r *records) Blob(_ context.Context, d ocispec.Descriptor) ([]byte, error) {
-	r.calls++
+func (r *records) Blob(ctx context.Context, d ocispec.Descriptor) ([]byte, error) {
+	if err := r.called(ctx); err != nil {
+		return nil, err
+	}
 	if d.Size > MaxBlob {
 		return nil, &verify.Fault{Reason: verify.ImageAmbiguous, Detail: "too large"}
 	}
@@ -75,8 +91,10 @@ func (r *records) Blob(_ context.Context, d ocispec.Descriptor) ([]byte, error) 
 	return checked(raw, d)
 }
 
-func (r *records) Snapshot(_ context.Context, snapshotter, key string) (Snapshot, error) {
-	r.calls++
+func (r *records) Snapshot(ctx context.Context, snapshotter, key string) (Snapshot, error) {
+	if err := r.called(ctx); err != nil {
+		return Snapshot{}, err
+	}
 	s, ok := r.snapshots[snapshotter][key]
 	if !ok {
 		return s, fmt.Errorf("snapshot: %w", ErrNotFound)
@@ -84,18 +102,24 @@ func (r *records) Snapshot(_ context.Context, snapshotter, key string) (Snapshot
 	return s, r.err
 }
 
-func (r *records) Snapshotters(context.Context) ([]string, error) {
-	r.calls++
+func (r *records) Snapshotters(ctx context.Context) ([]string, error) {
+	if err := r.called(ctx); err != nil {
+		return nil, err
+	}
 	return r.snapshotters, r.err
 }
 
-func (r *records) SandboxRuntime(_ context.Context, id string) (string, error) {
-	r.calls++
+func (r *records) SandboxRuntime(ctx context.Context, id string) (string, error) {
+	if err := r.called(ctx); err != nil {
+		return "", err
+	}
 	return r.runtimes[id], r.err
 }
 
-func (r *records) ContainerConfig(_ context.Context, id string) (digest.Digest, error) {
-	r.calls++
+func (r *records) ContainerConfig(ctx context.Context, id string) (digest.Digest, error) {
+	if err := r.called(ctx); err != nil {
+		return "", err
+	}
 	d, ok := r.configs[id]
 	if !ok {
 		return "", ErrNotFound
@@ -181,7 +205,16 @@ func container(name string, target, config digest.Digest) *api.Container {
 
 func resolveOne(t *testing.T, r *Resolver, c *api.Container) verify.Image {
 	t.Helper()
-	images := r.Resolve(context.Background(), &api.PodSandbox{Id: "pod", Name: "p", Namespace: "ns", Uid: "u"}, c)
+	pod := &api.PodSandbox{Id: "pod", Name: "p", Namespace: "ns", Uid: "u"}
+	calls := r.records.(*records).calls
+	known, ok := r.Known(pod, c)
+	if n := r.records.(*records).calls - calls; n != 0 {
+		t.Fatalf("%d calls for what is known", n)
+	}
+	images := r.Resolve(context.Background(), pod, c)
+	if ok && !reflect.DeepEqual(known, images) {
+		t.Fatalf("known is %+v, and resolved %+v", known, images)
+	}
 	if len(images) != 1 {
 		t.Fatalf("%d images, want 1", len(images))
 	}
@@ -476,6 +509,47 @@ func TestRemembers(t *testing.T) {
 	rec.calls = 0
 	if img := resolveOne(t, r, ctr); img.Fault != nil || rec.calls != 0 {
 		t.Fatalf("fault %v, %d calls where everything is known", img.Fault, rec.calls)
+	}
+}
+
+// What was bound once is known, as long as the runtime tells the image; what cannot
+// be bound never is.
+func TestKnown(t *testing.T) {
+	const name = "registry.example/app:1"
+	rec := newRecords()
+	i := rec.image("good", "a")
+	rec.images[name] = i.manifest
+	rec.snapshots["overlayfs"][ctrID] = Snapshot{Parent: i.chain}
+	r := NewResolver(rec, testOptions())
+	r.Connected(true)
+	pod := &api.PodSandbox{Id: "pod"}
+	told := container(name, i.manifest.Digest, i.config.Digest)
+	if _, ok := r.Known(pod, told); ok {
+		t.Fatal("known before it was resolved")
+	}
+	if img := resolveOne(t, r, told); img.Fault != nil {
+		t.Fatal(img.Fault)
+	}
+	if images, ok := r.Known(pod, told); !ok || len(images) != 1 || images[0].Config != i.config.Digest || images[0].Binding != verify.BoundRuntime {
+		t.Fatalf("known: %+v, %t", images, ok)
+	}
+	if _, ok := r.Known(pod, container(name, "", "")); ok {
+		t.Error("known although the runtime does not tell the image")
+	}
+	if _, ok := r.Known(pod, container(name, i.manifest.Digest, digest.FromString("another"))); ok {
+		t.Error("known although another config runs")
+	}
+	if _, ok := r.Known(&api.PodSandbox{Id: "other"}, told); ok {
+		t.Error("known although the pod was never looked at")
+	}
+	mounts := container(name, i.manifest.Digest, i.config.Digest)
+	mounts.Mounts = []*api.Mount{{Source: "/run/image-volumes/" + strings.Repeat("0", 64) + "/" + strings.Repeat("1", 64)}}
+	if _, ok := r.Known(pod, mounts); ok {
+		t.Error("known although an image is mounted that was never looked at")
+	}
+	r.Connected(true)
+	if _, ok := r.Known(pod, told); ok {
+		t.Error("known from an earlier connection")
 	}
 }
 

@@ -14,6 +14,7 @@ func TestStartedKnowsNothingOfUnboundImages(t *testing.T) {
 	img := rec.image("good", "a")
 	rec.configs[ctrID] = img.config.Digest
 	r := NewResolver(rec, testOptions())
+	r.Connected(true)
 	r.Decided(ctrID, []verify.Image{{Config: img.config.Digest, Fault: &verify.Fault{Reason: verify.ImageVolumeUnverified}}})
 	if f := r.Started(context.Background(), ctrID); f == nil || f.Reason != verify.ImageUnresolved {
 		t.Fatalf("a container whose image was not bound: %v", f)

@@ -104,9 +104,10 @@ type resolver struct {
 func (r *resolver) Resolve(ctx context.Context, _ *api.PodSandbox, _ *api.Container) []verify.Image {
 	return r.resolve(ctx)
 }
-func (r *resolver) Decided(string, []verify.Image)                { r.decided.Add(1) }
-func (r *resolver) Started(context.Context, string) *verify.Fault { return r.started() }
-func (r *resolver) Connected(compares bool)                       { r.compares.Store(compares) }
+func (r *resolver) Known(*api.PodSandbox, *api.Container) ([]verify.Image, bool) { return nil, false }
+func (r *resolver) Decided(string, []verify.Image)                               { r.decided.Add(1) }
+func (r *resolver) Started(context.Context, string) *verify.Fault                { return r.started() }
+func (r *resolver) Connected(compares bool)                                      { r.compares.Store(compares) }
 
 // image is bound; content says which of the two that the judge below knows.
 func image(content string) verify.Image {
