@@ -1,13 +1,13 @@
 // Command bench measures what Tidewaiter costs and prints it in the form of
-// docs/performance.md. It needs root and Linux, a quiet machine and about ten
+// docs/performance.md. It needs root and Linux, a quiet machine and about 25
 // minutes:
 //
 //	make bench
 //
 // Each number that depends on the machine stands beside that of something else
-// which did the same in the same run, in turns of some milliseconds: a plugin
-// that says yes to everything, or notation's own program. The ratios are what to
-// compare between machines.
+// which did the same in the same run, in turns: a plugin that says yes to
+// everything, or notation's own program. The ratios are what to compare between
+// machines.
 package main
 
 import (
@@ -37,6 +37,9 @@ type bench struct {
 	images         int           // of the memory part, which has as many requests
 	idle           time.Duration // of the memory part
 	colds          int           // verifications of each kind
+	pods           int           // that are refused, of the pressure part
+	turns          int           // of each kind
+	turn           time.Duration // how long each is
 	versions       string        // of containerd
 	parts          string
 
@@ -52,8 +55,11 @@ func main() {
 	flag.IntVar(&b.images, "images", 1000, "images of the memory part")
 	flag.DurationVar(&b.idle, "idle", 5*time.Minute, "idle time of the memory part")
 	flag.IntVar(&b.colds, "colds", 101, "cold verifications of each kind")
-	flag.StringVar(&b.parts, "parts", "warm,cold,memory,own,size", "what to measure")
-	flag.StringVar(&b.versions, "containerd", node.Containerd24+","+node.Containerd22, "releases of the warm part")
+	flag.IntVar(&b.pods, "pods", 200, "refused pods of the pressure part")
+	flag.IntVar(&b.turns, "turns", 5, "turns without and with them")
+	flag.DurationVar(&b.turn, "turn", 20*time.Second, "length of such a turn")
+	flag.StringVar(&b.parts, "parts", "warm,cold,memory,own,size,pressure", "what to measure")
+	flag.StringVar(&b.versions, "containerd", node.Containerd24+","+node.Containerd22, "releases of the warm and the pressure part")
 	flag.StringVar(&b.binary, "binary", "", "the `program` to measure instead of this tree's; own and size are this tree's all the same")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -89,7 +95,7 @@ func (b *bench) run(ctx context.Context) (err error) {
 	for _, part := range strings.Split(b.parts, ",") {
 		b.say("%s", part)
 		do := map[string]func(context.Context) error{
-			"warm": b.printWarm, "cold": b.printCold, "memory": b.printMemory, "own": b.printOwn, "size": b.printSize,
+			"warm": b.printWarm, "cold": b.printCold, "memory": b.printMemory, "own": b.printOwn, "size": b.printSize, "pressure": b.printPressure,
 		}[part]
 		if do == nil {
 			return fmt.Errorf("no part %q", part)

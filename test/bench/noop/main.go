@@ -1,23 +1,33 @@
 // Command noop is an NRI plugin that validates containers and says yes to every
 // one: what the round trip alone costs. It takes the path of the runtime's NRI
-// socket and, if it is not to be "noop", the name to register by, and ends when the
-// connection does.
+// socket, the name to register by if it is not "noop", and the hosts in the names of
+// images that it is to refuse after all. It ends when the connection does.
 package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/containerd/nri/pkg/api"
 	nrilog "github.com/containerd/nri/pkg/log"
 	"github.com/containerd/nri/pkg/stub"
 )
 
-type plugin struct{}
+type plugin struct{ refused []string }
 
-func (plugin) ValidateContainerAdjustment(context.Context, *api.ValidateContainerAdjustmentRequest) error {
+func (p plugin) ValidateContainerAdjustment(_ context.Context, req *api.ValidateContainerAdjustmentRequest) error {
+	if len(p.refused) == 0 {
+		return nil
+	}
+	host, _, _ := strings.Cut(req.GetContainer().GetAnnotations()["io.kubernetes.cri.image-name"], "/")
+	if slices.Contains(p.refused, host) {
+		return errors.New("noop: refused")
+	}
 	return nil
 }
 
@@ -33,11 +43,11 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	name := "noop"
+	name, p := "noop", plugin{}
 	if len(os.Args) > 2 {
-		name = os.Args[2]
+		name, p.refused = os.Args[2], os.Args[3:]
 	}
-	s, err := stub.New(plugin{}, stub.WithPluginName(name), stub.WithPluginIdx("99"), stub.WithConnection(conn), stub.WithLogger(quiet{}))
+	s, err := stub.New(p, stub.WithPluginName(name), stub.WithPluginIdx("99"), stub.WithConnection(conn), stub.WithLogger(quiet{}))
 	if err != nil {
 		return err
 	}
