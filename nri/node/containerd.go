@@ -97,16 +97,16 @@ func (c *Containerd) Image(ctx context.Context, name string) (ocispec.Descriptor
 	return ocispec.Descriptor{MediaType: t.GetMediaType(), Digest: digest.Digest(t.GetDigest()), Size: t.GetSize()}, nil
 }
 
-// Targets returns what the image records of the node point to, in no order.
-func (c *Containerd) Targets(ctx context.Context) ([]ocispec.Descriptor, error) {
+// Images returns the image records of the node, in no order.
+func (c *Containerd) Images(ctx context.Context) ([]Record, error) {
 	r, err := c.images.List(inNamespace(ctx), &imagesapi.ListImagesRequest{})
 	if err != nil {
 		return nil, wrap("image records", err)
 	}
-	var list []ocispec.Descriptor
+	var list []Record
 	for _, i := range r.GetImages() {
 		t := i.GetTarget()
-		list = append(list, ocispec.Descriptor{MediaType: t.GetMediaType(), Digest: digest.Digest(t.GetDigest()), Size: t.GetSize()})
+		list = append(list, Record{i.GetName(), ocispec.Descriptor{MediaType: t.GetMediaType(), Digest: digest.Digest(t.GetDigest()), Size: t.GetSize()}})
 	}
 	return list, nil
 }

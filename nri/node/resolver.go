@@ -16,7 +16,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -47,12 +46,18 @@ type Records interface {
 	Blob(ctx context.Context, d ocispec.Descriptor) ([]byte, error)
 	Snapshot(ctx context.Context, snapshotter, key string) (Snapshot, error)
 	Snapshotters(ctx context.Context) ([]string, error)
-	Targets(ctx context.Context) ([]ocispec.Descriptor, error) // of all image records
+	Images(ctx context.Context) ([]Record, error) // all image records, in no order
 	SandboxRuntime(ctx context.Context, id string) (string, error)
 	ContainerConfig(ctx context.Context, id string) (digest.Digest, error)
 }
 
 var _ Records = (*Containerd)(nil)
+
+// A Record is an image record: a name and what it points to.
+type Record struct {
+	Name   string
+	Target ocispec.Descriptor
+}
 
 // A Snapshot is what containerd knows of the root filesystem of a container.
 type Snapshot struct {
@@ -72,18 +77,19 @@ type Options struct {
 
 // A Resolver binds containers to images. It is safe for concurrent use.
 type Resolver struct {
-	records  Records
-	options  atomic.Pointer[Options]
-	compares atomic.Bool                         // Started is asked
-	loaded   atomic.Pointer[[]string]            // snapshotters of the connected containerd, trusted first
-	leads    *lru.Cache[verify.Target, lead]     // what a target leads to: follows from its digest
-	parsed   *lru.Cache[string, parsed]          // what pods ask for, as it was parsed
-	kin      kinship                             // which of those lead to the same config
-	wake     chan struct{}                       // asks Survey to look
-	names    *lru.Cache[string, proof]           // what image records pointed to a moment ago
-	used     *lru.Cache[string, string]          // runtime handler to the snapshotter of its containers
-	runtime  *lru.Cache[string, string]          // sandbox to runtime type
-	decided  *lru.Cache[string, []digest.Digest] // container to the configs that were allowed for it
+	records     Records
+	options     atomic.Pointer[Options]
+	compares    atomic.Bool                         // Started is asked
+	loaded      atomic.Pointer[[]string]            // snapshotters of the connected containerd, trusted first
+	leads       *lru.Cache[verify.Target, lead]     // what a target leads to: follows from its digest
+	parsed      *lru.Cache[string, parsed]          // what pods ask for, as it was parsed
+	kin         kinship                             // which of those lead to the same config
+	wake        chan struct{}                       // asks Survey to look
+	connections atomic.Uint64                       // how often Connected was called
+	names       *lru.Cache[string, proof]           // what image records pointed to a moment ago
+	used        *lru.Cache[string, string]          // runtime handler to the snapshotter of its containers
+	runtime     *lru.Cache[string, string]          // sandbox to runtime type
+	decided     *lru.Cache[string, []digest.Digest] // container to the configs that were allowed for it
 }
 
 // A lead is what a target leads to on this platform.
@@ -139,12 +145,16 @@ func NewResolver(r Records, o Options) *Resolver {
 }
 
 // Configure puts other options in force.
-func (r *Resolver) Configure(o Options) { r.options.Store(&o) }
+func (r *Resolver) Configure(o Options) {
+	r.options.Store(&o)
+	r.look()
+}
 
 // Connected drops what belongs to an earlier run of containerd. The gate calls it
 // each time it connects, since the runtime may have been replaced, and says
 // whether Started will be asked before a container starts.
 func (r *Resolver) Connected(compares bool) {
+	r.connections.Add(1)
 	r.compares.Store(compares)
 	r.loaded.Store(nil)
 	r.names.Purge()
@@ -176,7 +186,7 @@ func (r *Resolver) Resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 			img.Fault = &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error()}
 		}
 	}
-	return []verify.Image{img}
+	return append([]verify.Image{img}, r.volumes(ctx, img.Pod, ctr)...)
 }
 
 // Known is Resolve where the runtime told the image and all else that it takes is
@@ -214,9 +224,6 @@ func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 	}
 	if _, ok := ctr.GetAnnotations()[annotationRestored]; ok {
 		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the container is restored from a checkpoint, which no signature covers"}
-	}
-	if err := r.volumes(ctr); err != nil {
-		return err
 	}
 	if err := r.shim(ctx, o, pod.GetId()); err != nil {
 		return err
@@ -271,20 +278,6 @@ func (r *Resolver) record(ctx context.Context, o *Options, name, told string) (o
 	}
 	return target, err
 }
-
-// volumes refuses images that are mounted as volumes: they run, or are read by
-// what runs, without having been looked at. The path is that of containerd's CRI
-// plugin (internal/cri/server/helpers.go, getImageVolumeHostPath).
-func (r *Resolver) volumes(ctr *api.Container) error {
-	for _, m := range ctr.GetMounts() {
-		if s := m.GetSource(); strings.Contains(s, "/image-volumes/") && imageVolume.MatchString(s) {
-			return &verify.Fault{Reason: verify.ImageVolumeUnverified, Detail: "an image is mounted at " + verify.Quote(m.GetDestination(), 120) + " as a volume, and image volumes cannot be verified yet"}
-		}
-	}
-	return nil
-}
-
-var imageVolume = regexp.MustCompile(`/image-volumes/[0-9a-f]{64}(/|$)`)
 
 // shim checks the runtime type of the pod.
 func (r *Resolver) shim(ctx context.Context, o *Options, sandbox string) error {
@@ -474,7 +467,7 @@ func (r *Resolver) Decided(id string, images []verify.Image) {
 	}
 	configs := make([]digest.Digest, 0, len(images))
 	for _, i := range images {
-		if i.Fault == nil {
+		if i.Fault == nil && i.Use == verify.UseContainer { // a volume's config does not run
 			configs = append(configs, i.Config)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"reflect"
 	"runtime"
 	"strings"
@@ -63,13 +64,13 @@ func (r *records) Image(ctx context.Context, name string) (ocispec.Descriptor, e
 	return d, r.err
 }
 
-func (r *records) Targets(ctx context.Context) ([]ocispec.Descriptor, error) {
+func (r *records) Images(ctx context.Context) ([]Record, error) {
 	if err := r.called(ctx); err != nil {
 		return nil, err
 	}
-	var list []ocispec.Descriptor
-	for _, d := range r.images {
-		list = append(list, d)
+	var list []Record
+	for name, d := range r.images {
+		list = append(list, Record{name, d})
 	}
 	return list, r.err
 }
@@ -395,8 +396,6 @@ func TestFaults(t *testing.T) {
 			c.Annotations[annotationImage] = n
 		}, verify.ImageMismatch},
 		"restored from a checkpoint": {func(_ *records, c *api.Container) { c.Annotations[annotationRestored] = "true" }, verify.ImageUnresolved},
-		"image volume":               {volume("/run/containerd/io.containerd.grpc.v1.cri/image-volumes/" + hex + "/" + hex), verify.ImageVolumeUnverified},
-		"image volume with subpath":  {volume("/run/k3s/containerd/io.containerd.grpc.v1.cri/image-volumes/" + hex + "/" + hex + "/sub"), verify.ImageVolumeUnverified},
 		"host path of a like name":   {volume("/srv/image-volumes/mine"), ""},
 		"wasm runtime":               {func(r *records, _ *api.Container) { r.runtimes["pod"] = "io.containerd.wasmtime.v1" }, verify.RuntimeUnverified},
 		"unknown sandbox":            {func(r *records, _ *api.Container) { delete(r.runtimes, "pod") }, verify.RuntimeUnverified},
@@ -662,7 +661,7 @@ func TestOthers(t *testing.T) {
 	r.Connected(true)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
-	go func() { defer close(done); _ = r.Survey(ctx) }()
+	go func() { defer close(done); _ = (&Survey{Resolver: r, Log: slog.New(slog.DiscardHandler)}).Run(ctx) }()
 	for end := time.Now().Add(10 * time.Second); len(r.kin.of(i.config.Digest)) < 2 || len(r.kin.of(evil.config.Digest)) < 1; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("the survey does not find the images")

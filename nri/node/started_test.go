@@ -15,11 +15,11 @@ func TestStartedKnowsNothingOfUnboundImages(t *testing.T) {
 	rec.configs[ctrID] = img.config.Digest
 	r := NewResolver(rec, testOptions())
 	r.Connected(true)
-	r.Decided(ctrID, []verify.Image{{Config: img.config.Digest, Fault: &verify.Fault{Reason: verify.ImageVolumeUnverified}}})
+	r.Decided(ctrID, []verify.Image{{Config: img.config.Digest, Fault: &verify.Fault{Reason: verify.ImageUnresolved}, Use: verify.UseContainer}})
 	if f := r.Started(context.Background(), ctrID); f == nil || f.Reason != verify.ImageUnresolved {
 		t.Fatalf("a container whose image was not bound: %v", f)
 	}
-	r.Decided(ctrID, []verify.Image{{Config: img.config.Digest}})
+	r.Decided(ctrID, []verify.Image{{Use: verify.UseContainer, Config: img.config.Digest}})
 	if f := r.Started(context.Background(), ctrID); f != nil {
 		t.Fatalf("a container whose image was bound: %v", f)
 	}

@@ -64,8 +64,8 @@ type memory struct {
 }
 
 func (m *memory) Image(context.Context, string) (ocispec.Descriptor, error) { return m.target, nil }
-func (m *memory) Targets(context.Context) ([]ocispec.Descriptor, error) {
-	return []ocispec.Descriptor{m.target}, nil
+func (m *memory) Images(context.Context) ([]records.Record, error) {
+	return []records.Record{{Name: "registry.example/app:1", Target: m.target}}, nil
 }
 func (m *memory) Blob(_ context.Context, d ocispec.Descriptor) ([]byte, error) {
 	return m.blobs[d.Digest], nil

@@ -356,7 +356,7 @@ func TestAudit(t *testing.T) {
 		s.allowed(good.Name, "evil", node.ContainerOptions{ImageID: evil.Config.Digest.String()})
 		would(mark, "decision", verify.ImageMismatch)
 		s.allowed(good.Name, "audit", node.ContainerOptions{Volumes: []node.ImageVolume{{Image: evil.Name, Path: "/volume"}}})
-		would(mark, "decision", verify.ImageVolumeUnverified)
+		would(mark, "decision", verify.SignatureMissing)
 		s.allowed(good.Name, "audit", node.ContainerOptions{})
 		would(0, "verification", verify.Verified)
 		for _, l := range s.gate.Lines() {

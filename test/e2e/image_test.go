@@ -364,17 +364,45 @@ func TestContainers(t *testing.T) {
 		s.allowed(good.Name, "main", node.ContainerOptions{Name: "main", Attempt: 1})
 		s.denied(evil.Name, verify.SignatureMissing, node.ContainerOptions{Name: "main", Attempt: 2})
 
-		// An image as a volume is one more image.
-		v := []node.ImageVolume{{Image: good.Name, Path: "/volume"}}
-		s.denied(good.Name, verify.ImageVolumeUnverified, node.ContainerOptions{Volumes: v})
-		v = []node.ImageVolume{{Image: s.push(s.reg, "app:data", node.ImageOptions{Files: map[string]string{"/data/x": "x"}}).Name, Path: "/volume", SubPath: "data"}}
-		s.denied(good.Name, verify.ImageVolumeUnverified, node.ContainerOptions{Volumes: v})
-
 		// Another handler of the same runtime, in another namespace.
 		s.pod = s.runPod(node.PodOptions{Namespace: "kube-system", RuntimeHandler: node.OtherHandler,
 			Annotations: map[string]string{"tolerate-missing-plugins.noderesource.dev": "true"}})
 		s.allowed(good.Name, "main", node.ContainerOptions{})
 		s.denied(evil.Name, verify.SignatureMissing, node.ContainerOptions{})
+	})
+}
+
+// TestVolumes: an image that is mounted as a volume is one more image, which is
+// bound by its own snapshot.
+func TestVolumes(t *testing.T) {
+	each(t, func(s *scene) {
+		s.configure(s.policy())
+		s.start()
+		main := s.signed("app:main", "main")
+		data := s.push(s.reg, "app:data", node.ImageOptions{Files: map[string]string{"/data/x": "signed"}})
+		s.sign(s.reg, data, data.Target, release, 0, notarytest.SignOptions{})
+		evil := s.push(s.reg, "app:evil", node.ImageOptions{Files: map[string]string{"/data/x": "evil"}})
+		at := func(image, path, sub string) node.ContainerOptions {
+			return node.ContainerOptions{Volumes: []node.ImageVolume{{Image: image, Path: path, SubPath: sub}}}
+		}
+		s.allowed(main.Name, "main", at(data.Name, "/volume", ""))
+		s.allowed(main.Name, "main", at(data.Name, "/volume", "data"))
+		s.allowed(main.Name, "main", at(main.Name, "/volume", ""))
+		s.denied(main.Name, verify.SignatureMissing, at(evil.Name, "/volume", ""))
+		s.denied(main.Name, verify.SignatureMissing, at(evil.Name, "/volume", "data"))
+		s.denied(evil.Name, verify.SignatureMissing, at(data.Name, "/volume", ""))
+		both := at(data.Name, "/volume", "")
+		both.Volumes = append(both.Volumes, node.ImageVolume{Image: evil.Name, Path: "/other"})
+		s.denied(main.Name, verify.SignatureMissing, both)
+
+		// No statement is for it.
+		outside := s.push(s.reg, "elsewhere:1", node.ImageOptions{Files: map[string]string{"/data/x": "outside"}})
+		s.denied(main.Name, verify.PolicyNoMatch, at(outside.Name, "/volume", ""))
+
+		// Another pod has a snapshot of its own.
+		s.pod = s.runPod(node.PodOptions{})
+		s.allowed(main.Name, "main", at(data.Name, "/volume", ""))
+		s.denied(main.Name, verify.SignatureMissing, at(evil.Name, "/volume", ""))
 	})
 }
 

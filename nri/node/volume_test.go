@@ -1,0 +1,198 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containerd/nri/pkg/api"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+)
+
+// place is where the CRI plugin mounts target for a pod.
+func place(target digest.Digest) string {
+	return "/run/containerd/io.containerd.grpc.v1.cri/image-volumes/" + strings.Repeat("0123456789abcdef", 4) + "/" + target.Encoded()
+}
+
+// A mounted image is bound through the parent of the snapshot whose key is the
+// directory; neither the digest in the path nor a name proves anything.
+func TestVolumes(t *testing.T) {
+	const main = "registry.example/main:1"
+	type world struct {
+		*records
+		data, evil image
+		at         string // snapshot key, and source of the mount
+		snapshot   Snapshot
+		source     string // of the mount where it is another
+	}
+	tests := map[string]struct {
+		change func(*world)
+		want   verify.Reason // "": bound to data
+		name   string
+		names  int
+		others int
+	}{
+		"one name": {func(w *world) { w.images["registry.example/data:1"] = w.data.manifest }, "", "registry.example/data", 0, 0},
+		"a part of it": {func(w *world) {
+			w.images["registry.example/data:1"], w.source = w.data.manifest, w.at+"/sub/image-volumes/"+strings.Repeat("a", 64)+"/"+strings.Repeat("b", 64)
+		}, "", "registry.example/data", 0, 0},
+		"several names, and tags of them": {func(w *world) {
+			for _, n := range []string{"b.example/data:1", "a.example/data:1", "a.example/data:2", "c.example/data@" + w.data.manifest.Digest.String(), "sha256:" + w.data.config.Digest.Encoded()} {
+				w.images[n] = w.data.manifest
+			}
+		}, "", "a.example/data", 2, 0},
+		"more names than are tried": {func(w *world) {
+			for i := range 20 {
+				w.images[fmt.Sprintf("a.example/data%02d:1", i)] = w.data.manifest
+			}
+		}, "", "a.example/data00", verify.MaxOthers, 0},
+		"the same with an index around it": {func(w *world) {
+			w.images["a.example/data:1"] = w.index(on(w.data.manifest, here))
+			w.images["b.example/data:1"] = w.data.manifest
+		}, "", "b.example/data", 1, 1},
+		"only known by an ID": {func(w *world) {
+			w.images["sha256:"+w.data.config.Digest.Encoded()] = w.data.manifest
+		}, verify.ImageVolumeUnverified, "", 0, 0},
+		"no record": {func(*world) {}, verify.ImageVolumeUnverified, "", 0, 0},
+		"the path names the good image, evil is mounted": {func(w *world) {
+			w.images["registry.example/data:1"], w.snapshot = w.data.manifest, Snapshot{Parent: w.evil.chain}
+		}, "", "evil.example/evil", 0, 0},
+		"evil is mounted and nobody knows it": {func(w *world) {
+			w.images["registry.example/data:1"], w.snapshot = w.data.manifest, Snapshot{Parent: w.evil.chain}
+			delete(w.images, "evil.example/evil:1")
+		}, verify.ImageVolumeUnverified, "", 0, 0},
+		"no such snapshot": {func(w *world) {
+			w.images["registry.example/data:1"] = w.data.manifest
+			w.source = place(w.evil.manifest.Digest)
+		}, verify.ImageVolumeUnverified, "", 0, 0},
+		"a snapshot of nothing": {func(w *world) {
+			w.images["registry.example/data:1"], w.snapshot = w.data.manifest, Snapshot{}
+		}, verify.ImageVolumeUnverified, "", 0, 0},
+		"in the place and none": {func(w *world) {
+			w.images["registry.example/data:1"], w.source = w.data.manifest, "/run/image-volumes/"+strings.Repeat("a", 64)+"/x"
+		}, verify.ImageVolumeUnverified, "", 0, 0},
+		"with user namespace": {func(w *world) {
+			labels := map[string]string{"containerd.io/snapshot/uidmapping": "0:65536:65536", "containerd.io/snapshot/gidmapping": "0:65536:65536"}
+			w.images["registry.example/data:1"], w.snapshot = w.data.manifest, Snapshot{Parent: remapped(w.data.chain, labels), Labels: labels}
+		}, "", "registry.example/data", 0, 0},
+		"on stargz": {func(w *world) {
+			w.images["registry.example/data:1"] = w.data.manifest
+			w.snapshotters = append(w.snapshotters, "stargz")
+			w.records.snapshots["stargz"] = map[string]Snapshot{w.at: {Parent: w.data.chain}}
+			delete(w.records.snapshots["overlayfs"], w.at)
+			w.snapshot.Parent = "stargz"
+		}, verify.SnapshotterUnverified, "", 0, 0},
+		"broken manifest": {func(w *world) {
+			w.images["registry.example/data:1"] = w.data.manifest
+			w.blobs[w.data.manifest.Digest] = []byte("{}")
+		}, verify.ImageMismatch, "", 0, 0},
+	}
+	for label, tt := range tests {
+		for _, told := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s/told=%t", label, told), func(t *testing.T) {
+				w := &world{records: newRecords()}
+				i := w.image("main", "m")
+				w.data, w.evil = w.image("data", "a"), w.image("evil", "b")
+				w.images[main] = i.manifest
+				w.images["evil.example/evil:1"] = w.evil.manifest
+				w.records.snapshots["overlayfs"][ctrID] = Snapshot{Parent: i.chain}
+				w.at = place(w.data.manifest.Digest)
+				w.snapshot = Snapshot{Parent: w.data.chain}
+				w.source = w.at
+				tt.change(w)
+				if w.snapshot.Parent != "stargz" {
+					w.records.snapshots["overlayfs"][w.at] = w.snapshot
+				}
+				o := testOptions()
+				whole := o.ParseName
+				o.ParseName = func(s string) (verify.Name, error) {
+					n, err := whole(s)
+					n.Path, n.Tag, _ = strings.Cut(n.Path, ":")
+					return n, err
+				}
+				r := NewResolver(w.records, o)
+				r.Connected(!told)
+				for _, rec := range mustImages(t, w.records) { // as Survey does
+					_, _ = r.learn(context.Background(), rec.Target)
+				}
+				ctr := container(main, i.manifest.Digest, i.config.Digest)
+				if !told {
+					ctr.Image = nil
+				}
+				ctr.Mounts = []*api.Mount{{Source: "/etc", Destination: "/a"}, {Source: w.source, Destination: "/data"}, {Source: w.source, Destination: "/again"}}
+				images := r.Resolve(context.Background(), &api.PodSandbox{Id: "pod", Name: "p", Namespace: "ns", Uid: "u"}, ctr)
+				if len(images) < 2 || len(images) > 2 && tt.want == "" || images[0].Use != verify.UseContainer || images[0].Fault != nil {
+					t.Fatalf("images %+v", images)
+				}
+				v := images[1]
+				if v.Use != verify.UseVolume || v.Pod != images[0].Pod {
+					t.Fatalf("volume %+v", v)
+				}
+				if tt.want != "" {
+					if v.Fault == nil || v.Fault.Reason != tt.want {
+						t.Fatalf("fault %v, want %s", v.Fault, tt.want)
+					}
+					return
+				}
+				if v.Fault != nil {
+					t.Fatal(v.Fault)
+				}
+				is := w.data
+				if tt.name == "evil.example/evil" {
+					is = w.evil
+				}
+				if v.Binding != verify.BoundSnapshot || v.Config != is.config.Digest || v.Target.Digest != is.manifest.Digest || v.Manifest.Digest != is.manifest.Digest {
+					t.Errorf("bound to %+v", v)
+				}
+				if v.Name.Repository() != tt.name || len(v.Names) != tt.names || len(v.Others) != tt.others {
+					t.Errorf("name %s, names %v, others %v", v.Name.Repository(), v.Names, v.Others)
+				}
+				// What a volume holds is no config that the container may run.
+				if r.Decided(ctrID, images); !told {
+					w.configs[ctrID] = is.config.Digest
+					if f := r.Started(context.Background(), ctrID); f == nil || f.Reason != verify.ImageMismatch {
+						t.Errorf("a container with the volume's config: %v", f)
+					}
+				}
+			})
+		}
+	}
+}
+
+func mustImages(t *testing.T, r *records) []Record {
+	t.Helper()
+	list, err := r.Images(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.SortFunc(list, func(a, b Record) int { return strings.Compare(a.Name, b.Name) })
+	return list
+}
+
+// TestManyVolumes: their number is bounded.
+func TestManyVolumes(t *testing.T) {
+	w := newRecords()
+	i := w.image("main", "m")
+	w.images["registry.example/main:1"] = i.manifest
+	ctr := container("registry.example/main:1", i.manifest.Digest, i.config.Digest)
+	w.snapshots["overlayfs"][ctrID] = Snapshot{Parent: i.chain}
+	for n := range 1000 {
+		v := w.image("data", fmt.Sprint(n))
+		w.images[fmt.Sprintf("registry.example/data%d:1", n)] = v.manifest
+		w.snapshots["overlayfs"][place(v.manifest.Digest)] = Snapshot{Parent: v.chain}
+		ctr.Mounts = append(ctr.Mounts, &api.Mount{Source: place(v.manifest.Digest), Destination: "/data"})
+	}
+	images := NewResolver(w, testOptions()).Resolve(context.Background(), &api.PodSandbox{Id: "pod"}, ctr)
+	if len(images) != 2+maxVolumes {
+		t.Fatalf("%d images", len(images))
+	}
+	for n, img := range images {
+		if refused := img.Fault != nil; refused != (n == 1+maxVolumes) {
+			t.Errorf("image %d: %v", n, img.Fault)
+		}
+	}
+}
