@@ -28,6 +28,15 @@ type GateOptions struct {
 
 	Args []string // after those that the options above make
 	Env  []string // more than the environment of this process
+
+	// Shell is what sh runs in the process before it becomes the gate: "ulimit -n 64",
+	// or "exec 2>/full/log" for a log that Lines does not have.
+	Shell string
+
+	// Memory limits what the gate may occupy, in bytes, by a cgroup that it shares
+	// with other gates of the node that have a limit. The kernel kills what needs
+	// more. Zero is no limit.
+	Memory int64
 }
 
 // A Gate is Tidewaiter as a process of its own, connected to a node.
@@ -78,7 +87,19 @@ func (n *Node) StartGate(ctx context.Context, o GateOptions) (*Gate, error) {
 		"--nri-socket", n.NRISocket,
 		"--node", o.NodeName,
 	}, o.Args...)
-	cmd := exec.Command(o.Binary, args...)
+	shell := o.Shell
+	if o.Memory > 0 {
+		procs, err := memoryCgroup(n.Dir, o.Memory)
+		if err != nil {
+			return nil, err
+		}
+		shell = fmt.Sprintf("echo $$ >%q\n%s", procs, shell)
+	}
+	name := o.Binary
+	if shell != "" {
+		name, args = "/bin/sh", append([]string{"-e", "-c", shell + "\nexec \"$@\"", "sh", o.Binary}, args...)
+	}
+	cmd := exec.Command(name, args...)
 	cmd.Env = append(os.Environ(), o.Env...)
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

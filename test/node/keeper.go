@@ -170,6 +170,40 @@ func cgroups(dir string) []string {
 	return found
 }
 
+// memoryCgroup makes a cgroup that limits memory below the node's, with which it is
+// removed, and returns the file that takes processes into it.
+func memoryCgroup(dir string, limit int64) (procs string, err error) {
+	for _, m := range mounts() {
+		file := "memory.limit_in_bytes"
+		if m.kind == "cgroup2" {
+			file = "memory.max"
+			b, _ := os.ReadFile(filepath.Join(m.point, "cgroup.controllers"))
+			if !slices.Contains(strings.Fields(string(b)), "memory") {
+				continue // a hierarchy of version 1 has it
+			}
+		} else if m.kind != "cgroup" || !slices.Contains(strings.Split(m.options, ","), "memory") {
+			continue
+		}
+		parent := filepath.Join(m.point, cgroupParent(dir))
+		gate := filepath.Join(parent, "gate")
+		if err := os.MkdirAll(gate, 0o755); err != nil {
+			return "", err
+		}
+		if m.kind == "cgroup2" {
+			for _, d := range []string{m.point, parent} {
+				if err := os.WriteFile(filepath.Join(d, "cgroup.subtree_control"), []byte("+memory"), 0); err != nil {
+					return "", err
+				}
+			}
+		}
+		if err := os.WriteFile(filepath.Join(gate, file), []byte(strconv.FormatInt(limit, 10)), 0); err != nil {
+			return "", err
+		}
+		return filepath.Join(gate, "cgroup.procs"), nil
+	}
+	return "", errors.New("no cgroups that limit memory")
+}
+
 // containerPIDs finds the processes in the node's cgroups.
 func containerPIDs(dir string) []int {
 	var pids []int
@@ -235,7 +269,7 @@ func shimSockets(dir string) []string {
 	return found
 }
 
-type mount struct{ point, kind string }
+type mount struct{ point, kind, options string } // options of the file system
 
 // mounts returns what this process sees mounted, in the order of mounting.
 func mounts() []mount {
@@ -252,7 +286,7 @@ func mounts() []mount {
 		if len(fields) < 5 || dash < 0 || dash+1 >= len(fields) {
 			continue
 		}
-		all = append(all, mount{unescape.Replace(fields[4]), fields[dash+1]})
+		all = append(all, mount{unescape.Replace(fields[4]), fields[dash+1], fields[len(fields)-1]})
 	}
 	return all
 }
