@@ -85,7 +85,8 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	session := &nri.Session{Gate: gate, Socket: o.nri, Log: log, Audit: d.audits}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { d.write(ctx); return nil })
-	g.Go(func() error { return d.resolver.Survey(ctx) })
+	survey := &node.Survey{Resolver: d.resolver, Node: records, Verifier: &d.enforcer, Log: log}
+	g.Go(func() error { return survey.Run(ctx) })
 	loaded := make(chan struct{}) // closed when the directory was read once
 	var once sync.Once
 	g.Go(func() error {

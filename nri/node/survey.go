@@ -5,7 +5,6 @@ import (
 	"errors"
 	"slices"
 	"sync"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -59,54 +58,6 @@ func (k *kinship) of(config digest.Digest, without ...digest.Digest) []ocispec.D
 		}
 	}
 	return list
-}
-
-const (
-	surveyEvery = time.Second           // shortest time between two surveys
-	surveyPause = 10 * time.Millisecond // between two images: no hurry
-	surveyImage = 5 * time.Second       // longest that one image may take
-)
-
-// Survey looks at the images of the node in the background, so that Resolve knows
-// which of them are the same: once a connection, and again after an image was
-// seen for the first time. Otherwise it does nothing. It returns when ctx ends,
-// with nil.
-func (r *Resolver) Survey(ctx context.Context) error {
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-r.wake:
-		}
-		// What containerd cannot say now, it is asked at the next occasion.
-		targets, _ := r.records.Targets(ctx)
-		for _, t := range targets[:min(len(targets), maxLeads)] {
-			if _, known := r.leads.Peek(plain(t)); known {
-				continue
-			}
-			one, cancel := context.WithTimeout(ctx, surveyImage)
-			_, _ = r.learn(one, t)
-			cancel()
-			if !pause(ctx, surveyPause) {
-				return nil
-			}
-		}
-		if !pause(ctx, surveyEvery) {
-			return nil
-		}
-	}
-}
-
-// pause reports whether d went by before ctx ended.
-func pause(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
-	}
 }
 
 // look asks for a survey, now or when the one under way has ended.

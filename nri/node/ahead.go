@@ -1,0 +1,375 @@
+package node
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+)
+
+// A Survey looks at the images of the node in the background: so that Resolve
+// knows which of them are the same, and so that each is verified before a
+// container is made from it. It looks at the list when containerd connects, when
+// an image comes and under a new configuration, and then at one image after the
+// other: those that came last first, then those of containers that run. Between
+// that it sleeps until an answer ends or may be different. It holds no lock while
+// it asks, and it decides nothing: the hook asks for itself.
+type Survey struct {
+	Resolver *Resolver       // required
+	Node     Inventory       // nil: no image is awaited, and none goes before others
+	Verifier verify.Verifier // nil: nothing is verified
+	Log      *slog.Logger    // required
+
+	// Dir is where the image in hand is noted, so that one that brings the process
+	// down does so once and not at every start. It belongs on a file system that a
+	// reboot empties. Empty: nothing is noted.
+	Dir string
+
+	// Looked is called when all images were looked at (not verified) after a
+	// connection or under a new configuration. It must not block; nil is allowed.
+	Looked func()
+
+	items map[string]*item // by record name
+	turn  int              // numbers the looks
+	conns uint64           // Resolver.connections when Looked was last called
+	epoch verify.Epoch     // of the configuration that items are asked under
+	mark  *inflight
+}
+
+// An Inventory is what a Survey asks of containerd besides Records.
+type Inventory interface {
+	// Watch calls changed when image records may have come or moved, and at once. It
+	// returns when that is not known any more, with an error.
+	Watch(ctx context.Context, changed func()) error
+	// Running hands over the containers that run, pods' sandboxes included, one at a
+	// time, until yield returns false.
+	Running(ctx context.Context, yield func(Container) bool) error
+}
+
+// An item is an image record that a pod can name.
+type item struct {
+	name   verify.Name
+	record Record
+	turn   int       // of the look that saw it last
+	rank   int       // which goes first
+	asked  bool      // there is nothing to be done before due
+	due    time.Time // when to ask again; zero: only under another configuration
+	tries  int       // answers in a row that settled nothing
+}
+
+// In which order images are verified.
+const (
+	rankNew  = iota // it has just come: a container is likely to follow
+	rankUsed        // a container runs from it
+	rankRest
+)
+
+const (
+	surveyEvery = time.Second           // shortest time between two looks at the list
+	surveyAgain = 15 * time.Second      // before the next look where containerd did not answer
+	surveyList  = 30 * time.Second      // longest that the list may take
+	surveyPause = 10 * time.Millisecond // between two images: no hurry
+	surveyImage = 5 * time.Second       // longest that reading one image may take
+	aheadImage  = 2 * time.Minute       // longest that verifying one image may take
+
+	// An answer that settled nothing is asked for again after a pause that grows from
+	// retryFirst to retryLast, give or take a quarter.
+	retryFirst = time.Minute
+	retryLast  = time.Hour
+
+	watchFirst = 500 * time.Millisecond // before the first try to be told of images again
+	watchLast  = 30 * time.Second
+)
+
+// Run returns when ctx ends, with nil. It is called once.
+func (s *Survey) Run(ctx context.Context) error {
+	s.items = map[string]*item{}
+	s.mark = openInflight(s.Dir, s.Log)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	if s.Node != nil {
+		wg.Go(func() { s.watch(ctx) })
+	}
+	var rest <-chan time.Time // until the list may be looked at again
+	for {
+		wake := s.Resolver.wake
+		if rest != nil {
+			wake = nil
+		}
+		next, due := s.next()
+		timer := time.NewTimer(due)
+		if next == nil {
+			timer.Stop()
+		}
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-rest:
+			rest = nil
+		case <-wake:
+			if s.look(ctx) {
+				rest = time.After(surveyEvery)
+			} else {
+				s.Resolver.look()
+				rest = time.After(surveyAgain)
+			}
+		case <-timer.C:
+			s.ask(ctx, next)
+			if !pause(ctx, surveyPause) {
+				return nil
+			}
+		}
+		timer.Stop()
+	}
+}
+
+// watch has images that come looked at.
+func (s *Survey) watch(ctx context.Context) {
+	for wait := watchFirst; ; wait = min(2*wait, watchLast) {
+		began := s.now()
+		err := s.Node.Watch(ctx, s.Resolver.look)
+		if ctx.Err() != nil {
+			return
+		}
+		if s.now().Sub(began) > watchLast {
+			wait = watchFirst
+		}
+		s.Log.Debug("images that come are not told of", "error", err.Error(), "retry", wait.String())
+		if !pause(ctx, wait/2+rand.N(wait/2)) {
+			return
+		}
+	}
+}
+
+func (s *Survey) now() time.Time { return s.Resolver.options.Load().Now() }
+
+// look brings items up to date with the node's image records. It reports whether
+// containerd said what they are.
+func (s *Survey) look(ctx context.Context) bool {
+	r := s.Resolver
+	conns, o := r.connections.Load(), r.options.Load()
+	list, cancel := context.WithTimeout(ctx, surveyList)
+	defer cancel()
+	records, err := r.records.Images(list)
+	if err != nil {
+		return false
+	}
+	if len(records) > maxLeads {
+		s.Log.Warn("the node has more images than are looked at ahead of time", "images", len(records), "looked at", maxLeads)
+		records = records[:maxLeads]
+	}
+	for _, record := range records {
+		if _, known := r.leads.Peek(plain(record.Target)); known || s.mark.skips(record.Target.Digest) {
+			continue
+		}
+		s.learn(ctx, record.Target)
+		if !pause(ctx, surveyPause) {
+			return true
+		}
+	}
+	afresh := conns != s.conns || o.Epoch != s.epoch
+	var used map[string]bool
+	if afresh {
+		used = s.used(ctx, o)
+	}
+	s.turn++
+	for _, record := range records {
+		s.update(o, record, used)
+	}
+	for name, i := range s.items {
+		if i.turn != s.turn {
+			delete(s.items, name)
+		} else if o.Epoch != s.epoch {
+			i.asked, i.tries = false, 0
+		}
+	}
+	s.conns, s.epoch = conns, o.Epoch
+	if afresh && conns > 0 && s.Looked != nil {
+		s.Looked()
+	}
+	return true
+}
+
+func (s *Survey) learn(ctx context.Context, target ocispec.Descriptor) {
+	ctx, cancel := context.WithTimeout(ctx, surveyImage)
+	defer cancel()
+	s.mark.begin(target.Digest)
+	_, _ = s.Resolver.learn(ctx, target)
+	s.mark.end()
+}
+
+// used returns the records that containers which run were made from.
+func (s *Survey) used(ctx context.Context, o *Options) map[string]bool {
+	names := map[string]bool{}
+	if s.Node == nil {
+		return names
+	}
+	ctx, cancel := context.WithTimeout(ctx, surveyList)
+	defer cancel()
+	// What cannot be listed has its turn later.
+	_ = s.Node.Running(ctx, func(c Container) bool {
+		if name, err := o.ParseRecord(c.Image); err == nil {
+			names[name] = true
+		}
+		return len(names) < maxLeads
+	})
+	return names
+}
+
+// update notes what record points to. One that no pod can name, such as that of
+// an image ID, is none to verify: CRI looks for the name that ParseRecord returns.
+func (s *Survey) update(o *Options, record Record, used map[string]bool) {
+	i := s.items[record.Name]
+	if i != nil && plain(i.record.Target) == plain(record.Target) {
+		i.turn = s.turn
+	} else {
+		name, err := o.ParseName(record.Name)
+		if err != nil {
+			return
+		}
+		if asked, err := o.ParseRecord(record.Name); err != nil || asked != record.Name {
+			return
+		}
+		i = &item{name: name, record: record, turn: s.turn, rank: rankNew}
+		if s.turn == 1 {
+			i.rank = rankRest
+		}
+		s.items[record.Name] = i
+	}
+	if used[record.Name] && i.rank == rankRest {
+		i.rank = rankUsed
+	}
+}
+
+// next returns the item to ask about next and how long that is to wait; nil where
+// there is none.
+func (s *Survey) next() (*item, time.Duration) {
+	o := s.Resolver.options.Load()
+	if s.Verifier == nil || o.Epoch == (verify.Epoch{}) {
+		return nil, 0
+	}
+	now := o.Now()
+	var best *item
+	var wait time.Duration
+	for _, i := range s.items {
+		w := time.Duration(0)
+		if i.asked {
+			if i.due.IsZero() {
+				continue
+			}
+			w = max(i.due.Sub(now), 0)
+		}
+		if best == nil || cmp.Or(cmp.Compare(w, wait), cmp.Compare(i.rank, best.rank), cmp.Compare(i.record.Name, best.record.Name)) < 0 {
+			best, wait = i, w
+		}
+	}
+	return best, wait
+}
+
+// ask has one image verified. Nothing is done with the answer here: who asks next
+// finds it in the Verifier's memory.
+func (s *Survey) ask(ctx context.Context, i *item) {
+	if s.mark.skips(i.record.Target.Digest) {
+		i.asked, i.due = true, time.Time{}
+		return
+	}
+	s.mark.begin(i.record.Target.Digest)
+	d, epoch := s.verify(ctx, i)
+	s.mark.end()
+	now := s.now()
+	reason := d.Reason
+	if reason == verify.AuditOnly {
+		reason = d.Would
+	}
+	i.asked, i.due = true, time.Time{}
+	switch {
+	case d.Epoch != epoch:
+		// A configuration is being put in force.
+		i.due = now.Add(surveyEvery)
+	case again(reason):
+		wait := min(retryFirst<<min(i.tries, 10), retryLast)
+		i.due = now.Add(wait*3/4 + rand.N(wait/2))
+		i.tries++
+	case d.Allowed() && !d.Until.IsZero():
+		i.tries = 0
+		i.due = now.Add(max(d.Until.Sub(now.Round(0)), retryFirst))
+	}
+	i.rank = rankRest
+}
+
+// verify asks about one image, and says under which configuration.
+func (s *Survey) verify(ctx context.Context, i *item) (verify.Decision, verify.Epoch) {
+	ctx, cancel := context.WithTimeout(ctx, aheadImage)
+	defer cancel()
+	img := s.Resolver.ahead(ctx, i.name, i.record)
+	return s.Verifier.Verify(ctx, img), img.Epoch
+}
+
+// again reports whether an answer with that reason may be different later although
+// neither the image nor the configuration is.
+func again(r verify.Reason) bool {
+	switch r {
+	case verify.PolicyInvalid, verify.BudgetExceeded:
+		return false // what they need is another configuration
+	}
+	return r.Transient()
+}
+
+// ahead binds an image of which there is a record, and no container yet.
+func (r *Resolver) ahead(ctx context.Context, name verify.Name, record Record) verify.Image {
+	o := r.options.Load()
+	img := verify.Image{Name: name, Asked: record.Name, Use: verify.UseAhead, Binding: verify.BoundRecord, Epoch: o.Epoch}
+	if err := r.lead(ctx, record.Target, &img); err != nil {
+		img.Fault = faultOf(err)
+		return img
+	}
+	// On a snapshotter that is trusted only because the configuration says so none
+	// but the target counts. Which one a container will have is not known yet.
+	if len(o.Snapshotters) == 0 {
+		img.Others = r.kin.of(img.Config, img.Target.Digest, img.Manifest.Digest)
+	}
+	return img
+}
+
+// lead sets what target leads to. A digest in the image's name must be there.
+func (r *Resolver) lead(ctx context.Context, target ocispec.Descriptor, img *verify.Image) error {
+	c, err := r.follow(ctx, target)
+	if err != nil {
+		return err
+	}
+	img.Target, img.Manifest, img.Config = target, c.manifest, c.config
+	if d := img.Name.Digest; d != "" && d != target.Digest && d != c.manifest.Digest {
+		return &verify.Fault{Reason: verify.ImageMismatch, Detail: "the record points to " + target.Digest.String() + ", another image than the digest in its name"}
+	}
+	return nil
+}
+
+// faultOf is err as a Fault: what containerd could not say leaves an image
+// unresolved.
+func faultOf(err error) *verify.Fault {
+	var f *verify.Fault
+	if !errors.As(err, &f) {
+		f = &verify.Fault{Reason: verify.ImageUnresolved, Detail: verify.Clean(err.Error(), verify.MaxMessage)}
+	}
+	return f
+}
+
+// pause reports whether d went by before ctx ended.
+func pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}

@@ -1,0 +1,256 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"slices"
+	"time"
+
+	containersapi "github.com/containerd/containerd/api/services/containers/v1"
+	eventsapi "github.com/containerd/containerd/api/services/events/v1"
+	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
+	"github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/nri/pkg/api"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+)
+
+var _ Inventory = (*Containerd)(nil)
+
+// confirmed is when a subscription certainly counts: containerd does not say.
+const confirmed = 2 * time.Second
+
+// Watch implements [Inventory]. containerd sends only what matches, and what it
+// sends says no more than that the list is to be looked at: however many events
+// there are, nothing grows here.
+func (c *Containerd) Watch(ctx context.Context, changed func()) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	const in = "namespace==" + Namespace + ",topic=="
+	s, err := eventsapi.NewEventsClient(c.conn).Subscribe(ctx, &eventsapi.SubscribeRequest{
+		Filters: []string{in + `"/images/create"`, in + `"/images/update"`},
+	})
+	if err != nil {
+		return wrap("events of images", err)
+	}
+	changed()
+	defer time.AfterFunc(confirmed, changed).Stop()
+	for {
+		if _, err := s.Recv(); err != nil {
+			return wrap("events of images", err)
+		}
+		changed()
+	}
+}
+
+// A Kind says what containerd's CRI plugin made a container for.
+type Kind string
+
+// Kinds of containers.
+const (
+	KindContainer Kind = "container"
+	KindSandbox   Kind = "sandbox" // a pod's pause container
+	KindForeign   Kind = ""        // not made through CRI
+)
+
+// A Container is one that runs, as containerd's own record has it.
+type Container struct {
+	ID          string
+	Kind        Kind
+	Image       string // what the pod wrote; of a sandbox, what the runtime's configuration says
+	Pod         verify.Pod
+	Config      digest.Digest // of the image that it was created from; only of KindContainer
+	Runtime     string        // runtime type
+	Snapshotter string
+	Mounts      []string // where its mounts come from, those of image volumes alone
+
+	Err error // the record could not be read; ID is all that is known
+}
+
+// Labels and annotations of containerd's CRI plugin
+// (internal/cri/labels/labels.go, internal/cri/annotations/annotations.go).
+const (
+	labelKind           = "io.cri-containerd.kind"
+	annotationPause     = "io.kubernetes.cri.podsandbox.image-name"
+	annotationNamespace = "io.kubernetes.cri.sandbox-namespace"
+	annotationPod       = "io.kubernetes.cri.sandbox-name"
+	annotationUID       = "io.kubernetes.cri.sandbox-uid"
+	annotationContainer = "io.kubernetes.cri.container-name"
+)
+
+// Running implements [Inventory]. The list holds no more than IDs; the records,
+// each of which has the environment of its container twice, are read one by one.
+func (c *Containerd) Running(ctx context.Context, yield func(Container) bool) error {
+	list, err := tasksapi.NewTasksClient(c.conn).List(inNamespace(ctx), &tasksapi.ListTasksRequest{})
+	if err != nil {
+		return wrap("tasks", err)
+	}
+	for _, t := range list.GetTasks() {
+		switch t.GetStatus() {
+		case task.Status_RUNNING, task.Status_PAUSED, task.Status_PAUSING:
+		default:
+			continue
+		}
+		r, err := c.containers.Get(inNamespace(ctx), &containersapi.GetContainerRequest{ID: t.GetID()})
+		found := Container{ID: t.GetID()}
+		if err == nil {
+			found, err = running(r.GetContainer())
+		} else {
+			err = wrap("container "+verify.Quote(t.GetID(), 96), err)
+		}
+		if errors.Is(err, ErrNotFound) {
+			continue // it ended meanwhile
+		}
+		if found.Err = err; ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if !yield(found) {
+			return nil
+		}
+	}
+	return nil
+}
+
+// running reads a record.
+func running(c *containersapi.Container) (Container, error) {
+	r := Container{
+		ID: c.GetID(), Kind: KindForeign, Image: c.GetImage(),
+		Runtime: c.GetRuntime().GetName(), Snapshotter: c.GetSnapshotter(),
+	}
+	var spec struct {
+		Annotations map[string]string
+		Mounts      []struct{ Source string }
+	}
+	if err := json.Unmarshal(c.GetSpec().GetValue(), &spec); err != nil {
+		return r, errors.New("the spec of the container cannot be read")
+	}
+	a := spec.Annotations
+	r.Pod = verify.Pod{Namespace: a[annotationNamespace], Name: a[annotationPod], UID: a[annotationUID], Container: a[annotationContainer]}
+	for _, m := range spec.Mounts {
+		if like.MatchString(m.Source) {
+			r.Mounts = append(r.Mounts, m.Source)
+		}
+	}
+	switch Kind(c.GetLabels()[labelKind]) {
+	case KindSandbox:
+		r.Kind, r.Image = KindSandbox, a[annotationPause]
+		if r.Image == "" {
+			r.Image = c.GetImage()
+		}
+	case KindContainer:
+		r.Kind, r.Image = KindContainer, a[annotationImage]
+		var err error
+		if r.Config, err = imageRef(c.GetExtensions()[criMetadata].GetValue()); err != nil {
+			return r, err
+		}
+	}
+	return r, nil
+}
+
+// ErrGone says that the node has no image record any more of what a container runs.
+var ErrGone = errors.New("no image record on this node leads to what the container runs")
+
+// Running binds what runs to images, with the container's own snapshot as Resolve
+// does. The name may have moved on to another image since the container was made:
+// then the record that leads to what runs is looked for, and judged under the name
+// that was asked for. The first image is the container's own, further ones are its
+// volumes; all are UseAhead. The error is ErrGone where the records that lead to
+// it are not there any more, and then nothing can be said.
+func (r *Resolver) Running(ctx context.Context, c Container) ([]verify.Image, error) {
+	o := r.options.Load()
+	img := verify.Image{Asked: c.Image, Use: verify.UseAhead, Pod: c.Pod, Epoch: o.Epoch}
+	err := r.running(ctx, o, c, &img)
+	if errors.Is(err, ErrGone) {
+		return []verify.Image{img}, err
+	}
+	if err != nil {
+		img.Fault = faultOf(err)
+	}
+	images := []verify.Image{img}
+	if len(c.Mounts) > 0 {
+		ctr := &api.Container{}
+		for _, m := range c.Mounts {
+			ctr.Mounts = append(ctr.Mounts, &api.Mount{Source: m, Destination: m})
+		}
+		images = append(images, r.volumes(ctx, c.Pod, ctr)...)
+	}
+	return images, nil
+}
+
+func (r *Resolver) running(ctx context.Context, o *Options, c Container, img *verify.Image) error {
+	if c.Err != nil {
+		return c.Err
+	}
+	var err error
+	if img.Name, err = o.ParseName(c.Image); err != nil {
+		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error()}
+	}
+	if !slices.Contains(Runtimes, c.Runtime) && !slices.Contains(o.Runtimes, c.Runtime) {
+		return &verify.Fault{Reason: verify.RuntimeUnverified, Detail: "the pod's runtime type " + verify.Quote(c.Runtime, 96) + " is not known to start what containerd prepared"}
+	}
+	if o.strange(c.Snapshotter) {
+		return &verify.Fault{Reason: verify.SnapshotterUnverified, Detail: "the snapshotter " + verify.Quote(c.Snapshotter, 64) + " is not known to check what it mounts"}
+	}
+	// What was allowed, where the runtime said only afterwards what it created, and
+	// let it start when the comparison did not answer.
+	if allowed, ok := r.decided.Peek(c.ID); ok && c.Kind == KindContainer && len(allowed) > 0 && !slices.Contains(allowed, c.Config) {
+		return &verify.Fault{Reason: verify.ImageMismatch, Detail: "the container was created from image ID " + c.Config.String() + " and allowed as " + allowed[0].String() + ": the name moved while it was created"}
+	}
+	snapshot, err := r.records.Snapshot(ctx, c.Snapshotter, c.ID)
+	if err != nil {
+		return err
+	}
+	chain, err := r.led(ctx, o, c, snapshot, img)
+	if err != nil {
+		return err
+	}
+	if p := snapshot.Parent; p == "" || p != chain && p != remapped(chain, snapshot.Labels) {
+		return &verify.Fault{Reason: verify.ImageMismatch, Detail: "the container's root filesystem is " + verify.Clean(p, 96) + ", not that of the image that it was created from (" + chain + ")"}
+	}
+	img.Binding = verify.BoundSnapshot
+	if slices.Contains(Snapshotters, c.Snapshotter) {
+		img.Others = r.kin.of(img.Config, img.Target.Digest, img.Manifest.Digest)
+	}
+	return nil
+}
+
+// led finds the record that leads to what c runs, and returns its chain ID.
+func (r *Resolver) led(ctx context.Context, o *Options, c Container, s Snapshot, img *verify.Image) (chain string, err error) {
+	name, err := o.ParseRecord(c.Image)
+	if err != nil {
+		return "", &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error()}
+	}
+	target, err := r.records.Image(ctx, name)
+	if err != nil && !errors.Is(err, ErrNotFound) {
+		return "", err
+	}
+	var moved *verify.Fault // what the name leads to now cannot be read
+	if err == nil {
+		l, err := r.follow(ctx, target)
+		// A sandbox's record does not say the config.
+		if err == nil && (l.config == c.Config || c.Config == "" && l.runs(s)) {
+			return l.chain, r.lead(ctx, target, img)
+		}
+		if err != nil && !errors.As(err, &moved) {
+			return "", err
+		}
+	}
+	if c.Config == "" {
+		return "", ErrGone
+	}
+	for _, other := range r.kin.of(c.Config) {
+		l, err := r.follow(ctx, other)
+		if err == nil && l.config == c.Config && r.lead(ctx, other, img) == nil {
+			return l.chain, nil
+		}
+	}
+	*img = verify.Image{Name: img.Name, Asked: img.Asked, Use: img.Use, Pod: img.Pod, Epoch: img.Epoch}
+	return "", ErrGone
+}
+
+// runs reports whether s was prepared from what l leads to.
+func (l lead) runs(s Snapshot) bool {
+	return s.Parent != "" && (s.Parent == l.chain || s.Parent == remapped(l.chain, s.Labels))
+}
