@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/nri/pkg/api"
@@ -62,6 +63,7 @@ type Gate struct {
 	Node     string // name of this node in messages
 
 	purse purse
+	stuck atomic.Int64
 }
 
 const (
@@ -70,7 +72,14 @@ const (
 	margin = 300 * time.Millisecond
 	// budget bounds an answer where the runtime gives no deadline or a long one.
 	budget = 1500 * time.Millisecond
+	// maxStuck bounds the questions that are still being looked into although they
+	// were answered: containerd may hang for ever, and is asked again all the time.
+	maxStuck = 64
 )
+
+// Stuck counts the questions that nobody waits for any more and that do not end.
+// From 64 on every new one that would have to wait is answered OVERLOADED.
+func (g *Gate) Stuck() int { return int(g.stuck.Load()) }
 
 // ValidateContainerAdjustment is the hook. Nil lets the container be created.
 func (g *Gate) ValidateContainerAdjustment(ctx context.Context, req *api.ValidateContainerAdjustmentRequest) error {
@@ -176,9 +185,16 @@ func (g *Gate) answer(ctx context.Context, ask question, find func(context.Conte
 	ctx, cancel := context.WithTimeout(ctx, g.budget(ctx, start))
 	defer cancel()
 
+	if n := g.stuck.Load(); n >= maxStuck {
+		return g.verify(ctx, ask, start, fault(ask, verify.Overloaded, fmt.Sprintf("%d earlier questions have no end: containerd does not answer the gate", n)))
+	}
 	done := make(chan error, 1)
+	var left atomic.Bool // by whoever is first: the one who waits, or the work that is done
 	go func() {
 		done <- g.decide(ctx, ask, start, find, allowed)
+		if left.Swap(true) {
+			g.stuck.Add(-1)
+		}
 	}()
 	select {
 	case err := <-done:
@@ -190,6 +206,9 @@ func (g *Gate) answer(ctx context.Context, ask question, find func(context.Conte
 	case err := <-done:
 		return err
 	default:
+		if !left.Swap(true) {
+			g.stuck.Add(1)
+		}
 		return g.verify(ctx, ask, start, fault(ask, ask.late, "no answer was found within the gate's own time; the next try may find it"))
 	}
 }

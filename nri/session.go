@@ -15,6 +15,8 @@ import (
 	"github.com/containerd/nri/pkg/api"
 	"github.com/containerd/nri/pkg/stub"
 	"github.com/containerd/ttrpc"
+
+	"github.com/tidewaiter/tidewaiter/verify"
 )
 
 // What the gate registers as. required_plugins names it; index 99 puts no other
@@ -27,11 +29,23 @@ const (
 
 const (
 	dialTimeout     = 2 * time.Second
-	registerTimeout = 10 * time.Second // registration, configuration and all of Synchronize
-	minBackoff      = 250 * time.Millisecond
-	maxBackoff      = 3 * time.Second
+	registerTimeout = 10 * time.Second       // registration, configuration and all of Synchronize
 	confirm         = 200 * time.Millisecond // the runtime drops a plugin that it could not synchronise just after the answer
 	settled         = 30 * time.Second       // a connection that lived this long starts the backoff anew
+
+	// Waits are drawn evenly between nothing and a bound that doubles, so that the
+	// plugins of a node do not come back all at once.
+	minBackoff = 500 * time.Millisecond
+	maxBackoff = 3 * time.Second
+	// maxUnfit is the bound where the runtime configured the gate and dropped it then:
+	// it is not fit, or cannot synchronise, and each try stops the node's containers
+	// for as long as it lists them.
+	maxUnfit = 15 * time.Second
+
+	// A connection is closed once nothing was asked for quiet, or else after farewell,
+	// which an answer (budget) fits into.
+	quiet    = 50 * time.Millisecond
+	farewell = 2 * time.Second
 )
 
 // A Session keeps a Gate registered with the runtime for as long as Run runs: it
@@ -47,9 +61,25 @@ type Session struct {
 	// container. Call Renew when the answer changes.
 	Audit func() bool
 
-	registered atomic.Bool
-	mu         sync.Mutex
-	renew      context.CancelFunc // ends the connection; nil where there is none
+	// Random returns numbers in [0, 1), for the time between two tries. Nil is that
+	// of math/rand/v2.
+	Random func() float64
+
+	// Live counts the gates that run on this node, this one included, as
+	// [Instance.Live] does. Nil, or where it fails: this one alone. It is asked at
+	// most once a second, and only while the runtime lists more than one of our name.
+	Live func() (int, error)
+
+	current  atomic.Pointer[trunk] // of the registered connection; nil: none is
+	roster   roster
+	underWay atomic.Int64
+	late     atomic.Uint64
+	latest   atomic.Int64 // nanoseconds
+	lateSaid pace
+
+	mu    sync.Mutex
+	renew context.CancelFunc // ends the connection or the wait for the next; nil where there is none
+	known State              // the part of it that does not change by itself
 }
 
 // Renew ends the connection, so that Run registers anew at once.
@@ -61,88 +91,123 @@ func (s *Session) Renew() {
 	}
 }
 
-// Registered reports whether the runtime asks this gate now.
-func (s *Session) Registered() bool { return s.registered.Load() }
+// Registered reports whether the runtime asks this gate now. It is false from the
+// moment that the connection ends.
+func (s *Session) Registered() bool {
+	c := s.current.Load()
+	return c != nil && !c.hasEnded()
+}
 
-// Run returns when ctx ends, with nil.
+// Run returns when ctx ends, with nil. What is under way then is answered first,
+// for at most two seconds: what the answer rests on must last until Run returns.
 func (s *Session) Run(ctx context.Context) error {
-	wait := minBackoff
-	last := ""
-	for {
-		start := s.Gate.Now()
+	b := backoff{random: s.Random, bound: minBackoff}
+	if b.random == nil {
+		b.random = rand.Float64
+	}
+	for ctx.Err() == nil {
 		one, cancel := context.WithCancel(ctx)
 		s.mu.Lock()
 		s.renew = cancel
 		s.mu.Unlock()
-		err := s.once(one)
-		s.registered.Store(false)
-		renewed := one.Err() != nil
-		cancel()
-		if ctx.Err() != nil {
-			return nil
-		}
-		if renewed {
+		s.try(one, &b)
+		if one.Err() != nil && ctx.Err() == nil {
 			s.Log.Info("registering anew: the mode changed")
-			wait = minBackoff
-			continue
+			b.bound = minBackoff
 		}
-		if s.Gate.Now().Sub(start) > settled {
-			wait = minBackoff
-		}
-		// A runtime that is away for an hour is one line, not a thousand.
-		level := slog.LevelDebug
-		if err.Error() != last {
-			last, level = err.Error(), slog.LevelWarn
-		}
-		s.Log.Log(ctx, level, "not registered with the runtime", "error", err.Error(), "retry", wait.String())
-		var refused *net.OpError
-		if errors.As(err, &refused) {
-			wait = minBackoff // nobody listens: trying costs the runtime nothing
-		}
-		timer := time.NewTimer(wait/2 + rand.N(wait/2+1))
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return nil
-		case <-timer.C:
-		}
-		wait = min(2*wait, maxBackoff)
+		cancel()
 	}
+	return nil
+}
+
+// A backoff is how long to wait until the next try, and what was said of the last.
+type backoff struct {
+	random func() float64
+	bound  time.Duration
+	said   string // the last error in the log
+	saidAt time.Time
+}
+
+// try keeps one connection for as long as it lasts, and waits where the next must
+// not be tried at once. It returns early when ctx ends.
+func (s *Session) try(ctx context.Context, b *backoff) {
+	start := s.Gate.Now()
+	configured, err := s.once(ctx)
+	now := s.Gate.Now()
+	s.mu.Lock()
+	if s.current.Swap(nil) != nil {
+		s.known.Since = now
+	}
+	if ctx.Err() == nil {
+		s.known.Error, s.known.ErrorAt = err.Error(), now
+	}
+	s.mu.Unlock()
+	if ctx.Err() != nil {
+		return
+	}
+	var unheard *net.OpError
+	if now.Sub(start) > settled || errors.As(err, &unheard) {
+		b.bound = minBackoff // it was well, or nobody listens, and trying costs the runtime nothing
+	}
+	wait := time.Duration(b.random() * float64(b.bound))
+	// A runtime that is away for an hour is a line a minute, not thousands.
+	level := slog.LevelDebug
+	since := now.Sub(b.saidAt)
+	if b.saidAt.IsZero() || since >= logEvery || since >= time.Second && err.Error() != b.said {
+		b.said, b.saidAt, level = err.Error(), now, slog.LevelError
+	}
+	s.Log.Log(ctx, level, "not registered with the runtime", "error", err.Error(), "retry", wait.String())
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
+	}
+	limit := maxBackoff
+	if configured {
+		limit = maxUnfit
+	}
+	b.bound = min(2*b.bound, limit)
 }
 
 // once connects, registers and serves until the connection ends. It never
-// returns nil.
-func (s *Session) once(ctx context.Context) error {
+// returns nil. If configured, the runtime had configured the gate and dropped it
+// before it was registered.
+func (s *Session) once(ctx context.Context) (configured bool, err error) {
 	dialer := net.Dialer{Timeout: dialTimeout}
 	conn, err := dialer.DialContext(ctx, "unix", s.Socket)
 	if err != nil {
-		return fmt.Errorf("connect to the runtime: %w", err)
+		return false, fmt.Errorf("connect to the runtime: %w", err)
 	}
-	watched := &watchedConn{Conn: conn, ended: make(chan struct{})}
-	p := &plugin{gate: s.Gate, audit: s.Audit(), audits: s.Audit, synced: make(chan struct{})}
+	c := &trunk{Conn: conn, ended: make(chan struct{})}
+	p := &plugin{session: s, gate: s.Gate, conn: c, audit: s.Audit(), synced: make(chan struct{})}
 	closed := make(chan struct{})
 	var once sync.Once
 	st, err := stub.New(p,
 		stub.WithPluginName(PluginName), stub.WithPluginIdx(PluginIndex),
-		stub.WithConnection(watched),
+		stub.WithConnection(c),
 		stub.WithOnClose(func() { once.Do(func() { close(closed) }) }),
 		stub.WithLogger(stubLog{s.Log, p}),
 		stub.WithFailurePolicy(&api.FailurePolicy{FailRequest: !p.audit, KeepConnected: true}),
 		stub.WithTTRPCOptions(nil, []ttrpc.ServerOpt{ttrpc.WithUnaryServerInterceptor(p.watch)}),
 	)
 	if err != nil {
-		conn.Close()
-		return fmt.Errorf("make the NRI plugin: %w", err)
+		c.Close()
+		return false, fmt.Errorf("make the NRI plugin: %w", err)
 	}
+	s.roster.reset()
 
+	// Hooks run under this context: when ctx ends, what is under way is answered.
+	serve, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
 	started := make(chan error, 1)
-	go func() { started <- st.Start(ctx) }()
+	go func() { started <- st.Start(serve) }()
 	timeout := time.NewTimer(registerTimeout)
 	defer timeout.Stop()
 	// end closes the connection and waits for the stub: Start waits for Configure
 	// without a limit, for ever if the runtime went away in between.
 	end := func() {
-		conn.Close()
+		c.Close()
 		tick := time.NewTicker(50 * time.Millisecond)
 		defer tick.Stop()
 		for {
@@ -158,58 +223,89 @@ func (s *Session) once(ctx context.Context) error {
 	select {
 	case err := <-started:
 		if err != nil {
-			conn.Close()
-			return fmt.Errorf("register with the runtime: %w%s", err, p.hint())
+			c.Close()
+			return p.unfit(), fmt.Errorf("register with the runtime: %w%s", err, p.hint())
 		}
-	case <-watched.ended:
+	case <-c.ended:
 		end()
-		return fmt.Errorf("register with the runtime: it closed the connection%s", p.hint())
+		return p.unfit(), fmt.Errorf("register with the runtime: it closed the connection%s", p.hint())
 	case <-timeout.C:
 		end()
-		return errors.New("register with the runtime: it did not configure the plugin in time")
+		return p.unfit(), errors.New("register with the runtime: it did not configure the plugin in time")
 	case <-ctx.Done():
 		end()
-		return ctx.Err()
+		return false, ctx.Err()
 	}
 	defer st.Stop()
+	leave := func() (bool, error) {
+		c.leave(closed, s.roster.others())
+		return false, ctx.Err()
+	}
 	select {
 	case <-p.synced:
 	case <-closed:
-		return fmt.Errorf("the runtime closed the connection before it was synchronised%s", p.hint())
+		return true, fmt.Errorf("the runtime closed the connection before it was synchronised%s", p.hint())
 	case <-timeout.C:
-		return errors.New("the runtime did not synchronise the plugin in time")
+		return true, errors.New("the runtime did not synchronise the plugin in time")
 	case <-ctx.Done():
-		return ctx.Err()
+		return leave()
 	}
 	still := time.NewTimer(confirm)
 	defer still.Stop()
 	select {
 	case <-still.C:
 	case <-closed:
-		return fmt.Errorf("the runtime closed the connection after it was synchronised%s", p.hint())
+		return true, fmt.Errorf("the runtime closed the connection after it was synchronised%s", p.hint())
 	case <-ctx.Done():
-		return ctx.Err()
+		return leave()
 	}
-	s.registered.Store(true)
 	r := p.peer.Load()
+	s.mu.Lock()
+	s.known.Since = s.Gate.Now()
+	s.known.Registrations++
+	s.current.Store(c)
+	s.mu.Unlock()
 	s.Log.Info("registered", "runtime", r.runtime, "version", r.version, "events", r.events.PrettyString())
 	select {
 	case <-closed:
-		return errors.New("the runtime closed the connection")
+		return false, errors.New("the runtime closed the connection")
 	case <-ctx.Done():
-		return ctx.Err()
+		return leave()
 	}
 }
 
-// A watchedConn says when the runtime ended the connection: the stub's own notice
-// waits for Start, which may be waiting for the runtime.
-type watchedConn struct {
+// A trunk is the connection to the runtime. It says when that ended: the stub's
+// own notice waits for Start, which may be waiting for the runtime. And it knows
+// when every request was answered, down to the last byte written, which neither
+// the stub nor ttrpc tells.
+type trunk struct {
 	net.Conn
 	once  sync.Once
 	ended chan struct{}
+
+	mu      sync.Mutex
+	begun   uint64 // requests that were read
+	open    int    // of them those whose answer is not written yet
+	due     int    // of those the ones whose answer is about to be
+	leaving bool   // the next answer after which nothing is open is the last
+	cutting bool   // what is asked next ends the connection
 }
 
-func (c *watchedConn) Read(b []byte) (int, error) {
+func (c *trunk) hasEnded() bool {
+	select {
+	case <-c.ended:
+		return true
+	default:
+		return false
+	}
+}
+
+func (c *trunk) Close() error {
+	c.once.Do(func() { close(c.ended) })
+	return c.Conn.Close()
+}
+
+func (c *trunk) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
 	if err != nil {
 		c.once.Do(func() { close(c.ended) })
@@ -217,11 +313,96 @@ func (c *watchedConn) Read(b []byte) (int, error) {
 	return n, err
 }
 
+// frameHeader is what NRI's multiplexer writes before each frame, by itself
+// (pkg/net/multiplex). A message of ttrpc is longer, and ours fit a frame.
+const frameHeader = 8
+
+func (c *trunk) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	if len(b) > frameHeader && c.written() {
+		c.Close()
+	}
+	return n, err
+}
+
+// asked notes that a request was read, and answered that its handler returned.
+func (c *trunk) asked() {
+	c.mu.Lock()
+	c.begun++
+	c.open++
+	cut := c.cutting
+	c.mu.Unlock()
+	if cut {
+		c.Close()
+	}
+}
+
+func (c *trunk) answered() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.due++
+}
+
+// written notes that an answer was written, and reports whether it was the last.
+func (c *trunk) written() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.due == 0 {
+		return false // our own request to register
+	}
+	c.due--
+	c.open--
+	return c.leaving && c.open == 0
+}
+
+// leave returns when the connection may be closed, or is. What is asked meanwhile
+// is answered as ever.
+//
+// NRI knows no goodbye. A request that is on its way when the connection ends is
+// refused, or worse: NRI 0.12.5 lets it through if the gate was counted present
+// just before and found gone just after. So the connection is ended when nobody
+// asks. If another gate is asked too, and will be, it is ended right after an
+// answer, since the runtime asks one question at a time. And if neither comes to
+// pass, it is ended with a question open, which is refused everywhere.
+func (c *trunk) leave(closed <-chan struct{}, others bool) {
+	c.mu.Lock()
+	c.leaving = others
+	begun := c.begun
+	c.mu.Unlock()
+	limit := time.NewTimer(farewell)
+	defer limit.Stop()
+	tick := time.NewTicker(quiet)
+	defer tick.Stop()
+	for {
+		select {
+		case <-closed:
+			return
+		case <-limit.C:
+			c.mu.Lock()
+			c.cutting = true
+			hangs := c.open > 0
+			c.mu.Unlock()
+			if hangs {
+				return
+			}
+		case <-tick.C:
+			c.mu.Lock()
+			still := c.open == 0 && c.begun == begun
+			begun = c.begun
+			c.mu.Unlock()
+			if still {
+				return
+			}
+		}
+	}
+}
+
 // A plugin is one connection's view of the gate.
 type plugin struct {
+	session *Session
 	gate    *Gate
+	conn    *trunk
 	audit   bool                 // when it registered
-	audits  func() bool          // now
 	peer    atomic.Pointer[peer] // nil until the runtime configured the plugin
 	waiting atomic.Bool          // the stub registers, and waits for Configure after that
 	aborted atomic.Bool
@@ -260,28 +441,45 @@ func (p *plugin) Configure(_ context.Context, _, runtime, version string) (api.E
 	}
 	p.gate.Resolver.Connected(compares)
 	p.peer.Store(&peer{runtime, version, mask})
+	p.session.configured(p)
 	return mask, nil
+}
+
+// configured remembers for State what is known of the runtime now.
+func (s *Session) configured(p *plugin) {
+	r := p.peer.Load()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.known.Audit = p.audit
+	s.known.Runtime, s.known.Version = verify.Clean(r.runtime, 64), verify.Clean(r.version, 64)
+	s.known.Hooks = strings.Split(r.events.PrettyString(), ",")
 }
 
 // CreateContainer is asked for only in audit. It changes nothing.
 func (p *plugin) CreateContainer(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) (*api.ContainerAdjustment, []*api.ContainerUpdate, error) {
-	return nil, nil, p.gate.CreateContainer(ctx, pod, ctr, p.audits())
+	defer p.session.answered(ctx, "CreateContainer", p.session.asked())
+	return nil, nil, p.gate.CreateContainer(ctx, pod, ctr, p.session.Audit())
 }
 
 // ValidateContainerAdjustment is asked for to enforce.
 func (p *plugin) ValidateContainerAdjustment(ctx context.Context, req *api.ValidateContainerAdjustmentRequest) error {
+	defer p.session.answered(ctx, "ValidateContainerAdjustment", p.session.asked())
+	p.session.roster.see(p.session, req.GetPlugins())
 	return p.gate.ValidateContainerAdjustment(ctx, req)
 }
 
 // StartContainer is asked for only where tellsConfig is false.
 func (p *plugin) StartContainer(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) error {
+	defer p.session.answered(ctx, "StartContainer", p.session.asked())
 	return p.gate.StartContainer(ctx, pod, ctr)
 }
 
-// watch sees the last chunk of Synchronize answered. Its payload, which holds the
+// watch counts requests, and sees the last chunk of Synchronize answered. Its payload, which holds the
 // environment of every container on the node, is dropped by the stub, since the
 // plugin has no handler for it.
 func (p *plugin) watch(ctx context.Context, unmarshal ttrpc.Unmarshaler, info *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
+	p.conn.asked()
+	defer p.conn.answered()
 	if !strings.HasSuffix(info.FullMethod, "/Synchronize") {
 		return method(ctx, unmarshal)
 	}
@@ -314,14 +512,17 @@ func (p *plugin) abort(st stub.Stub) {
 	}
 }
 
-// hint says what a refused registration most likely means.
+// unfit reports whether the runtime had configured the plugin.
+func (p *plugin) unfit() bool { return p.peer.Load() != nil }
+
+// hint says what a refused registration most likely means, and what to do.
 func (p *plugin) hint() string {
 	r := p.peer.Load()
-	if r == nil {
+	if r == nil || p.audit {
 		return ""
 	}
 	if major, minor, ok := release(r.version); ok && (major < 2 || major == 2 && minor < 2) {
-		return fmt.Sprintf("; containerd %s has no hook that stays closed when the gate fails, 2.2 and later have", r.version)
+		return fmt.Sprintf("; containerd %s has no hook that stays closed when the gate fails, so that mode enforce cannot be kept there: upgrade containerd to 2.2 or later, or set mode: audit", verify.Clean(r.version, 64))
 	}
 	return ""
 }

@@ -190,12 +190,16 @@ type running struct {
 	stop    func()
 }
 
-func start(t *testing.T, socket string, r gate.Resolver, v *verify.Enforcer) *running {
-	t.Helper()
+// prepare makes a gate that does not run yet.
+func prepare(socket string, r gate.Resolver, v *verify.Enforcer) *running {
 	g := &running{}
 	g.Session = &gate.Session{Socket: socket, Log: slog.New(slog.NewTextHandler(&g.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		Audit: func() bool { s := v.Setup(); return s != nil && s.Mode == verify.Audit },
 		Gate:  &gate.Gate{Resolver: r, Verifier: v, Observe: g.answers.observe, Now: time.Now, Node: "edge-1"}}
+	return g
+}
+
+func (g *running) begin(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
@@ -206,6 +210,12 @@ func start(t *testing.T, socket string, r gate.Resolver, v *verify.Enforcer) *ru
 	}()
 	g.stop = sync.OnceFunc(func() { cancel(); <-done })
 	t.Cleanup(g.stop)
+}
+
+func start(t *testing.T, socket string, r gate.Resolver, v *verify.Enforcer) *running {
+	t.Helper()
+	g := prepare(socket, r, v)
+	g.begin(t)
 	return g
 }
 

@@ -1,0 +1,248 @@
+package nri
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/containerd/nri/pkg/api"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+)
+
+// retries collects how long a Session said it would wait, and what it said aloud.
+type retries struct {
+	slog.Handler
+	waits []time.Duration
+	loud  int
+}
+
+func (r *retries) Enabled(context.Context, slog.Level) bool { return true }
+
+func (r *retries) Handle(_ context.Context, rec slog.Record) error {
+	if rec.Level > slog.LevelInfo {
+		r.loud++
+	}
+	rec.Attrs(func(a slog.Attr) bool {
+		if a.Key == "retry" {
+			d, _ := time.ParseDuration(a.Value.String())
+			r.waits = append(r.waits, d)
+		}
+		return true
+	})
+	return nil
+}
+
+// While nobody listens the gate tries again at least twice a second, at times
+// that are drawn, and says so once a minute.
+func TestRetriesAreDrawn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &retries{}
+		draws := []float64{0, 0.25, 0.5, 0.99}
+		s := &Session{
+			Gate: &Gate{Resolver: one{}, Verifier: denier{}, Observe: func(Answer) {}, Now: time.Now}, Socket: filepath.Join(t.TempDir(), "none.sock"),
+			Log: slog.New(r), Audit: func() bool { return false },
+			Random: func() float64 { d := draws[0]; draws = append(draws[1:], d); return d },
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 150*time.Second)
+		defer cancel()
+		if err := s.Run(ctx); err != nil {
+			t.Fatal(err)
+		}
+		for i, w := range r.waits {
+			if want := []time.Duration{0, minBackoff / 4, minBackoff / 2, minBackoff * 99 / 100}[i%4]; w != want {
+				t.Fatalf("wait %d is %v, want %v", i, w, want)
+			}
+		}
+		if len(r.waits) < 300 || r.loud != 3 {
+			t.Errorf("%d tries, %d of them said aloud, in 150 s", len(r.waits), r.loud)
+		}
+		if st := s.State(); st.Registered || !st.Since.IsZero() || !strings.Contains(st.Error, "connect to the runtime") {
+			t.Errorf("%+v", st)
+		}
+	})
+}
+
+// hung is a Resolver that containerd does not answer.
+type hung struct {
+	one
+	end   chan struct{}
+	asked atomic.Int64
+}
+
+func (h *hung) Resolve(context.Context, *api.PodSandbox, *api.Container) []verify.Image {
+	h.asked.Add(1)
+	<-h.end
+	return nil
+}
+func (*hung) Known(*api.PodSandbox, *api.Container) ([]verify.Image, bool) { return nil, false }
+
+// Questions that never end are bounded: the next is refused without being asked.
+func TestStuckQuestionsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := &hung{end: make(chan struct{})}
+		var last atomic.Value // the reason of the last answer
+		g := &Gate{Resolver: h, Verifier: denier{}, Observe: func(a Answer) { last.Store(a.Decision.Reason) }, Now: time.Now}
+		ask := func() error {
+			return g.ValidateContainerAdjustment(t.Context(), &api.ValidateContainerAdjustmentRequest{})
+		}
+		for i := range maxStuck {
+			if err := ask(); err == nil || last.Load() != verify.Pending || g.Stuck() != i+1 {
+				t.Fatalf("%d: %v, %d stuck", i, err, g.Stuck())
+			}
+		}
+		before := time.Now()
+		for range 1000 {
+			if err := ask(); err == nil || last.Load() != verify.Overloaded {
+				t.Fatalf("%v", err)
+			}
+		}
+		if h.asked.Load() != maxStuck || g.Stuck() != maxStuck || time.Since(before) != 0 {
+			t.Errorf("asked %d times, %d stuck, %v", h.asked.Load(), g.Stuck(), time.Since(before))
+		}
+		close(h.end)
+		synctest.Wait()
+		if g.Stuck() != 0 {
+			t.Errorf("%d stuck after the end", g.Stuck())
+		}
+		// Asked again, and nothing is left of it.
+		if err := ask(); err == nil || last.Load() != verify.Internal || g.Stuck() != 0 {
+			t.Errorf("%v, %d stuck", err, g.Stuck())
+		}
+	})
+}
+
+func plugins(names ...string) (l []*api.PluginInstance) {
+	for _, n := range names {
+		index, name, _ := strings.Cut(n, "-")
+		l = append(l, &api.PluginInstance{Index: index, Name: name})
+	}
+	return l
+}
+
+func TestRoster(t *testing.T) {
+	const builtin, ours = "00-default-validator", "99-tidewaiter"
+	now := time.Unix(1_700_000_000, 0)
+	live, asked := 1, 0
+	var failed error
+	var log bytes.Buffer
+	s := &Session{Gate: &Gate{Now: func() time.Time { return now }}, Log: slog.New(slog.NewTextHandler(&log, nil)),
+		Live: func() (int, error) { asked++; return live, failed }}
+	see := func(after time.Duration, names ...string) {
+		now = now.Add(after)
+		s.roster.see(s, plugins(names...))
+	}
+	expect := func(step string, strangers int, alarms uint64) {
+		t.Helper()
+		if st := s.State(); st.Strangers != strangers || st.Alarms != alarms {
+			t.Errorf("%s: %d strangers, %d alarms; want %d and %d", step, st.Strangers, st.Alarms, strangers, alarms)
+		}
+	}
+	for range 10 {
+		see(time.Second, builtin, ours)
+	}
+	expect("alone", 0, 0)
+	if asked != 0 {
+		t.Errorf("instances were counted %d times for one plugin", asked)
+	}
+	if n := testing.AllocsPerRun(100, func() { s.roster.see(s, nil) }); n > 2 {
+		t.Errorf("%v allocations", n)
+	}
+	l := plugins(builtin, ours)
+	if n := testing.AllocsPerRun(100, func() { s.roster.see(s, l) }); n != 0 {
+		t.Errorf("a list that is known takes %v allocations", n)
+	}
+
+	live = 2
+	for range 5 {
+		see(time.Second, builtin, ours, ours)
+	}
+	expect("an upgrade", 0, 0)
+	asked = 0
+	for range 1000 {
+		see(time.Millisecond, builtin, ours, ours)
+	}
+	if asked > 2 {
+		t.Errorf("instances were counted %d times in a second", asked)
+	}
+
+	// The other ended; the runtime still lists it once.
+	live = 1
+	see(time.Second, builtin, ours, ours)
+	see(time.Second, builtin, ours)
+	expect("the end of an upgrade", 0, 0)
+
+	// Whatever its index is.
+	for _, name := range []string{ours, "10-tidewaiter"} {
+		see(time.Second, builtin, ours)
+		alarms := s.State().Alarms
+		see(time.Second, builtin, ours, name)
+		expect("seen once", 0, alarms)
+		see(time.Second, builtin, ours, name)
+		expect("seen twice", 1, alarms+1)
+		see(time.Second, builtin, ours, name)
+		expect("seen again", 1, alarms+2)
+	}
+	see(time.Second, builtin, ours)
+	expect("gone", 0, 4)
+	if n := strings.Count(log.String(), "level=ERROR"); n != 1 {
+		t.Errorf("%d lines in a minute:\n%s", n, log.String())
+	}
+
+	// Who cannot count expects to be alone.
+	live, failed = 9, errors.New("no directory")
+	see(time.Minute, ours, ours)
+	see(time.Second, ours, ours)
+	expect("not counted", 1, 5)
+	if n := strings.Count(log.String(), "level=ERROR"); n != 2 {
+		t.Errorf("%d lines, want 2:\n%s", n, log.String())
+	}
+
+	// A list without end is not kept.
+	var many []string
+	for i := range 10_000 {
+		many = append(many, fmt.Sprintf("%02d-%s", i%100, strings.Repeat("x", 1000)))
+	}
+	see(time.Second, many...)
+	got := s.State().Plugins
+	if len(got) != maxPlugins || slices.ContainsFunc(got, func(s string) bool { return len(s) > 80 }) {
+		t.Errorf("%d names", len(got))
+	}
+}
+
+// A hook that exceeds its own time is counted, with how long it took, and logged
+// once a minute.
+func TestLateHooks(t *testing.T) {
+	now := time.Unix(1_700_000_000, 0)
+	var log bytes.Buffer
+	s := &Session{Gate: &Gate{Now: func() time.Time { return now }}, Log: slog.New(slog.NewTextHandler(&log, nil))}
+	hook := func(took time.Duration) {
+		start := s.asked()
+		now = now.Add(took)
+		s.answered(t.Context(), "ValidateContainerAdjustment", start)
+	}
+	hook(time.Millisecond)
+	hook(budget)
+	hook(budget + tardy)
+	if st := s.State(); st.Late != 0 {
+		t.Errorf("%+v", st)
+	}
+	for _, took := range []time.Duration{2 * time.Second, 7 * time.Second, 3 * time.Second} {
+		hook(took)
+	}
+	if st := s.State(); st.Late != 3 || st.Latest != 7*time.Second || st.UnderWay != 0 {
+		t.Errorf("%+v", st)
+	}
+	if n := strings.Count(log.String(), "exceeded"); n != 1 || !strings.Contains(log.String(), "took=2s") {
+		t.Errorf("%d lines:\n%s", n, log.String())
+	}
+}
