@@ -481,14 +481,13 @@ func (p *plugin) watch(ctx context.Context, unmarshal ttrpc.Unmarshaler, info *t
 	p.conn.asked()
 	defer p.conn.answered()
 	if !strings.HasSuffix(info.FullMethod, "/Synchronize") {
-		return method(ctx, unmarshal)
+		return method(ctx, lean(unmarshal))
 	}
 	more := false
 	r, err := method(ctx, func(v any) error {
-		err := unmarshal(v)
+		err := lean(unmarshal)(v)
 		if req, ok := v.(*api.SynchronizeRequest); ok {
 			more = req.GetMore()
-			req.Pods, req.Containers = nil, nil
 		}
 		return err
 	})
