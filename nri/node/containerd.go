@@ -58,6 +58,10 @@ func Dial(socket string) (*Containerd, error) {
 		}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)),
 		grpc.WithDisableServiceConfig(),
+		// Calls are small and local: without a fixed window grpc estimates the capacity
+		// of the link, and sends a ping for it with every answer.
+		grpc.WithStaticStreamWindowSize(1<<20), grpc.WithStaticConnWindowSize(1<<20),
+		grpc.WithDisableRetry(),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("containerd at %s: %w", socket, err)

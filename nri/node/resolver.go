@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -237,7 +238,13 @@ func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 		r.parsed.Add(img.Asked, known) // both took it, so that it is as short as references are
 	}
 	record := known.record
+	var early prepared
+	var snapshot sync.WaitGroup
+	if s, ok := r.used.Get(pod.GetRuntimeHandler()); ok && ctr.GetImage().GetDigest() == "" {
+		snapshot.Go(func() { early = r.prepared(ctx, s, ctr.GetId()) })
+	}
 	target, err := r.record(ctx, o, record, ctr.GetImage().GetDigest())
+	snapshot.Wait()
 	if errors.Is(err, ErrNotFound) {
 		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "no image record on this node has the name " + verify.Quote(record, 200) + ", so it does not prove which policy applies; pull the image by that name"}
 	}
@@ -253,7 +260,7 @@ func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 		return &verify.Fault{Reason: verify.ImageMismatch, Detail: "the record " + verify.Quote(record, 200) + " points to " + target.Digest.String() + ", another image than the digest that the pod names"}
 	}
 	var snapshotter string
-	img.Binding, snapshotter, err = r.bind(ctx, o, pod.GetRuntimeHandler(), ctr, target, c)
+	img.Binding, snapshotter, err = r.bind(ctx, o, pod.GetRuntimeHandler(), ctr, target, c, early)
 	// Where a snapshotter is only trusted because the configuration says so, what it
 	// mounts may be the target's layers whatever the config says: only what was
 	// resolved counts.
@@ -320,7 +327,7 @@ func read(ctx context.Context, blob Reader, target ocispec.Descriptor) (lead, er
 
 // bind ties what the record leads to to the container that is being created, in a
 // pod of that runtime handler. It returns the snapshotter too.
-func (r *Resolver) bind(ctx context.Context, o *Options, handler string, ctr *api.Container, target ocispec.Descriptor, c lead) (verify.Binding, string, error) {
+func (r *Resolver) bind(ctx context.Context, o *Options, handler string, ctr *api.Container, target ocispec.Descriptor, c lead, early prepared) (verify.Binding, string, error) {
 	image := ctr.GetImage()
 	config, told := digest.Digest(image.GetConfigDigest()), image.GetConfigDigest() != "" && image.GetDigest() != ""
 	if told && config != c.config {
@@ -339,7 +346,7 @@ func (r *Resolver) bind(ctx context.Context, o *Options, handler string, ctr *ap
 	if err != nil {
 		return 0, "", err
 	}
-	s, err := r.snapshot(ctx, o, loaded, ctr.GetId(), c.chain)
+	s, err := r.snapshot(ctx, o, loaded, ctr.GetId(), c.chain, early)
 	if err != nil {
 		return 0, "", err
 	}
@@ -355,11 +362,37 @@ func (r *Resolver) bind(ctx context.Context, o *Options, handler string, ctr *ap
 	return verify.BoundSnapshot, s, nil
 }
 
+// A prepared is what a snapshotter said of the root filesystem of a container. The
+// zero prepared is of none.
+type prepared struct {
+	snapshotter string
+	snapshot    Snapshot
+	err         error
+}
+
+// prepared asks one snapshotter. A panic is an error: it may run on a goroutine of
+// its own.
+func (r *Resolver) prepared(ctx context.Context, snapshotter, id string) (p prepared) {
+	p.snapshotter = snapshotter
+	defer func() {
+		if v := recover(); v != nil {
+			p.err = fmt.Errorf("panic while asking for a snapshot: %v", v)
+		}
+	}()
+	p.snapshot, p.err = r.records.Snapshot(ctx, snapshotter, id)
+	return p
+}
+
 // snapshot checks that the root filesystem prepared for the container has the
 // chain ID, and that its snapshotter, which it returns, can be believed about that.
-func (r *Resolver) snapshot(ctx context.Context, o *Options, loaded []string, id, chain string) (string, error) {
+// What early says is not asked again.
+func (r *Resolver) snapshot(ctx context.Context, o *Options, loaded []string, id, chain string, early prepared) (string, error) {
 	for _, s := range loaded {
-		snapshot, err := r.records.Snapshot(ctx, s, id)
+		p := early
+		if p.snapshotter != s {
+			p = r.prepared(ctx, s, id)
+		}
+		snapshot, err := p.snapshot, p.err
 		if errors.Is(err, ErrNotFound) {
 			continue
 		}

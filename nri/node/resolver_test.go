@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -30,6 +31,7 @@ type records struct {
 	runtimes     map[string]string
 	configs      map[string]digest.Digest
 	err          error // every call fails with it
+	mu           sync.Mutex
 	calls        int
 }
 
@@ -49,6 +51,8 @@ func (r *records) called(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.calls++
 	return nil
 }
