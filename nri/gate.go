@@ -47,6 +47,7 @@ type Resolver interface {
 
 // An Answer is what the gate told the runtime about one image of a container.
 type Answer struct {
+	ID       string // of the container
 	Image    verify.Image
 	Decision verify.Decision
 	Took     time.Duration // from the request to this decision
@@ -158,6 +159,7 @@ func (g *Gate) StartContainer(ctx context.Context, pod *api.PodSandbox, ctr *api
 
 // A question is one call of the runtime.
 type question struct {
+	id    string // of the container
 	pod   verify.Pod
 	asked string // what the pod wrote as its image, for messages
 	hook  string
@@ -170,6 +172,7 @@ const imageName = "io.kubernetes.cri.image-name"
 
 func about(pod *api.PodSandbox, ctr *api.Container, hook string) question {
 	return question{
+		id:    ctr.GetId(),
 		pod:   verify.Pod{Namespace: pod.GetNamespace(), Name: pod.GetName(), UID: pod.GetUid(), Container: ctr.GetName()},
 		asked: ctr.GetAnnotations()[imageName],
 		hook:  hook,
@@ -244,7 +247,7 @@ func (g *Gate) verify(ctx context.Context, ask question, start time.Time, img ve
 
 // tell has a decision observed, and renders a denial.
 func (g *Gate) tell(ask question, start time.Time, img verify.Image, d verify.Decision) error {
-	g.Observe(Answer{Image: img, Decision: d, Took: g.Now().Sub(start), Hook: ask.hook})
+	g.Observe(Answer{ID: ask.id, Image: img, Decision: d, Took: g.Now().Sub(start), Hook: ask.hook})
 	if !d.Allowed() {
 		return errors.New(d.Message(img, g.Node))
 	}
