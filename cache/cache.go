@@ -16,7 +16,6 @@ package cache
 import (
 	"context"
 	"fmt"
-	"slices"
 	"sync"
 	"time"
 
@@ -32,7 +31,7 @@ type Options struct {
 	Denied   int           // answers that deny, kept at most; default 1024
 	DenyFor  time.Duration // longest that a denial is kept; default 30 s, negative: none is kept
 	Flights  int           // verifications at once; default 2
-	Queue    int           // verifications that wait for their turn; default 64, negative: none waits
+	Queue    int           // verifications that wait for their turn, and as many ahead of time; default 64, negative: none waits
 	Deadline time.Duration // of one verification from its start; default 60 s
 
 	Now func() time.Time // required
@@ -42,15 +41,6 @@ type Options struct {
 	// Close. The question is the Cache's own copy: it names no pod and no tag.
 	Observe func(verify.Question, verify.Decision)
 }
-
-// A flight longer than long makes its host a slow one, of which maxSlow are
-// remembered. What waits for a slow host lets others go first: the host is often
-// chosen by a pod's author, and one that never answers would otherwise keep all
-// flights and the queue to itself.
-const (
-	long    = time.Second
-	maxSlow = 256
-)
 
 // slack is how far the clock may go back without costing what is kept: NTP steps
 // of that size are common and prolong nothing, since time stands still meanwhile.
@@ -70,9 +60,8 @@ type Cache struct {
 	allowed *simplelru.LRU[verify.Key, entry]
 	denied  *simplelru.LRU[place, entry]
 	flights map[place]*flight // running and queued
-	queue   []*flight         // not started yet, oldest first
-	running int
-	slow    *simplelru.LRU[string, struct{}] // hosts of images whose last flight was long
+	queue   *queue
+	stats   Stats // what is counted; see Stats
 }
 
 var _ verify.Judge = (*Cache)(nil)
@@ -84,22 +73,19 @@ type entry struct {
 }
 
 // A place is what a denial and a flight are about: a question, where signatures
-// are looked for and, since nothing about an image that is merely asked about has
-// been proved by the runtime, what for.
+// are looked for, and whether the runtime's own records say what the image is, or
+// somebody merely asks. What was found out ahead of time holds for containers.
 type place struct {
 	key        verify.Key
 	host, path string
-	use        verify.Use
+	proven     bool
 }
 
-// A flight is one verification for all who ask the same.
-type flight struct {
-	place    place
-	question verify.Question
-	done     chan struct{} // closed when answer is set
-	ended    bool          // guarded by Cache.mu, as answer is
-	answer   verify.Decision
-}
+// proven reports whether the runtime's own records say what an image of that use is.
+func proven(u verify.Use) bool { return starts(u) || u == verify.UseAhead }
+
+// starts reports whether a container waits for the answer.
+func starts(u verify.Use) bool { return u == verify.UseContainer || u == verify.UseVolume }
 
 // New puts a Cache in front of next. It panics where next or o.Now is nil. The
 // caller closes it.
@@ -119,11 +105,10 @@ func New(next verify.Judge, o Options) *Cache {
 	if o.Deadline <= 0 {
 		o.Deadline = time.Minute
 	}
-	c := &Cache{next: next, o: o, flights: map[place]*flight{}}
+	c := &Cache{next: next, o: o, flights: map[place]*flight{}, queue: newQueue(o.Flights, max(o.Queue, 0))}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.allowed, _ = simplelru.NewLRU[verify.Key, entry](o.Allowed, nil) // fails only for a size below 1
 	c.denied, _ = simplelru.NewLRU[place, entry](o.Denied, nil)
-	c.slow, _ = simplelru.NewLRU[string, struct{}](maxSlow, nil)
 	return c
 }
 
@@ -137,8 +122,13 @@ func or(n, standard int) int {
 // Judge implements [verify.Judge]. What is known is answered at once, also when
 // ctx has ended. Else the question is put to the Judge behind, once for all who
 // ask it meanwhile and whatever becomes of ctx; when ctx ends first the answer is
-// PENDING, and where too many verifications wait already it is OVERLOADED. After
-// Close every answer is PENDING: whoever asks has a configuration that is no
+// PENDING, and where too many verifications wait already it is OVERLOADED.
+//
+// Where a container is about to start, and there is little hope of an answer while
+// ctx lasts, PENDING comes at once: somebody was told so already, or others wait
+// for their turn.
+//
+// After Close every answer is PENDING: whoever asks has a configuration that is no
 // longer in force, and asking again under the new one helps.
 func (c *Cache) Judge(ctx context.Context, q verify.Question) verify.Decision {
 	if f := q.Unfit(); f != nil {
@@ -164,9 +154,14 @@ func (c *Cache) await(ctx context.Context, f *flight) verify.Decision {
 	case c.ctx.Err() != nil:
 		return retired()
 	case !f.ended:
-		return verify.Deny(verify.Pending, "signatures are still being checked; the next try finds the answer")
+		return pending(f)
 	}
 	return f.answer
+}
+
+func pending(f *flight) verify.Decision {
+	f.late = true
+	return verify.Deny(verify.Pending, "signatures are still being checked; the next try finds the answer")
 }
 
 func retired() verify.Decision {
@@ -180,51 +175,57 @@ func (c *Cache) find(q verify.Question) (verify.Decision, *flight) {
 	if c.ctx.Err() != nil {
 		return retired(), nil
 	}
-	n := q.Image.Name
-	p := place{q.Key(), n.Host, n.Path, q.Image.Use}
+	n, use := q.Image.Name, q.Image.Use
+	p := place{q.Key(), n.Host, n.Path, proven(use)}
 	now := c.clock()
 	if d, ok := get(c.allowed, p.key, now); ok {
+		c.stats.AllowedHits++
 		return d, nil
 	}
 	if d, ok := get(c.denied, p, now); ok {
+		c.stats.DeniedHits++
 		return d, nil
 	}
-	if f := c.flights[p]; f != nil {
-		return verify.Decision{}, f
+	c.stats.Misses++
+	f := c.flights[p]
+	switch {
+	case f == nil:
+		f = &flight{question: q.Bare(), ahead: use == verify.UseAhead, done: make(chan struct{})} // it outlives the request
+		b := f.question.Image.Name
+		p.host, p.path = b.Host, b.Path
+		f.place, c.flights[p] = p, f
+		c.admit(f)
+	case f.ahead && !f.started && use != verify.UseAhead: // now somebody waits for it
+		c.stats.Joined++
+		c.queue.remove(f)
+		f.question, f.ahead = q.Bare(), false
+		c.admit(f)
+	default:
+		c.stats.Joined++
 	}
-	if c.running >= c.o.Flights && len(c.queue) >= c.o.Queue && !c.yield(p.host) {
-		return c.overloaded(), nil
+	switch {
+	case f.ended: // there was no room
+		return f.answer, nil
+	case starts(use) && (f.late || c.queue.before(f) > 0):
+		return pending(f), nil
 	}
-	q = q.Bare() // a flight outlives the request that started it
-	p.host, p.path = q.Image.Name.Host, q.Image.Name.Path
-	f := &flight{place: p, question: q, done: make(chan struct{})}
-	c.flights[p] = f
-	c.queue = append(c.queue, f)
-	c.start()
 	return verify.Decision{}, f
 }
 
-func (c *Cache) overloaded() verify.Decision {
-	return verify.Deny(verify.Overloaded, fmt.Sprintf("%d images are being checked and %d wait, which is the limit; try again later",
-		c.running, len(c.queue)))
-}
-
-// yield makes room in the queue for a host that is not slow: the youngest flight
-// of one that is gives way. c.mu is held.
-func (c *Cache) yield(host string) bool {
-	if c.slow.Contains(host) {
-		return false
+// admit starts f or has it wait for its turn, and ends what there is no room for.
+// c.mu is held.
+func (c *Cache) admit(f *flight) {
+	c.queue.add(f)
+	c.start()
+	v := c.queue.crowded(f)
+	if v == nil {
+		return
 	}
-	for i, f := range slices.Backward(c.queue) {
-		if c.slow.Contains(f.place.host) {
-			f.answer, f.ended = c.overloaded(), true
-			close(f.done)
-			delete(c.flights, f.place)
-			c.queue = slices.Delete(c.queue, i, i+1)
-			return true
-		}
-	}
-	return false
+	c.stats.Overloaded++
+	delete(c.flights, v.place)
+	v.answer, v.ended = verify.Deny(verify.Overloaded, fmt.Sprintf("%d images are being checked and %d wait, which is the limit; try again later",
+		c.queue.running, c.queue.room)), true
+	close(v.done)
 }
 
 // get looks an answer up and forgets it once it has ended.
@@ -254,14 +255,10 @@ func (c *Cache) clock() time.Time {
 	return now
 }
 
-// start starts flights while there are slots: the oldest of a host that is not
-// slow, else the oldest. c.mu is held.
+// start starts flights while there are slots. c.mu is held.
 func (c *Cache) start() {
-	for c.running < c.o.Flights && len(c.queue) > 0 {
-		i := max(0, slices.IndexFunc(c.queue, func(f *flight) bool { return !c.slow.Contains(f.place.host) }))
-		f := c.queue[i]
-		c.queue = slices.Delete(c.queue, i, i+1)
-		c.running++
+	for f := c.queue.next(); f != nil; f = c.queue.next() {
+		c.stats.Started++
 		c.wg.Go(func() { c.fly(f) })
 	}
 }
@@ -273,10 +270,11 @@ func (c *Cache) fly(f *flight) {
 	var d verify.Decision
 	var began time.Time
 	defer func() {
-		if p := recover(); p != nil {
+		p := recover()
+		if p != nil {
 			d = verify.Deny(verify.Internal, fmt.Sprintf("panic while verifying: %v", p))
 		}
-		d = c.end(f, d, ctx.Err() == nil, c.since(began))
+		d = c.end(f, d, p != nil, ctx.Err() == nil, c.since(began))
 		if c.o.Observe != nil {
 			defer func() { _ = recover() }() // who watches must not bring down who decides
 			c.o.Observe(f.question, d)
@@ -294,15 +292,14 @@ func (c *Cache) since(began time.Time) (took time.Duration) {
 
 // end gives all who wait for f its answer, which it returns, keeps that where it
 // may be kept, and starts what waits for the slot.
-func (c *Cache) end(f *flight, d verify.Decision, inTime bool, took time.Duration) verify.Decision {
+func (c *Cache) end(f *flight, d verify.Decision, panicked, inTime bool, took time.Duration) verify.Decision {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	defer c.start()
-	c.running--
-	if took > long {
-		c.slow.Add(f.place.host, struct{}{})
-	} else {
-		c.slow.Remove(f.place.host)
+	c.queue.end(f, took)
+	c.stats.Ended++
+	if panicked {
+		c.stats.Panics++
 	}
 	delete(c.flights, f.place)
 	switch {
@@ -330,23 +327,49 @@ func (c *Cache) keep(f *flight, d verify.Decision, inTime bool) {
 		// A yes that rests on another target of the same config is kept only where the
 		// runtime's own records said that it is one; see place.
 		i := f.question.Image
-		if i.Use == verify.UseContainer || d.Signed == i.Target.Digest || d.Signed == i.Manifest.Digest {
-			put(c.allowed, f.place.key, d, d.Until, now)
+		if f.place.proven || d.Signed == i.Target.Digest || d.Signed == i.Manifest.Digest {
+			put(c.allowed, f.place.key, d, d.Until, now, &c.stats.AllowedEvicted)
 		}
 	case inTime && !d.Reason.Transient():
 		until := now.Add(c.o.DenyFor)
 		if !d.Until.IsZero() && d.Until.Before(until) {
 			until = d.Until
 		}
-		put(c.denied, f.place, d, until, now)
+		put(c.denied, f.place, d, until, now, &c.stats.DeniedEvicted)
 	}
 }
 
-// put keeps d, unless until is zero (good for this once) or over.
-func put[K comparable](l *simplelru.LRU[K, entry], k K, d verify.Decision, until, now time.Time) {
-	if now.Before(until) {
-		l.Add(k, entry{d, until.Round(0)})
+// put keeps d, unless until is zero (good for this once) or over, and counts what
+// has to go for it.
+func put[K comparable](l *simplelru.LRU[K, entry], k K, d verify.Decision, until, now time.Time, evicted *uint64) {
+	if now.Before(until) && l.Add(k, entry{d, until.Round(0)}) {
+		*evicted++
 	}
+}
+
+// Stats are a Cache's figures. Those of uint64 only grow; the others are of now.
+type Stats struct {
+	AllowedHits, DeniedHits       uint64 // questions answered by what is kept
+	Misses                        uint64 // questions that were not
+	Joined                        uint64 // of these, those about what waited or was under way
+	AllowedEvicted, DeniedEvicted uint64 // answers that went for want of room
+	Started, Ended                uint64 // verifications
+	Panics                        uint64 // panics of the Judge behind; those that the Engine made denials of are not among them
+	Overloaded                    uint64 // verifications that there was no room for
+
+	Running         int // verifications
+	Waiting, Ahead  int // verifications that wait for their turn, and those that were asked ahead of time
+	Allowed, Denied int // answers that are kept
+}
+
+// Stats returns the figures.
+func (c *Cache) Stats() Stats {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.stats
+	s.Running, s.Waiting, s.Ahead = c.queue.running, c.queue.waiting, len(c.queue.ahead)
+	s.Allowed, s.Denied = c.allowed.Len(), c.denied.Len()
+	return s
 }
 
 // Close retires c: it ends what is under way and waits for it, as long as the
@@ -355,7 +378,7 @@ func put[K comparable](l *simplelru.LRU[K, entry], k K, d verify.Decision, until
 func (c *Cache) Close() error {
 	c.mu.Lock()
 	c.cancel()
-	c.queue = nil
+	c.queue.lines, c.queue.ahead, c.queue.waiting = nil, nil, 0
 	clear(c.flights)
 	c.allowed.Purge()
 	c.denied.Purge()

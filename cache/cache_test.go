@@ -104,6 +104,12 @@ func at(q verify.Question, host, path string) verify.Question {
 	return q
 }
 
+// aheadOf is q asked ahead of time.
+func aheadOf(q verify.Question) verify.Question {
+	q.Image.Use, q.Image.Binding = verify.UseAhead, verify.BoundRecord
+	return q
+}
+
 func open(t *testing.T, next verify.Judge, o Options) *Cache {
 	t.Helper()
 	if o.Now == nil {
@@ -324,6 +330,8 @@ func TestWhatIsShared(t *testing.T) {
 		{"another host", at(base, "other.local", "app"), true, false},
 		{"another split of the same name", at(base, "", "registry.local/app"), true, false},
 		{"only asked", with(func(q *verify.Question) { q.Image.Use, q.Image.Binding = verify.UseQuestion, verify.BoundDigest }), true, false},
+		{"an image volume", with(func(q *verify.Question) { q.Image.Use, q.Image.Binding = verify.UseVolume, verify.BoundSnapshot }), true, true},
+		{"ahead of time", aheadOf(base), true, true},
 		{"another requirement", with(func(q *verify.Question) { q.Rule.Requirement[0]++ }), false, false},
 		{"another target", with(func(q *verify.Question) { q.Image.Target.Digest = of("b") }), false, false},
 		{"another size", with(func(q *verify.Question) { q.Image.Target.Size++ }), false, false},
@@ -338,14 +346,17 @@ func TestWhatIsShared(t *testing.T) {
 				if allowed {
 					j, shared = yes(cl, start.Add(time.Hour)), tt.allow
 				}
-				c := open(t, j, Options{Now: cl.now})
-				c.Judge(bg, base)
-				d := c.Judge(bg, tt.q)
-				if d.Allowed() != allowed {
-					t.Errorf("answer is %v, want allowed %t", d.Reason, allowed)
-				}
-				if got := j.calls.Load() == 1; got != shared {
-					t.Errorf("allowed %t: shared %t, want %t", allowed, got, shared)
+				for _, order := range [][2]verify.Question{{base, tt.q}, {tt.q, base}} {
+					j.calls.Store(0)
+					c := open(t, j, Options{Now: cl.now})
+					c.Judge(bg, order[0])
+					d := c.Judge(bg, order[1])
+					if d.Allowed() != allowed {
+						t.Errorf("answer is %v, want allowed %t", d.Reason, allowed)
+					}
+					if got := j.calls.Load() == 1; got != shared {
+						t.Errorf("allowed %t: shared %t, want %t", allowed, got, shared)
+					}
 				}
 			}
 		})
@@ -371,9 +382,9 @@ func TestDenialElsewhereDoesNotSpoil(t *testing.T) {
 	called(t, j, 2)
 }
 
-// TestOtherTargetOnlyForContainers: an allow that rests on another target of the
+// TestOtherTargetOnlyWhereProven: an allow that rests on another target of the
 // same config is not kept where nobody proved that it is one.
-func TestOtherTargetOnlyForContainers(t *testing.T) {
+func TestOtherTargetOnlyWhereProven(t *testing.T) {
 	other := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: of("other"), Size: 9}
 	for _, tt := range []struct {
 		use     verify.Use
@@ -382,6 +393,8 @@ func TestOtherTargetOnlyForContainers(t *testing.T) {
 		kept    bool
 	}{
 		{verify.UseContainer, verify.BoundRuntime, of("other"), true},
+		{verify.UseVolume, verify.BoundSnapshot, of("other"), true},
+		{verify.UseAhead, verify.BoundRecord, of("other"), true},
 		{verify.UseQuestion, verify.BoundDigest, of("other"), false},
 		{verify.UseQuestion, verify.BoundDigest, of("a"), true},
 		{verify.UseQuestion, verify.BoundDigest, of("manifest"), true},
@@ -597,8 +610,8 @@ func TestOverload(t *testing.T) {
 				if peak.Load() > int64(tt.running) {
 					t.Errorf("%d verifications at once, want at most %d", peak.Load(), tt.running)
 				}
-				if len(c.flights) != 0 || len(c.queue) != 0 || c.running != 0 {
-					t.Errorf("left over: %d flights, %d queued, %d running", len(c.flights), len(c.queue), c.running)
+				if left := c.Stats(); len(c.flights) != 0 || left.Waiting+left.Ahead+left.Running != 0 {
+					t.Errorf("left over: %d flights, %+v", len(c.flights), left)
 				}
 				expect(t, c.Judge(bg, ask("after")), verify.Verified)
 				c.Close()
@@ -824,8 +837,8 @@ func TestFlood(t *testing.T) {
 	if a, d := c.allowed.Len(), c.denied.Len(); a != size || d != size {
 		t.Errorf("%d allowed and %d denied are kept, want %d each", a, d, size)
 	}
-	if len(c.flights) != 0 || len(c.queue) != 0 {
-		t.Errorf("left over: %d flights, %d queued", len(c.flights), len(c.queue))
+	if left := c.Stats(); len(c.flights) != 0 || left.Waiting != 0 {
+		t.Errorf("left over: %d flights, %+v", len(c.flights), left)
 	}
 }
 
@@ -833,8 +846,8 @@ func TestDefaultSizes(t *testing.T) {
 	cl := newClock()
 	c := open(t, yes(cl, start.Add(time.Hour)), Options{Now: cl.now, Allowed: -1})
 	for i := range 5000 {
-		put(c.allowed, verify.Key{Config: of(fmt.Sprint(i))}, verify.Decision{}, start.Add(time.Hour), start)
-		put(c.denied, place{path: fmt.Sprint(i)}, verify.Decision{}, start.Add(time.Hour), start)
+		put(c.allowed, verify.Key{Config: of(fmt.Sprint(i))}, verify.Decision{}, start.Add(time.Hour), start, new(uint64))
+		put(c.denied, place{path: fmt.Sprint(i)}, verify.Decision{}, start.Add(time.Hour), start, new(uint64))
 	}
 	if a, d := c.allowed.Len(), c.denied.Len(); a != 4096 || d != 1024 {
 		t.Errorf("%d allowed and %d denied are kept, want 4096 and 1024", a, d)
@@ -938,75 +951,4 @@ func BenchmarkHit(b *testing.B) {
 			b.Fatal("denied")
 		}
 	}
-}
-
-// TestSlowHostsComeLast: pods whose registry never answers, which their author
-// chose, do not keep images of other hosts from being checked.
-func TestSlowHostsComeLast(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		const hang = 10 * time.Second // verify.DefaultLimits.Wall
-		var mended atomic.Bool
-		j := &judge{f: func(ctx context.Context, q verify.Question) verify.Decision {
-			if q.Image.Name.Host == "hangs.example" {
-				if !mended.Load() {
-					time.Sleep(hang)
-				}
-				return verify.Deny(verify.SourceUnreachable, "")
-			}
-			return allow(q, time.Now(), time.Now().Add(time.Hour))
-		}}
-		c := open(t, j, Options{Now: time.Now})
-		flood := func() {
-			for i := range 200 {
-				c.Judge(ended(), at(ask(fmt.Sprint("bad", i)), "hangs.example", "app"))
-			}
-		}
-		flood()
-		time.Sleep(hang + time.Millisecond) // now it is known
-		for i := range 30 {
-			flood() // keeps the queue full
-			d := c.Judge(ended(), ask(fmt.Sprint("good", i)))
-			expect(t, d, verify.Pending)
-			time.Sleep(hang)
-			expect(t, c.Judge(ended(), ask(fmt.Sprint("good", i))), verify.Verified)
-		}
-		// More at once than there is room for give way to nobody but each other.
-		flood()
-		for i := range 70 {
-			want := verify.Pending
-			if i >= 64 {
-				want = verify.Overloaded
-			}
-			expect(t, c.Judge(ended(), ask(fmt.Sprint("more", i))), want)
-		}
-		c.mu.Lock()
-		if len(c.flights) != c.running+len(c.queue) || len(c.queue) != 64 {
-			t.Errorf("%d flights, %d running, %d queued", len(c.flights), c.running, len(c.queue))
-		}
-		c.mu.Unlock()
-		time.Sleep(hang)
-		for i := range 64 {
-			expect(t, c.Judge(ended(), ask(fmt.Sprint("more", i))), verify.Verified)
-		}
-		// Who gave way is told so, and a slow host that answers is slow no more.
-		d := make(chan verify.Decision, 1)
-		flood()
-		c.mu.Lock()
-		last := c.queue[len(c.queue)-1]
-		c.mu.Unlock()
-		go func() { d <- c.await(bg, last) }()
-		synctest.Wait()
-		c.Judge(ended(), ask("one more"))
-		expect(t, <-d, verify.Overloaded)
-		mended.Store(true)
-		time.Sleep(hang + time.Second)
-		expect(t, c.Judge(bg, at(ask("again"), "hangs.example", "app")), verify.SourceUnreachable)
-		synctest.Wait()
-		c.mu.Lock()
-		if c.slow.Contains("hangs.example") || len(c.flights) != 0 {
-			t.Errorf("still slow, or %d flights are left", len(c.flights))
-		}
-		c.mu.Unlock()
-		c.Close()
-	})
 }
