@@ -6,7 +6,7 @@ FUZZTIME   ?= 20s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 LDFLAGS     = -s -w -X main.version=$(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 
-.PHONY: build demo bench flood test lint unit core386 cross fuzz e2e clean
+.PHONY: build demo bench flood matrix test lint unit core386 cross fuzz e2e clean
 
 build: ## the static binary, in bin/
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/tidewaiter ./cmd/tidewaiter
@@ -19,6 +19,9 @@ bench: ## the tables of docs/performance.md; needs root on Linux, a quiet machin
 
 flood: ## 10,000 creations on containerd 2.4.2 and 2.2.9 while the mirror fails; needs root on Linux and 15 minutes
 	cd test && go run ./flood
+
+matrix: ## every failure of the gate against NRI 0.11.0, 0.12.0, 0.12.3 and 0.12.5; needs root on Linux and 6 minutes
+	cd test/matrix && TIDEWAITER_MATRIX=full go test -race -count=1 -timeout 30m
 
 test: lint unit core386 cross fuzz e2e ## everything that CI runs
 
