@@ -169,12 +169,14 @@ func Clean(s string, limit int) string {
 	if len(s) > 4*limit {
 		s = s[:4*limit]
 	}
-	s = strings.Map(func(r rune) rune {
-		if r == utf8.RuneError || !unicode.IsPrint(r) {
-			return ' '
-		}
-		return r
-	}, s)
+	if strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' }) { // nearly nothing does
+		s = strings.Map(func(r rune) rune {
+			if r == utf8.RuneError || !unicode.IsPrint(r) {
+				return ' '
+			}
+			return r
+		}, s)
+	}
 	if len(s) <= limit {
 		return s
 	}

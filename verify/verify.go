@@ -119,8 +119,8 @@ func plain(d ocispec.Descriptor) Target { return Target{d.MediaType, d.Digest, d
 
 // bytes is an unambiguous form of k, for hashing.
 func (k Key) bytes() []byte {
-	var b []byte
-	for _, s := range []string{k.Target.MediaType, k.Target.Digest.String(), k.Manifest.String(), k.Config.String()} {
+	b := make([]byte, 0, 512) // three digests and a media type
+	for _, s := range [...]string{k.Target.MediaType, k.Target.Digest.String(), k.Manifest.String(), k.Config.String()} {
 		b = binary.BigEndian.AppendUint64(b, uint64(len(s)))
 		b = append(b, s...)
 	}
