@@ -1,0 +1,112 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"golang.org/x/net/netutil"
+)
+
+// Bounds of what comes in. A request is a few hundred bytes of header, and an answer
+// some kilobytes.
+const (
+	connections = 8 // at once; others wait in the kernel
+	headers     = 4 << 10
+	readTime    = 2 * time.Second
+	writeTime   = 5 * time.Second
+	farewell    = time.Second // for what is being answered at the end
+)
+
+// Serve answers with h on l, which it closes, until ctx ends, with nil. It has few
+// connections at once, each for one request, and all of them end soon whatever the
+// other side does.
+func Serve(ctx context.Context, l net.Listener, h http.Handler) error {
+	srv := &http.Server{
+		Handler:           h,
+		MaxHeaderBytes:    headers,
+		ReadTimeout:       readTime,
+		ReadHeaderTimeout: readTime,
+		WriteTimeout:      writeTime,
+		IdleTimeout:       readTime,
+		ErrorLog:          slog.NewLogLogger(slog.DiscardHandler, 0), // what clients do wrong
+
+		DisableGeneralOptionsHandler: true,
+	}
+	srv.SetKeepAlivesEnabled(false)
+	ended := make(chan error, 1)
+	go func() { ended <- srv.Serve(netutil.LimitListener(l, connections)) }()
+	select {
+	case err := <-ended:
+		return err
+	case <-ctx.Done():
+	}
+	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), farewell)
+	defer cancel()
+	if srv.Shutdown(end) != nil {
+		srv.Close()
+	}
+	<-ended
+	return nil
+}
+
+// Handler answers the control socket's requests from these two, which must not
+// block and are safe for concurrent use.
+func Handler(status func() Status, metrics func(io.Writer) error) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/ready", func(w http.ResponseWriter, _ *http.Request) {
+		s := status()
+		code := http.StatusOK
+		if !s.Ready {
+			code = http.StatusServiceUnavailable
+		}
+		answer(w, code, s.Readiness())
+	})
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, status()) })
+	mux.Handle("GET /metrics", metricsHandler(metrics))
+	return noBody(mux)
+}
+
+// Metrics answers GET /metrics, and nothing else.
+func Metrics(metrics func(io.Writer) error) http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", metricsHandler(metrics))
+	return noBody(mux)
+}
+
+func metricsHandler(metrics func(io.Writer) error) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		var b bytes.Buffer
+		if err := metrics(&b); err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+		_, _ = w.Write(b.Bytes())
+	})
+}
+
+func answer(w http.ResponseWriter, code int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(code)
+	e := json.NewEncoder(w)
+	e.SetEscapeHTML(false)
+	_ = e.Encode(v) // the client is gone
+}
+
+// noBody refuses requests that send something.
+func noBody(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength != 0 {
+			http.Error(w, "a request has no body here", http.StatusRequestEntityTooLarge)
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
+}

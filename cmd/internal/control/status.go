@@ -1,0 +1,203 @@
+package control
+
+import (
+	"fmt"
+	"slices"
+	"time"
+)
+
+// Schemas of what the socket answers. Fields are added and never change; a change
+// that breaks readers gets a new schema.
+const (
+	StatusSchema = "tidewaiter.dev/status/v1"
+	ReadySchema  = "tidewaiter.dev/ready/v1"
+)
+
+// A Status is how things stand with a gate. Times that are not known are null.
+type Status struct {
+	Schema   string    `json:"schema"`
+	Healthy  bool      `json:"healthy"`  // there are no problems
+	Ready    bool      `json:"ready"`    // the runtime asks this gate, in the hook of the mode in force
+	Problems []Problem `json:"problems"` // the most important first; see Judge
+	Warnings []string  `json:"warnings"` // what does not make it unhealthy
+
+	Node    string    `json:"node"`
+	Version string    `json:"version"`
+	Commit  string    `json:"commit,omitempty"`
+	PID     int       `json:"pid"`
+	Started time.Time `json:"started"`
+
+	Mode      string `json:"mode"`      // enforce or audit; empty where no configuration is in force
+	Assurance string `json:"assurance"` // full, bound or none; see Judge
+
+	Configuration Configuration                `json:"configuration"`
+	Runtime       Runtime                      `json:"runtime"`
+	Decisions     map[string]map[string]uint64 `json:"decisions"` // since the start, by mode and reason
+	Cache         Cache                        `json:"cache"`     // since the configuration is in force
+	Log           Log                          `json:"log"`
+
+	Stopping bool `json:"stopping"` // the gate was told to end
+}
+
+// A Problem is what is wrong and what to do next.
+type Problem struct {
+	Code string `json:"code"` // stable
+	Text string `json:"text"`
+	Next string `json:"next"` // a command where there is one
+}
+
+// Codes of problems, the most important first.
+const (
+	Stopping              = "STOPPING"
+	NoConfiguration       = "NO_CONFIGURATION"
+	NotRegistered         = "NOT_REGISTERED"
+	Registering           = "REGISTERING"
+	NotRequired           = "NOT_REQUIRED"
+	Stranger              = "STRANGER"
+	ConfigurationRejected = "CONFIGURATION_REJECTED"
+	RuntimeHangs          = "RUNTIME_HANGS"
+)
+
+// A Configuration is what is in force, and what is not.
+type Configuration struct {
+	Dir      string     `json:"dir"`
+	Epoch    string     `json:"epoch"` // digest of its files; empty: none is in force
+	Since    *time.Time `json:"since"`
+	Warnings []string   `json:"warnings"`
+	Rejected *Rejected  `json:"rejected"` // the last one that was; null: none was
+}
+
+// A Rejected is a configuration that was not put in force.
+type Rejected struct {
+	At      time.Time `json:"at"`
+	Error   string    `json:"error"`
+	Current bool      `json:"current"` // it still is what the directory holds
+	Count   uint64    `json:"count"`   // how many were, since the start
+}
+
+// A Runtime is the gate's connection to it.
+type Runtime struct {
+	Registered    bool       `json:"registered"`
+	Since         *time.Time `json:"since"` // when that became so
+	Name          string     `json:"name"`  // of the runtime that configured the gate last
+	Version       string     `json:"version"`
+	Hooks         []string   `json:"hooks"` // in which it asks
+	Registrations uint64     `json:"registrations"`
+	Error         string     `json:"error,omitempty"` // of the last connection that ended
+	ErrorAt       *time.Time `json:"errorAt"`
+	Plugins       []string   `json:"plugins"`   // that the runtime listed in its last question to enforce
+	Strangers     int        `json:"strangers"` // of our name, and no gate of this node
+	Late          uint64     `json:"late"`      // answers beyond the gate's own time
+	Stuck         int        `json:"stuck"`     // questions to containerd that have no end
+	Socket        string     `json:"socket"`
+
+	Audit bool `json:"audit"` // it was registered to audit
+}
+
+// A Cache is what the gate remembers and what it is finding out.
+type Cache struct {
+	Allowed    int    `json:"allowed"` // answers that are kept
+	Denied     int    `json:"denied"`
+	Hits       uint64 `json:"hits"`
+	Misses     uint64 `json:"misses"`
+	Running    int    `json:"running"` // verifications
+	Waiting    int    `json:"waiting"`
+	Ahead      int    `json:"ahead"` // that wait, and that nobody waits for
+	Overloaded uint64 `json:"overloaded"`
+}
+
+// A Log is the gate's log.
+type Log struct {
+	Dropped uint64 `json:"dropped"` // lines that it was too slow for, since the start
+}
+
+// A Readiness is what a probe needs to know.
+type Readiness struct {
+	Schema string `json:"schema"`
+	Ready  bool   `json:"ready"`
+	Reason string `json:"reason,omitempty"` // code of a Problem; empty when ready
+	Detail string `json:"detail,omitempty"`
+}
+
+// Readiness is s for a probe.
+func (s *Status) Readiness() Readiness {
+	r := Readiness{Schema: ReadySchema, Ready: s.Ready}
+	if !r.Ready && len(s.Problems) > 0 {
+		r.Reason, r.Detail = s.Problems[0].Code, s.Problems[0].Text
+	}
+	return r
+}
+
+// How sure a denial is.
+const (
+	Full  = "full"  // what was verified is what runs, compared when the container is created
+	Bound = "bound" // the same; the image's config is compared only when it starts
+	None  = "none"  // nothing is refused, or nobody asks
+)
+
+// Judge says from all other fields whether s is ready and healthy, what is wrong,
+// and how sure a denial is.
+func (s *Status) Judge() {
+	s.Schema, s.Problems = StatusSchema, []Problem{}
+	found := func(code, next, format string, args ...any) {
+		s.Problems = append(s.Problems, Problem{code, fmt.Sprintf(format, args...), next})
+	}
+	c, r := &s.Configuration, &s.Runtime
+	current := c.Rejected != nil && c.Rejected.Current
+
+	if s.Stopping {
+		found(Stopping, "wait for the next one to start", "the gate was told to end")
+	}
+	if c.Epoch == "" {
+		why := "it was not read yet"
+		if current {
+			why = c.Rejected.Error
+		}
+		found(NoConfiguration, "put a configuration into "+c.Dir+"; it is read at once", "no configuration is in force and every container is denied: %s", why)
+	}
+	switch {
+	case !r.Registered:
+		why := "not yet"
+		if r.Error != "" {
+			why = r.Error
+		}
+		found(NotRegistered, "systemctl status containerd; ls -l "+r.Socket, "the runtime does not ask this gate: %s", why)
+	case c.Epoch != "" && r.Audit != (s.Mode == "audit"):
+		found(Registering, "wait a moment", "the mode changed to %s, and the gate registers anew", s.Mode)
+	}
+	s.Ready = len(s.Problems) == 0
+
+	if s.Ready && s.Mode == "enforce" && len(r.Plugins) > 0 && !slices.Contains(r.Plugins, validator) {
+		found(NotRequired, "make containerd require the plugin tidewaiter (required_plugins of its NRI default validator), and restart it",
+			"containerd does not require the gate: when the gate is away containers start without being asked about")
+	}
+	if r.Strangers > 0 {
+		found(Stranger, "find what else connects to "+r.Socket+": ss -xp | grep nri",
+			"%d plugins that are not gates of this node are registered under the gate's name: containerd takes them for it when it is away", r.Strangers)
+	}
+	if c.Epoch != "" && current {
+		found(ConfigurationRejected, "correct what it names; the directory is read again at once",
+			"the configuration was rejected and the last good one is in force: %s", c.Rejected.Error)
+	}
+	if r.Stuck > 0 {
+		found(RuntimeHangs, "systemctl status containerd", "containerd does not answer %d questions of the gate, for which containers are refused", r.Stuck)
+	}
+	s.Healthy = len(s.Problems) == 0
+
+	switch {
+	case !s.Ready || s.Mode != "enforce":
+		s.Assurance = None
+	case slices.Contains(r.Hooks, compares):
+		s.Assurance = Bound
+	default:
+		s.Assurance = Full
+	}
+}
+
+const (
+	// validator is what containerd lists where it requires plugins at all.
+	validator = "00-default-validator"
+	// compares is the hook that the gate asks for where the runtime does not say
+	// before which image's config it runs (containerd before 2.4).
+	compares = "StartContainer"
+)
