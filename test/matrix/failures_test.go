@@ -227,7 +227,8 @@ func (s *scene) whileNeighbour(f func()) {
 }
 
 // impostorBeside: a plugin with the gate's name that says yes changes nothing
-// while the gate is there, since one validator's no is enough.
+// while the gate is there, since one validator's no is enough, and the gate raises
+// an alarm.
 func (s *scene) impostorBeside(index string) {
 	s.Helper()
 	s.ready(false)
@@ -236,11 +237,25 @@ func (s *scene) impostorBeside(index string) {
 	defer impostor.Stop()
 	s.refused(s.w.evil, "SIGNATURE_MISSING")
 	s.allows()
+	for end := time.Now().Add(30 * time.Second); !s.alarmed(mark); time.Sleep(100 * time.Millisecond) {
+		if got := s.ask(s.w.evil); got != "SIGNATURE_MISSING" {
+			s.Errorf("beside an impostor: %s", got)
+		}
+		if time.Now().After(end) {
+			s.Fatal("the gate raises no alarm")
+		}
+	}
 	s.still(mark)
 	// Hanging is no way out for the request that meets it.
 	s.hangs()
 	s.refused(s.w.evil, timedOut)
 	s.goesOn()
+}
+
+func (s *scene) alarmed(mark int) bool {
+	return slices.ContainsFunc(s.gate.Lines()[mark:], func(l node.Line) bool {
+		return l.Level == "ERROR" && strings.HasPrefix(l.Msg, "another plugin is registered under the name of the gate")
+	})
 }
 
 // impostorAlone: required_plugins asks for a name, and whoever has the NRI socket
