@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/nri/pkg/api"
 	"github.com/opencontainers/go-digest"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/tidewaiter/tidewaiter/verify"
 )
@@ -93,24 +94,28 @@ func (c *Containerd) Running(ctx context.Context, yield func(Container) bool) er
 		default:
 			continue
 		}
-		r, err := c.containers.Get(inNamespace(ctx), &containersapi.GetContainerRequest{ID: t.GetID()})
-		found := Container{ID: t.GetID()}
-		if err == nil {
-			found, err = running(r.GetContainer())
-		} else {
-			err = wrap("container "+verify.Quote(t.GetID(), 96), err)
-		}
+		found, err := c.Container(ctx, t.GetID())
 		if errors.Is(err, ErrNotFound) {
 			continue // it ended meanwhile
 		}
-		if found.Err = err; ctx.Err() != nil {
+		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if !yield(found) {
+		if found.Err = err; !yield(found) {
 			return nil
 		}
 	}
 	return nil
+}
+
+// Container returns the record of one container. With an error its ID is all that
+// is sure.
+func (c *Containerd) Container(ctx context.Context, id string) (Container, error) {
+	r, err := c.containers.Get(inNamespace(ctx), &containersapi.GetContainerRequest{ID: id})
+	if err != nil {
+		return Container{ID: id}, wrap("container "+verify.Quote(id, 96), err)
+	}
+	return running(r.GetContainer())
 }
 
 // running reads a record.
@@ -253,4 +258,15 @@ func (r *Resolver) led(ctx context.Context, o *Options, c Container, s Snapshot,
 // runs reports whether s was prepared from what l leads to.
 func (l lead) runs(s Snapshot) bool {
 	return s.Parent != "" && (s.Parent == l.chain || s.Parent == remapped(l.chain, s.Labels))
+}
+
+// Stop has the CRI plugin stop a container, so that the kubelet learns of it: with
+// SIGTERM, or the signal that the image names, and with SIGKILL after grace.
+func (c *Containerd) Stop(ctx context.Context, id string, grace time.Duration) error {
+	_, err := runtimeapi.NewRuntimeServiceClient(c.conn).StopContainer(ctx,
+		&runtimeapi.StopContainerRequest{ContainerId: id, Timeout: int64(grace.Seconds())})
+	if err != nil {
+		return wrap("stopping container "+verify.Quote(id, 96), err)
+	}
+	return nil
 }
