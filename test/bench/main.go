@@ -40,6 +40,7 @@ type bench struct {
 	pods           int           // that are refused, of the pressure part
 	turns          int           // of each kind
 	turn           time.Duration // how long each is
+	nodes          string        // where its nodes are made; see node.Options.Dir
 	versions       string        // of containerd
 	parts          string
 
@@ -58,6 +59,7 @@ func main() {
 	flag.IntVar(&b.pods, "pods", 200, "refused pods of the pressure part")
 	flag.IntVar(&b.turns, "turns", 5, "turns without and with them")
 	flag.DurationVar(&b.turn, "turn", 20*time.Second, "length of such a turn")
+	flag.StringVar(&b.nodes, "dir", "/tmp", "where containerd's `directory` of that part is made; in /dev/shm it does not wait for the disk")
 	flag.StringVar(&b.parts, "parts", "warm,cold,memory,own,size,pressure", "what to measure")
 	flag.StringVar(&b.versions, "containerd", node.Containerd24+","+node.Containerd22, "releases of the warm and the pressure part")
 	flag.StringVar(&b.binary, "binary", "", "the `program` to measure instead of this tree's; own and size are this tree's all the same")

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -34,6 +35,7 @@ const (
 type burden struct {
 	start, stop   [2]time.Duration // medians of the medians of the turns; idle, loaded
 	starts, stops float64          // loaded by idle, medians of the ratios of the turns
+	p99           [2]time.Duration // of all starts
 	cycles        [2]int
 	refused       int           // creations in the loaded turns
 	took          time.Duration // of those turns
@@ -95,7 +97,7 @@ func (b *bench) crowd(ctx context.Context, version string) (_ *crowd, err error)
 	}); err != nil {
 		return nil, err
 	}
-	if c.node, err = node.Start(ctx, node.Options{ContainerdVersion: version, Required: true, Log: os.Stderr}); err != nil {
+	if c.node, err = node.Start(ctx, node.Options{ContainerdVersion: version, Dir: b.nodes, Required: true, Log: os.Stderr}); err != nil {
 		return nil, err
 	}
 	if err := c.node.Use(c.registries...); err != nil {
@@ -192,6 +194,7 @@ func (b *bench) carry(ctx context.Context, c *crowd) (r burden, err error) {
 		time.Sleep(time.Second) // the first answer may be PENDING
 	}
 	var start, stop [2][]time.Duration // by turn
+	var starts [2][]time.Duration
 	for turn := range 2 * b.turns {
 		loaded := (turn + turn/2) % 2 // idle, loaded, loaded, idle, ...: what drifts hits both
 		var began, ended []time.Duration
@@ -228,6 +231,7 @@ func (b *bench) carry(ctx context.Context, c *crowd) (r burden, err error) {
 			return r, err
 		}
 		r.cycles[loaded] += len(began)
+		starts[loaded] = append(starts[loaded], began...)
 		start[loaded], stop[loaded] = append(start[loaded], median(began)), append(stop[loaded], median(ended))
 		b.say("turn %d of %d, loaded %d: start %s, stop %s, %d times", turn+1, 2*b.turns, loaded, millis(median(began)), millis(median(ended)), len(began))
 	}
@@ -239,6 +243,8 @@ func (b *bench) carry(ctx context.Context, c *crowd) (r burden, err error) {
 		return median(ratios)
 	}
 	for i := range 2 {
+		slices.Sort(starts[i])
+		r.p99[i] = starts[i][len(starts[i])*99/100]
 		r.start[i], r.stop[i] = median(start[i]), median(stop[i])
 	}
 	r.starts, r.stops = ratio(start), ratio(stop)
@@ -337,6 +343,7 @@ func (b *bench) printPressureOf(ctx context.Context, version string) (err error)
 		burden
 	}{{"a plugin that refuses them at once", refuser}, {"Tidewaiter", gate}} {
 		fmt.Printf("| containerd %s, %s, start | %s | %s | %.2f |\n", version, r.name, millis(r.start[0]), millis(r.start[1]), r.starts)
+		fmt.Printf("| containerd %s, %s, start, p99 | %s | %s | |\n", version, r.name, millis(r.p99[0]), millis(r.p99[1]))
 		fmt.Printf("| containerd %s, %s, stop | %s | %s | %.2f |\n", version, r.name, millis(r.stop[0]), millis(r.stop[1]), r.stops)
 		fmt.Printf("| containerd %s, %s, refused a second | | %.1f | |\n", version, r.name, float64(r.refused)/r.took.Seconds())
 	}

@@ -27,7 +27,8 @@ type options struct {
 	callers   int // that ask at once
 	seed      uint64
 	fails     []illness // of the mirror
-	dir       string    // below it is what is written
+	nodes     string    // where nodes are made; see node.Options.Dir
+	dir       string    // below it is what else is written
 	binary    string    // tidewaiter
 	nothing   string    // the no-op plugin
 	log       func(string, ...any)
@@ -112,7 +113,7 @@ func (t *tally) mistake(format string, a ...any) {
 // run floods. The error says what kept it from doing so; what came out is in tally.
 func (f *flood) run(ctx context.Context, version string) (err error) {
 	f.rand = rand.New(rand.NewPCG(f.seed, 0))
-	if f.fixture, err = newFixture(ctx, version, filepath.Join(f.dir, "config-"+version), f.perKind, f.log); err != nil {
+	if f.fixture, err = newFixture(ctx, version, f.nodes, filepath.Join(f.dir, "config-"+version), f.perKind, f.log); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.stop()) }()
@@ -334,11 +335,9 @@ func (f *flood) judge(m image, _ *node.Container, err error) {
 // where it has said what is not so.
 func (f *flood) fits(m image, r verify.Reason) bool {
 	switch r {
-	case m.kind.reason:
+	case m.kind.reason, verify.Pending:
 		return true
-	case verify.Pending, verify.Overloaded:
-		return !m.kind.outside
-	case verify.SourceUnreachable, verify.SourceUnauthorized, verify.SourceNoReferrers, verify.BudgetExceeded:
+	case verify.Overloaded, verify.SourceUnreachable, verify.SourceUnauthorized, verify.SourceNoReferrers, verify.BudgetExceeded:
 		return !m.kind.outside
 	case verify.SignatureMissing, verify.SignatureInvalid, verify.SignerUntrusted, verify.IdentityMismatch:
 		return !m.kind.outside && f.sick.lies(m.repository)

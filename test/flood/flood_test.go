@@ -67,7 +67,7 @@ func TestVerdict(t *testing.T) {
 		"an unsigned image":                {of(verify.SignatureMissing), no(verify.SignatureMissing), false, ""},
 		"an unsigned image that ran":       {of(verify.SignatureMissing), nil, false, "escapes: 1"},
 		"an unknown image that ran":        {of(verify.PolicyNoMatch), nil, true, "escapes: 1"},
-		"an image of no statement waits":   {of(verify.PolicyNoMatch), no(verify.Pending), false, "wrong: 1"},
+		"an image of no statement, asked":  {of(verify.PolicyNoMatch), no(verify.SourceUnreachable), true, "wrong: 1"},
 		"a stranger's signature, mistaken": {of(verify.SignerUntrusted), no(verify.IdentityMismatch), false, "wrong: 1"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -40,6 +40,7 @@ func main() {
 	flag.IntVar(&o.turns, "turns", 5, "turns, with a new gate each")
 	flag.IntVar(&o.callers, "callers", 8, "creations at once")
 	flag.Uint64Var(&o.seed, "seed", 0, "what is drawn; 0 draws one")
+	flag.StringVar(&o.nodes, "dir", "/tmp", "where containerd's `directory` is made; in /dev/shm it does not wait for the disk")
 	flag.StringVar(&o.binary, "binary", "", "the `program` to flood instead of this tree's")
 	flag.Parse()
 	if flag.NArg() > 0 || min(o.creations, o.perKind, o.turns, o.callers) < 1 {
