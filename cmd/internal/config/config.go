@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"net/http"
 	"net/url"
 	"path/filepath"
@@ -196,9 +197,10 @@ func (c *Config) Sources() func(verify.Name) []verify.Source {
 		layouts = append(layouts, layout.New(dir))
 	}
 	tokens := mirror.NewTokens(time.Now) // they end after a while, not at a time
+	links := mirror.NewLinks(time.Now, rand.Float64)
 	mirrors := map[string][]mirror.Mirror{}
 	for _, m := range c.Mirrors {
-		e := mirror.Mirror{URL: m.URL, NS: m.NS, Realm: m.Realm, Tokens: tokens, Credentials: c.credentials.of(m.URL)}
+		e := mirror.Mirror{URL: m.URL, NS: m.NS, Realm: m.Realm, Tokens: tokens, Links: links, Credentials: c.credentials.of(m.URL)}
 		// The clients are shared by the sources of all hosts, with their connections.
 		if m.roots != nil || m.pair != nil {
 			e.Client = client(m.roots, m.pair)
@@ -216,7 +218,7 @@ func (c *Config) Sources() func(verify.Name) []verify.Source {
 		}
 		if served == nil && !c.Listed {
 			u := origin(n.Host)
-			served = []mirror.Mirror{{URL: u, Tokens: tokens, Credentials: c.credentials.of(u)}}
+			served = []mirror.Mirror{{URL: u, Tokens: tokens, Links: links, Credentials: c.credentials.of(u)}}
 		}
 		for _, m := range served {
 			m.Host = n.Host

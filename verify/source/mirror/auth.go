@@ -220,6 +220,8 @@ func origin(u *url.URL) string {
 type exchange struct {
 	*Source
 	repository string // at the mirror
+	ahead      bool   // asked ahead of time: nobody waits for it
+	connected  bool   // a request was put to the mirror
 	header     string // Authorization that is in use
 	challenged bool   // a challenge was answered: there is no second time
 	named      bool   // as somebody, not as nobody
@@ -422,6 +424,9 @@ func (e *exchange) fetch(client *http.Client, req *http.Request) (value string, 
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	req.Header.Set("Accept-Encoding", "identity")
 	req.Header.Set("User-Agent", "tidewaiter")
+	if err := e.pace(req.Context()); err != nil {
+		return fail(verify.ErrUnreachable, cause(err), err)
+	}
 	resp, err := client.Do(req)
 	if err != nil {
 		return fail(verify.ErrUnreachable, cause(err), err)
@@ -434,7 +439,8 @@ func (e *exchange) fetch(client *http.Client, req *http.Request) (value string, 
 			class = verify.ErrUnauthorized // OAuth2 says 400 of a refresh token that it does not know
 			text += ": " + e.asWhom()
 		}
-		return fail(class, text+wait(resp), nil)
+		asks, _, _ := wait(resp)
+		return fail(class, text+asks, nil)
 	}
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxTokenAnswer+1))
 	if err != nil {

@@ -33,7 +33,8 @@ func (s *Source) Find(ctx context.Context, in verify.Name, subject ocispec.Descr
 	if err != nil {
 		return err
 	}
-	return x.conceal(x.find(ctx, subject, b, yield))
+	x.ahead = b.Ahead
+	return x.conceal(x.through(ctx, func() error { return x.find(ctx, subject, b, yield) }))
 }
 
 // find is Find, except that its error may hold what must not be repeated.

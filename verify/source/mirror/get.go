@@ -9,6 +9,7 @@ import (
 	"mime"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"regexp"
 	"strconv"
@@ -61,7 +62,7 @@ func (g *getter) Do(req *http.Request) (*http.Response, error) {
 	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
 	if err != nil {
-		return nil, failed(req, err)
+		return nil, lost(req, err, true)
 	}
 	if int64(len(body)) > limit {
 		return nil, fmt.Errorf("%s: %w: limit %d", what(req), errTooLong, limit)
@@ -115,9 +116,19 @@ func (g *getter) once(req *http.Request, header string) (*http.Response, error) 
 		req = req.Clone(req.Context())
 		req.Header.Set("Authorization", header)
 	}
-	resp, err := g.client.Do(req)
-	if err != nil {
+	if err := g.pace(req.Context()); err != nil {
 		return nil, failed(req, err)
+	}
+	connected := false
+	resp, err := g.client.Do(req.WithContext(httptrace.WithClientTrace(req.Context(), &httptrace.ClientTrace{
+		GotConn: func(httptrace.GotConnInfo) { connected = true },
+	})))
+	g.connected = g.connected || connected
+	switch {
+	case errors.Is(err, errElsewhere):
+		return nil, failed(req, err)
+	case err != nil:
+		return nil, lost(req, err, connected)
 	}
 	g.header = header
 	if resp.StatusCode == http.StatusUnauthorized {
@@ -162,13 +173,16 @@ func (s *Source) own(u *url.URL) error {
 	return nil
 }
 
+// errElsewhere is wrapped where an answer was a redirect that is not followed.
+var errElsewhere = errors.New("redirected")
+
 // redirect lets the client follow a redirect within the mirror, at most two.
 func (s *Source) redirect(req *http.Request, via []*http.Request) error {
 	if len(via) > 2 {
-		return errors.New("redirected too often")
+		return fmt.Errorf("%w too often", errElsewhere)
 	}
 	if err := s.own(req.URL); err != nil {
-		return fmt.Errorf("redirected: %w", err)
+		return fmt.Errorf("%w: %w", errElsewhere, err)
 	}
 	return nil
 }
@@ -182,7 +196,13 @@ func what(req *http.Request) string {
 
 // failed makes the error for a request that got no answer.
 func failed(req *http.Request, err error) error {
-	return &failure{verify.ErrUnreachable, what(req) + ": " + cause(err), 0, err}
+	return &failure{class: verify.ErrUnreachable, text: what(req) + ": " + cause(err), cause: err}
+}
+
+// lost is failed where the registry did not end its answer, or, unless connected,
+// could not even be asked.
+func lost(req *http.Request, err error, connected bool) error {
+	return &failure{class: verify.ErrUnreachable, text: what(req) + ": " + cause(err), cause: err, lost: true, connected: connected}
 }
 
 // cause says in a few words why there was no answer.
@@ -212,14 +232,17 @@ func told(req *http.Request, err error) error {
 	if !errors.As(err, &f) {
 		return failed(req, err)
 	}
-	return &failure{f.class, what(req) + ": " + f.text, 0, f.cause}
+	return &failure{class: f.class, text: what(req) + ": " + f.text, cause: f.cause}
 }
 
 // refused makes the error for an answer with another status than 200; why may be
 // empty.
 func refused(req *http.Request, resp *http.Response, why string) error {
 	f := &failure{class: verify.ErrUnreachable, status: resp.StatusCode}
-	f.text = strings.TrimSpace(fmt.Sprintf("%s: %d %s", what(req), resp.StatusCode, http.StatusText(resp.StatusCode))) + wait(resp)
+	f.text = strings.TrimSpace(fmt.Sprintf("%s: %d %s", what(req), resp.StatusCode, http.StatusText(resp.StatusCode)))
+	asks := ""
+	asks, f.after, f.at = wait(resp)
+	f.text += asks
 	if f.status == http.StatusUnauthorized || f.status == http.StatusForbidden {
 		f.class = verify.ErrUnauthorized
 	}
@@ -229,22 +252,20 @@ func refused(req *http.Request, resp *http.Response, why string) error {
 	return f
 }
 
-// wait says how long a registry that is busy asks not to be asked. It is not done
-// here: one question asks nothing twice, an answer like this one is not kept, and
-// who wants the container tries again, later each time.
-func wait(resp *http.Response) string {
+// wait says how long, or until when, a registry that is busy asks not to be asked.
+// One question asks nothing twice; for others see [Links].
+func wait(resp *http.Response) (text string, after time.Duration, at time.Time) {
 	if resp.StatusCode != http.StatusTooManyRequests && resp.StatusCode != http.StatusServiceUnavailable {
-		return ""
+		return "", 0, at
 	}
-	after := resp.Header.Get("Retry-After")
-	if s, err := strconv.ParseUint(after, 10, 31); err == nil {
-		after = fmt.Sprintf("%d s", s)
-	} else if t, err := http.ParseTime(after); err == nil {
-		after = "until " + t.UTC().Format(time.RFC3339)
-	} else {
-		return ""
+	header := resp.Header.Get("Retry-After")
+	if s, err := strconv.ParseUint(header, 10, 31); err == nil {
+		return fmt.Sprintf(", asks to wait %d s", s), time.Duration(s) * time.Second, at
 	}
-	return ", asks to wait " + after
+	if at, err := http.ParseTime(header); err == nil {
+		return ", asks to wait until " + at.UTC().Format(time.RFC3339), 0, at
+	}
+	return "", 0, at
 }
 
 // A failure is what kept a request from being answered with status 200.
@@ -253,6 +274,18 @@ type failure struct {
 	text   string
 	status int // 0: no answer
 	cause  error
+
+	lost, connected bool          // see lost
+	after           time.Duration // how long a busy registry asks to wait, or 0
+	at              time.Time     // or until when
+}
+
+// why is the failure without what was asked for.
+func (f *failure) why() string {
+	if f.cause == nil {
+		return strings.ToLower(http.StatusText(f.status))
+	}
+	return cause(f.cause)
 }
 
 // Error implements error. It holds no query and no credentials.

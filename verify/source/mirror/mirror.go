@@ -34,7 +34,9 @@
 // # Busy registries
 //
 // Statuses 429 and 503 are answers like every other failure: nothing is asked twice
-// within one question, and the error says how long Retry-After wants us to wait.
+// within one question, and the error says how long Retry-After wants us to wait. A
+// registry that does not answer, or wants to be left alone, is for a short while not
+// asked again, see [Links].
 package mirror
 
 import (
@@ -99,6 +101,10 @@ type Mirror struct {
 
 	// Tokens keeps tokens between questions. Nil means that none are kept.
 	Tokens *Tokens
+
+	// Links knows how the registry fares. Nil means that it is asked whatever comes of
+	// it, and as often as anybody likes.
+	Links *Links
 }
 
 // dockerRealm is where Docker Hub's tokens come from, and has been since there are
@@ -139,13 +145,14 @@ type Source struct {
 	realm       *url.URL // may be nil
 	realmClient *http.Client
 	tokens      *Tokens // may be nil
+	links       *Links  // may be nil
 }
 
 var _ verify.Source = (*Source)(nil)
 
 // New returns the source for m. What is wrong with m, Find says.
 func New(m Mirror) *Source {
-	s := &Source{name: "mirror", host: m.Host, ns: m.NS, credentials: m.Credentials, realm: m.Realm, tokens: m.Tokens}
+	s := &Source{name: "mirror", host: m.Host, ns: m.NS, credentials: m.Credentials, realm: m.Realm, tokens: m.Tokens, links: m.Links}
 	u := m.URL
 	if u == nil {
 		s.err = errors.New("mirror has no URL")
@@ -243,7 +250,12 @@ func (s *Source) Manifest(ctx context.Context, in verify.Name, d digest.Digest) 
 	if err != nil {
 		return none, nil, err
 	}
-	got, raw, err := x.manifest(ctx, d)
+	var got ocispec.Descriptor
+	var raw []byte
+	err = x.through(ctx, func() (err error) {
+		got, raw, err = x.manifest(ctx, d)
+		return err
+	})
 	if err != nil && repeats(err.Error(), x.secrets) {
 		return none, nil, unanswered(x.conceal(err))
 	}
