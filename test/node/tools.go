@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -34,11 +35,24 @@ const (
 
 // Versions returns the versions of containerd that the environment variable
 // TIDEWAITER_TEST_CONTAINERD names, with spaces between, and without it these.
+// What is older than 2.2 is left out: see Older.
 func Versions(these ...string) []string {
-	if named := strings.Fields(os.Getenv("TIDEWAITER_TEST_CONTAINERD")); len(named) > 0 {
-		return named
+	if named := strings.Fields(os.Getenv(versionsVariable)); len(named) > 0 {
+		these = named
 	}
-	return these
+	return slices.DeleteFunc(slices.Clone(these), older)
+}
+
+// Older returns the versions that TIDEWAITER_TEST_CONTAINERD names which have no
+// hook that stays closed.
+func Older() []string {
+	return slices.DeleteFunc(strings.Fields(os.Getenv(versionsVariable)), func(v string) bool { return !older(v) })
+}
+
+const versionsVariable = "TIDEWAITER_TEST_CONTAINERD"
+
+func older(version string) bool {
+	return strings.HasPrefix(version, "2.0.") || strings.HasPrefix(version, "2.1.")
 }
 
 // Tools are the programs that a node runs.
@@ -67,7 +81,7 @@ func FindTools(ctx context.Context, containerd string, progress io.Writer) (*Too
 		name: "containerd", version: containerd, takes: "2 minutes",
 		packages: []string{c + "containerd", c + "containerd-shim-runc-v2", c + "ctr"},
 	}
-	if strings.HasPrefix(containerd, "2.0.") || strings.HasPrefix(containerd, "2.1.") {
+	if older(containerd) {
 		// Its go.mod has exclude directives, which package@version does not allow.
 		t.module = "github.com/containerd/containerd/v2"
 	}
