@@ -37,15 +37,13 @@ const (
 	// plugins of a node do not come back all at once.
 	minBackoff = 500 * time.Millisecond
 	maxBackoff = 3 * time.Second
-	// maxUnfit is the bound where the runtime configured the gate and dropped it then:
-	// it is not fit, or cannot synchronise, and each try stops the node's containers
-	// for as long as it lists them.
-	maxUnfit = 15 * time.Second
 
 	// A connection is closed once nothing was asked for quiet, or else after farewell,
 	// which an answer (budget) fits into.
 	quiet    = 50 * time.Millisecond
 	farewell = 2 * time.Second
+	// patience is for how many times quiet an answer is waited for to leave after.
+	patience = 5
 )
 
 // A Session keeps a Gate registered with the runtime for as long as Run runs: it
@@ -132,7 +130,7 @@ type backoff struct {
 // not be tried at once. It returns early when ctx ends.
 func (s *Session) try(ctx context.Context, b *backoff) {
 	start := s.Gate.Now()
-	configured, err := s.once(ctx)
+	err := s.once(ctx)
 	now := s.Gate.Now()
 	s.mu.Lock()
 	if s.current.Swap(nil) != nil {
@@ -163,21 +161,16 @@ func (s *Session) try(ctx context.Context, b *backoff) {
 	case <-ctx.Done():
 	case <-timer.C:
 	}
-	limit := maxBackoff
-	if configured {
-		limit = maxUnfit
-	}
-	b.bound = min(2*b.bound, limit)
+	b.bound = min(2*b.bound, maxBackoff)
 }
 
 // once connects, registers and serves until the connection ends. It never
-// returns nil. If configured, the runtime had configured the gate and dropped it
-// before it was registered.
-func (s *Session) once(ctx context.Context) (configured bool, err error) {
+// returns nil.
+func (s *Session) once(ctx context.Context) error {
 	dialer := net.Dialer{Timeout: dialTimeout}
 	conn, err := dialer.DialContext(ctx, "unix", s.Socket)
 	if err != nil {
-		return false, fmt.Errorf("connect to the runtime: %w", err)
+		return fmt.Errorf("connect to the runtime: %w", err)
 	}
 	c := &trunk{Conn: conn, ended: make(chan struct{})}
 	p := &plugin{session: s, gate: s.Gate, conn: c, audit: s.Audit(), synced: make(chan struct{})}
@@ -193,7 +186,7 @@ func (s *Session) once(ctx context.Context) (configured bool, err error) {
 	)
 	if err != nil {
 		c.Close()
-		return false, fmt.Errorf("make the NRI plugin: %w", err)
+		return fmt.Errorf("make the NRI plugin: %w", err)
 	}
 	s.roster.reset()
 
@@ -224,29 +217,29 @@ func (s *Session) once(ctx context.Context) (configured bool, err error) {
 	case err := <-started:
 		if err != nil {
 			c.Close()
-			return p.unfit(), fmt.Errorf("register with the runtime: %w%s", err, p.hint())
+			return fmt.Errorf("register with the runtime: %w%s", err, p.hint())
 		}
 	case <-c.ended:
 		end()
-		return p.unfit(), fmt.Errorf("register with the runtime: it closed the connection%s", p.hint())
+		return fmt.Errorf("register with the runtime: it closed the connection%s", p.hint())
 	case <-timeout.C:
 		end()
-		return p.unfit(), errors.New("register with the runtime: it did not configure the plugin in time")
+		return errors.New("register with the runtime: it did not configure the plugin in time")
 	case <-ctx.Done():
 		end()
-		return false, ctx.Err()
+		return ctx.Err()
 	}
 	defer st.Stop()
-	leave := func() (bool, error) {
+	leave := func() error {
 		c.leave(closed, s.roster.others())
-		return false, ctx.Err()
+		return ctx.Err()
 	}
 	select {
 	case <-p.synced:
 	case <-closed:
-		return true, fmt.Errorf("the runtime closed the connection before it was synchronised%s", p.hint())
+		return fmt.Errorf("the runtime closed the connection before it was synchronised%s", p.hint())
 	case <-timeout.C:
-		return true, errors.New("the runtime did not synchronise the plugin in time")
+		return errors.New("the runtime did not synchronise the plugin in time")
 	case <-ctx.Done():
 		return leave()
 	}
@@ -255,7 +248,7 @@ func (s *Session) once(ctx context.Context) (configured bool, err error) {
 	select {
 	case <-still.C:
 	case <-closed:
-		return true, fmt.Errorf("the runtime closed the connection after it was synchronised%s", p.hint())
+		return fmt.Errorf("the runtime closed the connection after it was synchronised%s", p.hint())
 	case <-ctx.Done():
 		return leave()
 	}
@@ -268,7 +261,7 @@ func (s *Session) once(ctx context.Context) (configured bool, err error) {
 	s.Log.Info("registered", "runtime", r.runtime, "version", r.version, "events", r.events.PrettyString())
 	select {
 	case <-closed:
-		return false, errors.New("the runtime closed the connection")
+		return errors.New("the runtime closed the connection")
 	case <-ctx.Done():
 		return leave()
 	}
@@ -373,7 +366,11 @@ func (c *trunk) leave(closed <-chan struct{}, others bool) {
 	defer limit.Stop()
 	tick := time.NewTicker(quiet)
 	defer tick.Stop()
-	for {
+	enough := 1
+	if others {
+		enough = patience
+	}
+	for still := 0; ; {
 		select {
 		case <-closed:
 			return
@@ -387,10 +384,12 @@ func (c *trunk) leave(closed <-chan struct{}, others bool) {
 			}
 		case <-tick.C:
 			c.mu.Lock()
-			still := c.open == 0 && c.begun == begun
+			if still++; c.open > 0 || c.begun != begun {
+				still = 0
+			}
 			begun = c.begun
 			c.mu.Unlock()
-			if still {
+			if still == enough {
 				return
 			}
 		}
@@ -510,9 +509,6 @@ func (p *plugin) abort(st stub.Stub) {
 		_, _ = c.Configure(context.Background(), &api.ConfigureRequest{})
 	}
 }
-
-// unfit reports whether the runtime had configured the plugin.
-func (p *plugin) unfit() bool { return p.peer.Load() != nil }
 
 // hint says what a refused registration most likely means, and what to do.
 func (p *plugin) hint() string {

@@ -72,6 +72,33 @@ func TestRetriesAreDrawn(t *testing.T) {
 	})
 }
 
+// A change of mode does not wait for the next try.
+func TestRenewEndsTheWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &retries{}
+		s := &Session{
+			Gate: &Gate{Resolver: one{}, Verifier: denier{}, Observe: func(Answer) {}, Now: time.Now}, Socket: filepath.Join(t.TempDir(), "none.sock"),
+			Log: slog.New(r), Audit: func() bool { return false }, Random: func() float64 { return 0.9 },
+		}
+		s.Renew() // nothing runs yet
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- s.Run(ctx) }()
+		for range 5 {
+			time.Sleep(time.Millisecond)
+			s.Renew()
+		}
+		synctest.Wait()
+		if len(r.waits) != 6 {
+			t.Errorf("%d tries, want 6", len(r.waits))
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // hung is a Resolver that containerd does not answer.
 type hung struct {
 	one

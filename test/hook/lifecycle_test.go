@@ -161,7 +161,7 @@ func TestUpgrade(t *testing.T) {
 		pause    time.Duration
 		refused  int64 // at most, an upgrade
 	}{
-		"node":  {1, 10 * time.Millisecond, 0},
+		"node":  {1, 25 * time.Millisecond, 0},
 		"flood": {2, 0, 1},
 	} {
 		t.Run(label, func(t *testing.T) {
@@ -181,7 +181,7 @@ func TestUpgrade(t *testing.T) {
 			}
 			old, oldInstance := begin()
 			c := create(rt, tt.creators, tt.pause)
-			const upgrades = 12
+			const upgrades = 8
 			for range upgrades {
 				young, youngInstance := begin()
 				wait(t, "both are asked", func() bool { return len(young.State().Plugins) == 3 })
