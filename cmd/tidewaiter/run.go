@@ -50,6 +50,7 @@ again when it changes or on SIGHUP. It logs JSON lines to standard error.`,
 			log := slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: level}))
 			slog.SetDefault(log)    // what libraries log is JSON lines too
 			containerdlog.UseSlog() // such as ttrpc, below NRI
+			oneProcessor()
 			return run(cmd.Context(), o, log)
 		},
 	}
@@ -72,7 +73,7 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 		options:  o,
 		log:      log,
 		resolver: node.NewResolver(records, resolverOptions(nil)),
-		answers:  make(chan nri.Answer, unwritten),
+		answers:  make(chan *nri.Answer, unwritten),
 	}
 	defer d.close()
 
@@ -122,8 +123,8 @@ type daemon struct {
 	log      *slog.Logger
 	resolver *node.Resolver
 	enforcer verify.Enforcer
-	answers  chan nri.Answer // to be written to the log
-	dropped  atomic.Int64    // answers that the log was too slow for
+	answers  chan *nri.Answer // to be written to the log
+	dropped  atomic.Int64     // answers that the log was too slow for
 
 	cache   *cache.Cache   // of the configuration in force; owned by apply
 	retired sync.WaitGroup // caches of earlier configurations that are closing
@@ -187,20 +188,21 @@ const unwritten = 1024
 // observe takes one answer to the log. Allowed repeats of a verified image are
 // the normal course and stay at debug level.
 func (d *daemon) observe(a nri.Answer) {
-	if !d.log.Enabled(context.Background(), levelOf(a)) {
+	if !d.log.Enabled(context.Background(), levelOf(&a)) {
 		return
 	}
-	if a.Decision.Made.IsZero() { // no source was asked
-		a.Decision.Made = time.Now()
+	said := a
+	if said.Decision.Made.IsZero() { // no source was asked
+		said.Decision.Made = time.Now()
 	}
 	select {
-	case d.answers <- a:
+	case d.answers <- &said:
 	default:
 		d.dropped.Add(1)
 	}
 }
 
-func levelOf(a nri.Answer) slog.Level {
+func levelOf(a *nri.Answer) slog.Level {
 	if a.Decision.Reason == verify.Verified {
 		return slog.LevelDebug
 	}
@@ -226,7 +228,7 @@ func (d *daemon) write(ctx context.Context) {
 	}
 }
 
-func (d *daemon) print(a nri.Answer) {
+func (d *daemon) print(a *nri.Answer) {
 	if n := d.dropped.Swap(0); n > 0 {
 		d.log.Warn("the log is too slow: answers were given and not written", "answers", n)
 	}

@@ -87,7 +87,7 @@ func newDaemon(t *testing.T) (*daemon, *logged) {
 		options:  runOptions{node: "edge-17"},
 		log:      slog.New(slog.NewJSONHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		resolver: node.NewResolver(records, resolverOptions(nil)),
-		answers:  make(chan nri.Answer, unwritten),
+		answers:  make(chan *nri.Answer, unwritten),
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
@@ -297,7 +297,7 @@ func TestObserve(t *testing.T) {
 // A log that nobody reads does not stop the hook; what was lost is said.
 func TestObserveDoesNotBlock(t *testing.T) {
 	log := &logged{}
-	d := &daemon{log: slog.New(slog.NewJSONHandler(log, nil)), answers: make(chan nri.Answer, 2)}
+	d := &daemon{log: slog.New(slog.NewJSONHandler(log, nil)), answers: make(chan *nri.Answer, 2)}
 	for range 5 {
 		d.observe(nri.Answer{Decision: verify.Deny(verify.PolicyNoMatch, "no rule")})
 	}

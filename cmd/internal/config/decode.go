@@ -25,14 +25,15 @@ import (
 const (
 	maxMirrors = 100
 	maxLayouts = 20
-	maxFloors  = 32 // files
-	maxNames   = 50 // snapshotters, and runtimes
+	maxFloors  = 32  // files
+	maxNames   = 50  // snapshotters, and runtimes
+	maxName    = 128 // bytes of one; not in the expressions, where each repetition would be compiled
 	maxWait    = time.Second
 )
 
 var (
-	snapshotterName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
-	runtimeType     = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}$`)
+	snapshotterName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]*$`)
+	runtimeType     = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]*$`)
 	mirrorPath      = regexp.MustCompile(`^(/[a-z0-9]+([._-]+[a-z0-9]+)*)*/?$`)
 	yamlError       = regexp.MustCompile(`^yaml: (?:line (\d+): )?`)
 )
@@ -394,7 +395,7 @@ func (r *reader) gate(n *yaml.Node, g *Gate) {
 func (r *reader) names(n *yaml.Node, path string, form *regexp.Regexp, what string) (list []string) {
 	for i, v := range r.sequence(n, path, maxNames) {
 		s := r.text(v, index(path, i))
-		if !form.MatchString(s) {
+		if len(s) > maxName || !form.MatchString(s) {
 			r.fail(v, index(path, i), "%s is not %s", verify.Quote(s, 64), what)
 		}
 		if slices.Contains(list, s) {
