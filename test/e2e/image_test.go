@@ -209,7 +209,7 @@ func TestScopes(t *testing.T) {
 			s.Error(line)
 		}
 		for _, r := range s.reg.Requests() {
-			if strings.Contains(r.Path, "referrers") {
+			if strings.Contains(r.Path, "/other/referrers") { // other images are verified ahead meanwhile
 				s.Errorf("asked for an image that no rule matches: %+v", r)
 			}
 		}
@@ -412,8 +412,8 @@ func TestBurst(t *testing.T) {
 		s.configure(s.policy())
 		s.start()
 		img := s.signed("app:burst", "burst")
-		s.pull(img.Name)
 		s.reg.Forget()
+		s.pull(img.Name)
 		containers := make([]*node.Container, 30)
 		errs := make([]error, len(containers))
 		atOnce(len(containers), len(containers), func(i int) {
@@ -423,8 +423,15 @@ func TestBurst(t *testing.T) {
 			s.must(errs[i])
 			s.runs(c, "burst")
 		}
-		if r := s.reg.Requests(); len(r) != 3 {
-			s.Errorf("%d requests, want 3: %+v", len(r), r)
+		// Other images of the node are verified ahead meanwhile.
+		asked := 0
+		for _, r := range s.reg.Requests() {
+			if strings.HasSuffix(r.Path, "/referrers/"+img.Target.Digest.String()) {
+				asked++
+			}
+		}
+		if asked != 1 {
+			s.Errorf("asked for signatures %d times, want once", asked)
 		}
 	})
 }
