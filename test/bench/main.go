@@ -302,7 +302,7 @@ func (b *bench) printSize(ctx context.Context) error {
 	for _, arch := range []string{"amd64", "arm64", "arm/v7"} {
 		out := filepath.Join(b.dir, "size")
 		env := []string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=" + strings.TrimSuffix(arch, "/v7"), "GOARM=7"}
-		if err := command(ctx, strings.TrimSpace(root.String()), env, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", out, "./cmd/tidewaiter"); err != nil {
+		if err := command(ctx, strings.TrimSpace(root.String()), env, "go", "build", "-trimpath", "-tags", node.Tags, "-ldflags", "-s -w", "-o", out, "./cmd/tidewaiter"); err != nil {
 			return err
 		}
 		info, err := os.Stat(out)

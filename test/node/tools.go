@@ -122,6 +122,9 @@ func FindNotation(ctx context.Context, progress io.Writer) (string, error) {
 	return filepath.Join(dir, "notation"), err
 }
 
+// Tags are the build tags with which the Makefile builds the program.
+const Tags = "grpcnotrace"
+
 // BuildTidewaiter builds the program under test from the tree that this module
 // stands in and returns its path. It builds each time: Go's own cache knows what
 // changed. The working directory must be inside this module, as it is in a test.
@@ -153,7 +156,7 @@ func buildTidewaiter(ctx context.Context, prefix string, flags ...string) (strin
 	// go build writes in place and a gate may be running the old program: build
 	// beside it and rename.
 	next := bin + ".next"
-	args := append([]string{"build", "-trimpath", "-ldflags", "-s -w", "-o", next}, flags...)
+	args := append([]string{"build", "-trimpath", "-tags", Tags, "-ldflags", "-s -w", "-o", next}, flags...)
 	if err := goTool(ctx, root, nil, append(args, "./cmd/tidewaiter")...); err != nil {
 		return "", fmt.Errorf("building tidewaiter: %w", err)
 	}
