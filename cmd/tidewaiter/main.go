@@ -104,7 +104,7 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 			return cmd.Help()
 		},
 	})
-	root.AddCommand(runCommand(stderr), verifyCommand(stdout), versionCommand(stdout))
+	root.AddCommand(runCommand(stderr), statusCommand(stdout), verifyCommand(stdout), versionCommand(stdout))
 	return root
 }
 
@@ -120,6 +120,11 @@ func env(name, otherwise string) string {
 func configDir(cmd *cobra.Command, dir *string) {
 	cmd.Flags().StringVar(dir, "config-dir", env("TIDEWAITER_CONFIG_DIR", "/etc/tidewaiter"),
 		"`DIR` of config.yaml, trustpolicy.json and truststore (TIDEWAITER_CONFIG_DIR)")
+}
+
+// runDir adds the flag that every verb has that a running gate is asked by.
+func runDir(cmd *cobra.Command, dir *string) {
+	cmd.Flags().StringVar(dir, "run-dir", env("TIDEWAITER_RUN_DIR", "/run/tidewaiter"), "`DIR` of the control socket (TIDEWAITER_RUN_DIR)")
 }
 
 // outputFlag adds the flag that every verb has that prints.

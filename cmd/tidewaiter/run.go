@@ -5,8 +5,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -18,14 +20,18 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/cache"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/metrics"
 	"github.com/tidewaiter/tidewaiter/nri"
 	"github.com/tidewaiter/tidewaiter/nri/node"
+	"github.com/tidewaiter/tidewaiter/nri/sweep"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
 )
 
 type runOptions struct {
 	configDir  string
+	runDir     string
 	containerd string
 	nri        string
 	node       string
@@ -40,7 +46,8 @@ func runCommand(stderr io.Writer) *cobra.Command {
 		Long: `Run registers with containerd through NRI and decides on every container that is
 to be created. It runs until SIGTERM or SIGINT, stays up without containerd and
 without a configuration (then everything is denied), and reads the configuration
-again when it changes or on SIGHUP. It logs JSON lines to standard error.`,
+again when it changes or on SIGHUP. It logs JSON lines to standard error, and says
+how things stand through a socket in the run directory (tidewaiter status).`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var level slog.Level
@@ -55,6 +62,7 @@ again when it changes or on SIGHUP. It logs JSON lines to standard error.`,
 		},
 	}
 	configDir(cmd, &o.configDir)
+	runDir(cmd, &o.runDir)
 	host, _ := os.Hostname()
 	cmd.Flags().StringVar(&o.containerd, "containerd-socket", env("TIDEWAITER_CONTAINERD_SOCKET", "/run/containerd/containerd.sock"), "containerd's `SOCKET` (TIDEWAITER_CONTAINERD_SOCKET)")
 	cmd.Flags().StringVar(&o.nri, "nri-socket", env("TIDEWAITER_NRI_SOCKET", "/var/run/nri/nri.sock"), "containerd's NRI `SOCKET` (TIDEWAITER_NRI_SOCKET)")
@@ -74,6 +82,7 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 		log:      log,
 		resolver: node.NewResolver(records, resolverOptions(nil)),
 		answers:  make(chan *nri.Answer, unwritten),
+		started:  time.Now(),
 	}
 	defer d.close()
 
@@ -84,16 +93,55 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	log.Info("starting", "build", thisBuild(), "config", o.configDir)
 	gate := &nri.Gate{Resolver: d.resolver, Verifier: &d.enforcer, Observe: d.observe, Now: time.Now, Node: o.node}
 	session := &nri.Session{Gate: gate, Socket: o.nri, Log: log, Audit: d.audits}
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { d.write(ctx); return nil })
 	survey := &node.Survey{Resolver: d.resolver, Node: records, Verifier: &d.enforcer, Log: log}
+	// The gate needs none of what is in the run directory. Why it cannot be used, the
+	// control socket says.
+	kept := ""
+	if control.MakeDir(o.runDir) == nil {
+		kept = o.runDir
+		survey.Dir = o.runDir
+		here, err := nri.Join(filepath.Join(o.runDir, "instances"))
+		if err != nil {
+			log.Warn("other gates of this node are not told from plugins that use the gate's name", "error", err.Error())
+		} else {
+			session.Live = here.Live
+			defer here.Leave()
+		}
+	}
+	d.witness = sweep.NewWitness(kept, log, d.uptime)
+	lock := sweep.NewLock(o.runDir)
+	defer lock.Release()
+	d.sweep = &sweep.Sweep{
+		Containers: records, Binder: d.resolver, Verifier: &d.enforcer, Witness: d.witness, Leader: lock.Held,
+		Log: log, Node: o.node, Now: time.Now, Uptime: d.uptime,
+	}
+	survey.Looked = d.sweep.Wake // which knows by then what leads where
+
+	g, ctx := errgroup.WithContext(ctx)
+	// What tells of the gate outlives it: from the moment that ctx ends it is not
+	// ready, then the session answers what is under way, and then the rest ends.
+	after, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	text := func(w io.Writer) error { return d.metrics(w, session.State(), ctx.Err() != nil) }
+	exporter := metrics.NewExporter(text, func(ctx context.Context, l net.Listener) error {
+		return control.Serve(ctx, l, control.Metrics(text))
+	}, log, time.Now)
+	socket := &control.Socket{Dir: o.runDir, Log: log, Handler: control.Handler(func() control.Status {
+		return d.status(session.State(), ctx.Err() != nil, exporter.Troubles())
+	}, text)}
+	g.Go(func() error { d.write(after); return nil })
+	g.Go(func() error { return socket.Run(after) })
+	g.Go(func() error { return exporter.Run(after) })
 	g.Go(func() error { return survey.Run(ctx) })
+	g.Go(func() error { return d.sweep.Run(ctx) })
+	g.Go(func() error { d.witness.Run(after); return nil })
 	loaded := make(chan struct{}) // closed when the directory was read once
 	var once sync.Once
 	g.Go(func() error {
 		return config.Watch(ctx, o.configDir, nil, hup, func(c *config.Config, err error) {
 			before := d.audits()
 			d.apply(c, err)
+			exporter.Set(d.target())
 			if d.audits() != before {
 				session.Renew() // the hook in which the gate is asked is another
 			}
@@ -101,6 +149,7 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 		})
 	})
 	g.Go(func() error {
+		defer end()
 		select {
 		case <-loaded:
 			return session.Run(ctx)
@@ -109,7 +158,6 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 		}
 	})
 	err = g.Wait()
-	d.write(ctx) // what the gate answered while it ended
 	if err != nil {
 		return unknown(err, "")
 	}
@@ -124,10 +172,17 @@ type daemon struct {
 	resolver *node.Resolver
 	enforcer verify.Enforcer
 	answers  chan *nri.Answer // to be written to the log
-	dropped  atomic.Int64     // answers that the log was too slow for
+	dropped  atomic.Int64     // answers that the log was too slow for, until that is said
+	counters metrics.Counters
+	started  time.Time
+	sweep    *sweep.Sweep   // nil in tests that have no containers
+	witness  *sweep.Witness // nil where sweep is
 
 	cache   *cache.Cache   // of the configuration in force; owned by apply
 	retired sync.WaitGroup // caches of earlier configurations that are closing
+
+	mu       sync.Mutex
+	standing standing
 }
 
 // apply puts a configuration in force, or with an error keeps the last good one.
@@ -149,6 +204,7 @@ func (d *daemon) apply(c *config.Config, err error) {
 		if d.enforcer.Setup() == nil {
 			force = "no configuration is in force: every container is denied"
 		}
+		d.reject(err)
 		d.log.Error("configuration rejected", "error", err.Error(), "consequence", force)
 		return
 	}
@@ -158,6 +214,10 @@ func (d *daemon) apply(c *config.Config, err error) {
 	// A container that is bound between the two gets PENDING: the epochs differ.
 	d.resolver.Configure(resolverOptions(c))
 	d.enforcer.Swap(setup)
+	if d.sweep != nil {
+		d.sweep.Configure(sweep.Rules{Epoch: setup.Epoch, Mode: setup.Mode, Stop: c.StopRunning})
+	}
+	d.stand(c, next)
 	d.log.Info("configuration in force", "epoch", setup.Epoch.String(), "mode", c.Mode.String())
 	old := d.cache
 	d.cache = next
@@ -171,6 +231,9 @@ func (d *daemon) audits() bool {
 	s := d.enforcer.Setup()
 	return s != nil && s.Mode == verify.Audit
 }
+
+// uptime is a clock that nobody can set.
+func (d *daemon) uptime() time.Duration { return time.Since(d.started) }
 
 // close ends what apply started.
 func (d *daemon) close() {
@@ -188,6 +251,14 @@ const unwritten = 1024
 // observe takes one answer to the log. Allowed repeats of a verified image are
 // the normal course and stay at debug level.
 func (d *daemon) observe(a nri.Answer) {
+	mode := verify.Enforce
+	if d.audits() {
+		mode = verify.Audit
+	}
+	d.counters.Answered(mode, a)
+	if d.witness != nil && a.Decision.Allowed() && a.Hook != "StartContainer" {
+		d.witness.Saw(a.ID)
+	}
 	if !d.log.Enabled(context.Background(), levelOf(&a)) {
 		return
 	}
@@ -199,6 +270,7 @@ func (d *daemon) observe(a nri.Answer) {
 	case d.answers <- &said:
 	default:
 		d.dropped.Add(1)
+		d.counters.Dropped.Add(1)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -43,7 +44,8 @@ func TestScripts(t *testing.T) {
 			for name, img := range world().images {
 				env.Setenv(name, img.target.Digest.String())
 			}
-			env.Setenv("GORACE", "atexit_sleep_ms=0") // with -race every process would end a second late
+			env.Setenv("GORACE", "atexit_sleep_ms=0")                         // with -race every process would end a second late
+			env.Setenv("TIDEWAITER_RUN_DIR", filepath.Join(env.WorkDir, "r")) // not the machine's
 			env.Setenv("huge", strings.Repeat("a", 100_000))
 			return nil
 		},

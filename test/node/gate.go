@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -64,6 +65,10 @@ type Line struct {
 // Registered reports whether a line says that the runtime has taken the gate in.
 func Registered(l Line) bool { return l.Msg == "registered" }
 
+// RunDir is the run directory that all gates of the node share: their control
+// socket is there.
+func (n *Node) RunDir() string { return filepath.Join(n.Dir, "run") }
+
 // StartGate starts Tidewaiter on the node. It does not wait: see WaitRegistered.
 // The node's Stop ends it. ctx is for building the program.
 func (n *Node) StartGate(ctx context.Context, o GateOptions) (*Gate, error) {
@@ -83,6 +88,7 @@ func (n *Node) StartGate(ctx context.Context, o GateOptions) (*Gate, error) {
 	args := append([]string{
 		"run",
 		"--config-dir", o.ConfigDir,
+		"--run-dir", n.RunDir(),
 		"--containerd-socket", n.Socket,
 		"--nri-socket", n.NRISocket,
 		"--node", o.NodeName,

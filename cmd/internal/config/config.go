@@ -40,6 +40,8 @@ type Config struct {
 	Helpers     string        // directory of credential helpers; empty: PATH
 	Listed      bool          // ask Mirrors and Layouts alone: a host without a mirror is not its own
 	Gate        Gate
+	StopRunning bool // stop what runs and is revoked or denied, instead of only reporting it; never in audit
+	Metrics     Metrics
 	Statements  []verify.Statement
 	Floor       []policy.Listed  // digests that run without a signature, in their namespaces
 	Warnings    []policy.Warning // what the author may not mean
@@ -70,6 +72,12 @@ type Gate struct {
 	Wait         time.Duration // longest wait of one answer for a verification under way
 	Snapshotters []string      // trusted to apply layers as containerd does, besides the built-in list
 	Runtimes     []string      // runtime types allowed besides the built-in list
+}
+
+// Metrics is where the gate's metrics are offered besides the control socket.
+type Metrics struct {
+	Listen string // IP address and port; empty: nowhere
+	File   string // absolute path that ends in .prom; empty: none
 }
 
 // ErrNone is wrapped where a directory holds no configuration at all.

@@ -177,6 +177,9 @@ func TestDocumentation(t *testing.T) {
 	if !c.Mirrors[2].NS || c.Credentials != filepath.Join(dir, "auth.json") || c.Helpers != "/usr/local/lib/tidewaiter" {
 		t.Errorf("got %+v", c)
 	}
+	if c.Metrics != (Metrics{Listen: "127.0.0.1:9464", File: "/var/lib/node_exporter/textfile/tidewaiter.prom"}) {
+		t.Errorf("metrics %+v", c.Metrics)
+	}
 	if len(c.Warnings) != 1 || c.Warnings[0].Field != "sources.mirrors[1].url" {
 		t.Errorf("warnings %v", c.Warnings)
 	}
@@ -184,7 +187,7 @@ func TestDocumentation(t *testing.T) {
 		"version", "mode", "sources.mirrors", "….host", "….url", "….ca", "….cert`, `….key", "….realm", "….ns", "sources.credentials", "sources.helpers", "sources.layouts",
 		"limits.pages` | 24 |", "limits.referrers` | 200 |", "limits.signatures` | 100 |", "limits.certificates` | 10 |",
 		"limits.manifestBytes` | 4194304 |", "limits.envelopeBytes` | 262144 |", "limits.totalBytes` | 16777216 |", "limits.wall` | 10s |",
-		"gate.wait` | 50ms |", "gate.snapshotters", "gate.runtimes", "floor",
+		"gate.wait` | 50ms |", "gate.snapshotters", "gate.runtimes", "floor", "running", "metrics.listen", "metrics.file",
 	} {
 		if !strings.Contains(string(doc), "| `"+key) {
 			t.Errorf("no row for %s", key)
@@ -192,6 +195,37 @@ func TestDocumentation(t *testing.T) {
 	}
 	if d := (verify.Limits{Pages: 24, Referrers: 200, Signatures: 100, Certificates: 10, ManifestBytes: 4194304, EnvelopeBytes: 262144, TotalBytes: 16777216, Wall: 10 * time.Second}); d != verify.DefaultLimits {
 		t.Errorf("the documented limits are not %+v", verify.DefaultLimits)
+	}
+}
+
+// What runs is only reported, unless the file says otherwise.
+func TestRunning(t *testing.T) {
+	for text, want := range map[string]bool{"": false, "running: report\n": false, "running: stop\n": true} {
+		c := load1(t, write(t, with(notation(), "config.yaml", "version: 1\nmode: enforce\n"+text)))
+		if c.StopRunning != want || len(c.Warnings) != 0 {
+			t.Errorf("%q: stops %v, warnings %v", text, c.StopRunning, c.Warnings)
+		}
+	}
+	c := load1(t, write(t, with(notation(), "config.yaml", minimal+"running: stop\n")))
+	if len(c.Warnings) != 1 || c.Warnings[0].Field != "running" {
+		t.Errorf("in audit: warnings %v", c.Warnings)
+	}
+}
+
+// Whether metrics can be offered is not looked at: it must not cost the policy.
+func TestMetrics(t *testing.T) {
+	c := load1(t, write(t, with(notation(), "config.yaml", minimal+"metrics: {listen: '192.0.2.1:1', file: /none/./such/x.prom}\n")))
+	if c.Metrics != (Metrics{Listen: "192.0.2.1:1", File: "/none/such/x.prom"}) || len(c.Warnings) != 1 || c.Warnings[0].Field != "metrics.listen" {
+		t.Errorf("got %+v, warnings %v", c.Metrics, c.Warnings)
+	}
+	c = load1(t, write(t, with(notation(), "config.yaml", minimal+"metrics: {listen: '[::1]:9464'}\n")))
+	if c.Metrics != (Metrics{Listen: "[::1]:9464"}) || len(c.Warnings) != 0 {
+		t.Errorf("got %+v, warnings %v", c.Metrics, c.Warnings)
+	}
+	dir := write(t, notation())
+	must(t, os.WriteFile(filepath.Join(dir, "config.yaml"), []byte(minimal+"metrics: {file: "+dir+"/x.prom}\n"), 0o644))
+	if _, err := Load(dir); err == nil || !strings.Contains(err.Error(), ":3: metrics.file: must not lie in the configuration directory") {
+		t.Errorf("got %v", err)
 	}
 }
 
@@ -223,6 +257,16 @@ func TestConfigErrors(t *testing.T) {
 		"version 2":          {"mode: audit\nversion: 2\n", ":2: version: must be 1"},
 		"version 1.0":        {"version: 1.0\n", ":1: version: must be a whole number"},
 		"version as text":    {"version: \"1\"\n", ":1: version: must be a whole number"},
+		"metrics":            {minimal + "metrics: true\n", ":3: metrics: must be a mapping of listen, file"},
+		"metrics unknown":    {minimal + "metrics: {port: 1}\n", ":3: metrics.port: unknown key"},
+		"metrics name":       {minimal + "metrics:\n  listen: localhost:9464\n", ":4: metrics.listen: must be an IP address and a port"},
+		"metrics no port":    {minimal + "metrics: {listen: 127.0.0.1}\n", ":3: metrics.listen: must be an IP address and a port"},
+		"metrics port 0":     {minimal + "metrics: {listen: '127.0.0.1:0'}\n", ":3: metrics.listen: must be an IP address and a port"},
+		"metrics zone":       {minimal + "metrics: {listen: '[fe80::1%eth0]:9464'}\n", ":3: metrics.listen: must be an IP address and a port"},
+		"metrics relative":   {minimal + "metrics: {file: x.prom}\n", ":3: metrics.file: must be the absolute path"},
+		"metrics other file": {minimal + "metrics: {file: /etc/passwd}\n", ":3: metrics.file: must be the absolute path of a file whose name ends in .prom"},
+		"running":            {minimal + "running: restart\n", ":3: running: \"restart\" is not report or stop"},
+		"running number":     {minimal + "running: 1\n", ":3: running: must be text"},
 		"no mode":            {"version: 1\n", ":1: mode: is required: enforce or audit"},
 		"bad mode":           {"version: 1\nmode: Enforce\n", `:2: mode: "Enforce" is not enforce or audit`},
 		"mode null":          {"version: 1\nmode:\n", ":2: mode: must be text"},

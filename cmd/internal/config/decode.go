@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"net/url"
 	"regexp"
 	"slices"
@@ -101,7 +102,7 @@ func (r *reader) plain(n *yaml.Node) {
 }
 
 func (r *reader) config(n *yaml.Node, c *Config) {
-	top := r.mapping(n, "", "version", "mode", "sources", "limits", "gate", "floor")
+	top := r.mapping(n, "", "version", "mode", "sources", "limits", "gate", "floor", "metrics", "running")
 	if v, there := top["version"]; !there {
 		r.fail(n, "version", "is required: version: 1")
 	} else if r.integer(v, "version", 0, 1<<31) != 1 {
@@ -129,6 +130,20 @@ func (r *reader) config(n *yaml.Node, c *Config) {
 		r.gate(v, &c.Gate)
 	}
 	r.floor(top["floor"], c)
+	if v, there := top["running"]; there {
+		switch s := r.text(v, "running"); s {
+		case "report":
+		case "stop":
+			if c.StopRunning = true; c.Mode == verify.Audit {
+				c.Warnings = append(c.Warnings, policy.Warning{Field: "running", Text: "nothing is stopped in mode audit"})
+			}
+		default:
+			r.fail(v, "running", "%s is not report or stop", verify.Quote(s, 64))
+		}
+	}
+	if v, there := top["metrics"]; there {
+		r.metrics(v, c)
+	}
 }
 
 // floor reads the files of digests that need no signature.
@@ -390,6 +405,33 @@ func (r *reader) gate(n *yaml.Node, g *Gate) {
 	}
 	g.Snapshotters = r.names(f["snapshotters"], "gate.snapshotters", snapshotterName, "a snapshotter, for example stargz")
 	g.Runtimes = r.names(f["runtimes"], "gate.runtimes", runtimeType, "a runtime type, for example io.containerd.kata.v2")
+}
+
+// metrics reads where metrics go. Whether that works is not looked at: it must not
+// keep a policy from being in force.
+func (r *reader) metrics(n *yaml.Node, c *Config) {
+	const listenAt, fileAt = "metrics.listen", "metrics.file"
+	f := r.mapping(n, "metrics", "listen", "file")
+	if v, there := f["listen"]; there {
+		s := r.text(v, listenAt)
+		a, err := netip.ParseAddrPort(s)
+		if err != nil || a.Port() == 0 || a.Addr().Zone() != "" {
+			r.fail(v, listenAt, "must be an IP address and a port, for example 127.0.0.1:9464")
+		} else if !a.Addr().IsLoopback() {
+			c.Warnings = append(c.Warnings, policy.Warning{Field: listenAt, Text: "whoever reaches " + s + " can read the metrics: there is no password"})
+		}
+		c.Metrics.Listen = s
+	}
+	if v, there := f["file"]; there {
+		s := r.text(v, fileAt)
+		switch {
+		case !strings.HasPrefix(s, "/") || !strings.HasSuffix(s, ".prom") || printable(s) != nil:
+			r.fail(v, fileAt, "must be the absolute path of a file whose name ends in .prom: node_exporter reads no other")
+		case strings.HasPrefix(absolute("/", s), r.dir.dir+"/"):
+			r.fail(v, fileAt, "must not lie in the configuration directory, which is read again when something in it changes")
+		}
+		c.Metrics.File = absolute("/", s)
+	}
 }
 
 func (r *reader) names(n *yaml.Node, path string, form *regexp.Regexp, what string) (list []string) {

@@ -1,0 +1,254 @@
+// Package metrics counts what the gate answers, and writes that and how things
+// stand as Prometheus metrics. docs/control.md lists them.
+//
+// The text is made by Prometheus' own encoder from its own data model
+// (prometheus/common/expfmt, prometheus/client_model). Its client library would add
+// 471 kB to the binary where these add 78 kB, and what it is for, many kinds of
+// metrics that come and go, is not needed: everything here is known beforehand and
+// counted with one atomic addition.
+package metrics
+
+import (
+	"io"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+
+	"github.com/tidewaiter/tidewaiter/cache"
+	"github.com/tidewaiter/tidewaiter/nri"
+	"github.com/tidewaiter/tidewaiter/verify"
+)
+
+// reasons are all that a decision may have under a configuration that enforces.
+// Whatever else counts as INTERNAL, so that nothing makes new series.
+var reasons = [...]verify.Reason{
+	verify.Internal, verify.Verified, verify.AllowedByDigest,
+	verify.SignatureMissing, verify.SignatureInvalid, verify.SignerUntrusted, verify.IdentityMismatch,
+	verify.SignatureExpired, verify.CertificateExpired, verify.TimestampInvalid, verify.Revoked, verify.RevocationUnknown,
+	verify.CriticalAttribute, verify.PluginUnsupported, verify.SignedObject,
+	verify.SourceUnreachable, verify.SourceUnauthorized, verify.SourceNoReferrers,
+	verify.Pending, verify.Overloaded, verify.BudgetExceeded,
+	verify.PolicyNoMatch, verify.PolicyInvalid,
+	verify.ImageUnresolved, verify.ImageMismatch, verify.ImageAmbiguous, verify.ImageVolumeUnverified,
+	verify.SnapshotterUnverified, verify.RuntimeUnverified,
+}
+
+// indexOf is where a reason is in reasons; 0, which is INTERNAL, for others.
+var indexOf = func() map[verify.Reason]int {
+	m := map[verify.Reason]int{}
+	for i, r := range reasons {
+		m[r] = i
+	}
+	return m
+}()
+
+var modes = [...]verify.Mode{verify.Enforce, verify.Audit}
+
+// hooks in which the gate answers.
+var hooks = [...]string{"ValidateContainerAdjustment", "CreateContainer", "StartContainer"}
+
+// bounds of the buckets of answers. Warm answers take less than a millisecond, one
+// that waits gate.wait, and nothing may take more than 1.5 s.
+var bounds = [...]time.Duration{
+	100 * time.Microsecond, 250 * time.Microsecond, 500 * time.Microsecond, time.Millisecond, 2500 * time.Microsecond,
+	5 * time.Millisecond, 10 * time.Millisecond, 25 * time.Millisecond, 50 * time.Millisecond, 100 * time.Millisecond,
+	250 * time.Millisecond, 500 * time.Millisecond, time.Second, 1500 * time.Millisecond, 2 * time.Second,
+}
+
+// Counters are what the gate counts itself. The zero value is ready to use, and is
+// safe for concurrent use.
+type Counters struct {
+	decisions [len(modes)][len(reasons)]atomic.Uint64
+	answers   [len(hooks)]histogram
+
+	Rejected atomic.Uint64 // configurations
+	Dropped  atomic.Uint64 // answers that the log was too slow for
+}
+
+// A histogram counts durations: each in the first bucket that it fits into, the
+// last of which has no bound.
+type histogram struct {
+	buckets [len(bounds) + 1]atomic.Uint64
+	sum     atomic.Int64 // nanoseconds
+}
+
+func (h *histogram) add(d time.Duration) {
+	d = max(d, 0) // the clock was set back
+	i := 0
+	for i < len(bounds) && d > bounds[i] {
+		i++
+	}
+	h.buckets[i].Add(1)
+	h.sum.Add(int64(d))
+}
+
+// Answered counts an answer of the gate under a mode. It waits for nothing and
+// allocates nothing: the hook calls it.
+func (c *Counters) Answered(m verify.Mode, a nri.Answer) {
+	i := 0
+	if m == verify.Audit {
+		i = 1
+	}
+	c.decisions[i][indexOf[under(a.Decision)]].Add(1)
+	for i, h := range hooks {
+		if h == a.Hook {
+			c.answers[i].add(a.Took)
+		}
+	}
+}
+
+// under is the reason that d has, or would have, where the gate enforces.
+func under(d verify.Decision) verify.Reason {
+	if d.Reason == verify.AuditOnly {
+		return d.Would
+	}
+	return d.Reason
+}
+
+// Decisions returns how many there were, by mode and reason. What never was is not
+// in it.
+func (c *Counters) Decisions() map[string]map[string]uint64 {
+	all := map[string]map[string]uint64{}
+	for i, m := range modes {
+		for j, r := range reasons {
+			if n := c.decisions[i][j].Load(); n > 0 {
+				if all[m.String()] == nil {
+					all[m.String()] = map[string]uint64{}
+				}
+				all[m.String()][r.String()] = n
+			}
+		}
+	}
+	return all
+}
+
+// A State is what others know.
+type State struct {
+	Ready   bool
+	Version string       // of the program
+	Mode    string       // in force; empty where there is no configuration
+	Epoch   string       // in force
+	Invalid bool         // what the configuration directory holds was rejected
+	Session nri.State    // the connection to the runtime
+	Cache   *cache.Stats // nil where there is none
+}
+
+// Write writes everything in the Prometheus text format, in the same order each
+// time.
+func (c *Counters) Write(w io.Writer, s State) error {
+	p := page{w: w}
+	p.gauge("ready", "Whether the runtime asks this gate and a configuration is in force.", one(flag(s.Ready)))
+	p.gauge("registered", "Whether the runtime asks this gate.", one(flag(s.Session.Registered)))
+	p.gauge("enforcing", "Whether the gate is ready and refuses containers.", one(flag(s.Ready && s.Mode == verify.Enforce.String())))
+	if s.Epoch != "" {
+		p.gauge("config_info", "The configuration in force; always 1.", one(1, "epoch", s.Epoch, "mode", s.Mode, "version", s.Version))
+	}
+	p.gauge("config_invalid", "Whether what the configuration directory holds was rejected.", one(flag(s.Invalid)))
+	p.counter("config_rejected_total", "Configurations that were rejected.", one(c.Rejected.Load()))
+
+	var list []sample
+	for i, m := range modes {
+		for j, r := range reasons {
+			list = append(list, one(c.decisions[i][j].Load(), "mode", m.String(), "reason", r.String())...)
+		}
+	}
+	p.counter("decisions_total", "Answers to the runtime, one an image, by the mode in force and the reason that enforce has or would have.", list)
+	p.histograms("answer_seconds", "Time from the runtime's question to an answer.", c)
+	p.counter("log_lines_dropped_total", "Answers that were given and not logged, since the log was too slow.", one(c.Dropped.Load()))
+
+	n := s.Session
+	p.counter("registrations_total", "How often the gate registered with the runtime.", one(n.Registrations))
+	p.gauge("hooks_under_way", "Questions of the runtime that are being answered.", one(n.UnderWay))
+	p.counter("hooks_late_total", "Answers that took longer than the gate allows itself.", one(n.Late))
+	p.gauge("questions_stuck", "Questions that nobody waits for any more and that have no end.", one(n.Stuck))
+	p.gauge("strangers", "Plugins under the gate's name that are not gates of this node.", one(n.Strangers))
+	p.counter("stranger_alarms_total", "How often such plugins were found.", one(n.Alarms))
+
+	if s.Cache != nil {
+		k := *s.Cache
+		p.counter("cache_hits_total", "Questions answered from memory, since the configuration is in force.", one(k.AllowedHits, "answer", "allowed"), one(k.DeniedHits, "answer", "denied"))
+		p.counter("cache_misses_total", "Questions that were not.", one(k.Misses))
+		p.counter("cache_joined_total", "Of these, those about what was being verified already.", one(k.Joined))
+		p.counter("cache_evictions_total", "Answers that were forgotten for want of room.", one(k.AllowedEvicted, "answer", "allowed"), one(k.DeniedEvicted, "answer", "denied"))
+		p.gauge("cache_entries", "Answers that are kept.", one(k.Allowed, "answer", "allowed"), one(k.Denied, "answer", "denied"))
+		p.counter("verifications_started_total", "Verifications that started.", one(k.Started))
+		p.counter("verifications_ended_total", "Verifications that ended.", one(k.Ended))
+		p.counter("verifications_panicked_total", "Verifications that ended with a panic.", one(k.Panics))
+		p.counter("verifications_refused_total", "Verifications that there was no room for.", one(k.Overloaded))
+		p.gauge("verifications_running", "Verifications under way.", one(k.Running))
+		p.gauge("verifications_waiting", "Verifications that wait for their turn, by whether somebody waits for them.", one(k.Waiting, "ahead", "false"), one(k.Ahead, "ahead", "true"))
+	}
+	return p.err
+}
+
+func flag(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// A sample is one value with its labels.
+type sample struct {
+	labels []*dto.LabelPair
+	value  float64
+}
+
+func one[N int | uint64](value N, labels ...string) []sample {
+	s := sample{value: float64(value)}
+	for i := 0; i+1 < len(labels); i += 2 {
+		s.labels = append(s.labels, &dto.LabelPair{Name: new(labels[i]), Value: new(strings.ToValidUTF8(labels[i+1], "?"))})
+	}
+	return []sample{s}
+}
+
+// A page is what is being written. It keeps the first error.
+type page struct {
+	w   io.Writer
+	err error
+}
+
+func (p *page) write(name, help string, kind dto.MetricType, metrics []*dto.Metric) {
+	if p.err == nil {
+		_, p.err = expfmt.MetricFamilyToText(p.w, &dto.MetricFamily{Name: new("tidewaiter_" + name), Help: &help, Type: &kind, Metric: metrics})
+	}
+}
+
+func (p *page) gauge(name, help string, samples ...[]sample) {
+	var list []*dto.Metric
+	for _, some := range samples {
+		for _, s := range some {
+			list = append(list, &dto.Metric{Label: s.labels, Gauge: &dto.Gauge{Value: new(s.value)}})
+		}
+	}
+	p.write(name, help, dto.MetricType_GAUGE, list)
+}
+
+func (p *page) counter(name, help string, samples ...[]sample) {
+	var list []*dto.Metric
+	for _, some := range samples {
+		for _, s := range some {
+			list = append(list, &dto.Metric{Label: s.labels, Counter: &dto.Counter{Value: new(s.value)}})
+		}
+	}
+	p.write(name, help, dto.MetricType_COUNTER, list)
+}
+
+func (p *page) histograms(name, help string, c *Counters) {
+	var list []*dto.Metric
+	for i, hook := range hooks {
+		h, n := &c.answers[i], uint64(0)
+		d := &dto.Histogram{}
+		for j, b := range bounds {
+			n += h.buckets[j].Load()
+			d.Bucket = append(d.Bucket, &dto.Bucket{UpperBound: new(b.Seconds()), CumulativeCount: new(n)})
+		}
+		n += h.buckets[len(bounds)].Load()
+		d.SampleCount, d.SampleSum = &n, new(time.Duration(h.sum.Load()).Seconds())
+		list = append(list, &dto.Metric{Label: one(0, "hook", hook)[0].labels, Histogram: d})
+	}
+	p.write(name, help, dto.MetricType_HISTOGRAM, list)
+}

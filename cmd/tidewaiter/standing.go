@@ -1,0 +1,111 @@
+package main
+
+import (
+	"io"
+	"os"
+	"time"
+
+	"github.com/tidewaiter/tidewaiter/cache"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/metrics"
+	"github.com/tidewaiter/tidewaiter/nri"
+)
+
+// A standing is what the daemon shows of the configuration in force, and of the one
+// that is not.
+type standing struct {
+	config   *config.Config // nil: none is in force
+	since    time.Time
+	cache    *cache.Cache
+	rejected *control.Rejected // the last one; nil: none
+}
+
+// stand notes that c is in force.
+func (d *daemon) stand(c *config.Config, k *cache.Cache) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.standing.config, d.standing.cache, d.standing.since = c, k, time.Now()
+	if r := d.standing.rejected; r != nil {
+		past := *r
+		past.Current = false
+		d.standing.rejected = &past
+	}
+}
+
+// reject notes that what the directory holds is not put in force.
+func (d *daemon) reject(err error) {
+	n := d.counters.Rejected.Add(1)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.standing.rejected = &control.Rejected{At: time.Now().UTC(), Error: err.Error(), Current: true, Count: n}
+}
+
+func (d *daemon) stands() standing {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.standing
+}
+
+// target is where the configuration in force wants metrics.
+func (d *daemon) target() metrics.Target {
+	if c := d.stands().config; c != nil {
+		return metrics.Target(c.Metrics)
+	}
+	return metrics.Target{}
+}
+
+// status says how things stand; troubles are what does not work and does not matter
+// to the gate.
+func (d *daemon) status(n nri.State, stopping bool, troubles []string) control.Status {
+	b, at := thisBuild(), d.stands()
+	s := control.Status{
+		Warnings: append([]string{}, troubles...),
+		Node:     d.options.node, Version: b.Version, Commit: b.Commit, PID: os.Getpid(), Started: d.started.UTC(),
+		Configuration: control.Configuration{Dir: d.options.configDir, Warnings: []string{}, Rejected: at.rejected},
+		Runtime: control.Runtime{
+			Registered: n.Registered, Since: known(n.Since), Name: n.Runtime, Version: n.Version, Hooks: append([]string{}, n.Hooks...),
+			Registrations: n.Registrations, Error: n.Error, ErrorAt: known(n.ErrorAt),
+			Plugins: append([]string{}, n.Plugins...), Strangers: n.Strangers, Late: n.Late, Stuck: n.Stuck, Socket: d.options.nri, Audit: n.Audit,
+		},
+		Decisions: d.counters.Decisions(),
+		Log:       control.Log{Dropped: d.counters.Dropped.Load()},
+		Stopping:  stopping,
+	}
+	if c := at.config; c != nil {
+		s.Mode = c.Mode.String()
+		s.Configuration.Dir, s.Configuration.Epoch, s.Configuration.Since = c.Dir, c.Epoch.String(), known(at.since)
+		for _, w := range c.Warnings {
+			s.Configuration.Warnings = append(s.Configuration.Warnings, w.String())
+		}
+	}
+	if at.cache != nil {
+		k := at.cache.Stats()
+		s.Cache = control.Cache{
+			Allowed: k.Allowed, Denied: k.Denied, Hits: k.AllowedHits + k.DeniedHits, Misses: k.Misses,
+			Running: k.Running, Waiting: k.Waiting, Ahead: k.Ahead, Overloaded: k.Overloaded,
+		}
+	}
+	s.Judge()
+	return s
+}
+
+// metrics writes the metrics.
+func (d *daemon) metrics(w io.Writer, n nri.State, stopping bool) error {
+	s, at := d.status(n, stopping, nil), d.stands()
+	m := metrics.State{Ready: s.Ready, Version: s.Version, Mode: s.Mode, Epoch: s.Configuration.Epoch, Session: n}
+	m.Invalid = at.rejected != nil && at.rejected.Current
+	if at.cache != nil {
+		k := at.cache.Stats()
+		m.Cache = &k
+	}
+	return d.counters.Write(w, m)
+}
+
+// known is t for JSON: null where it is not known.
+func known(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
+	}
+	return new(t.UTC())
+}

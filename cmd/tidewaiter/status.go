@@ -1,0 +1,102 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
+	"github.com/tidewaiter/tidewaiter/verify"
+)
+
+func statusCommand(stdout io.Writer) *cobra.Command {
+	var dir, output string
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Say how the gate on this node is",
+		Long: `Status asks the gate that runs on this node, through the socket in its run
+directory, and reads nothing else. Exit status 0: it is healthy; 1: what is wrong
+is said, with what to do next; 2: no gate answers.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkOutput(output); err != nil {
+				return err
+			}
+			s, err := control.Ask(cmd.Context(), dir)
+			if err != nil {
+				return unknown(err, "is tidewaiter run running, with --run-dir "+dir+"? Its log says why it cannot be asked; only root may ask")
+			}
+			if output == "json" {
+				err = json.NewEncoder(stdout).Encode(s)
+			} else {
+				_, err = io.WriteString(stdout, screen(s))
+			}
+			if err != nil {
+				return unknown(err, "")
+			}
+			if !s.Healthy {
+				return &failure{status: exitNo}
+			}
+			return nil
+		},
+	}
+	runDir(cmd, &dir)
+	outputFlag(cmd, &output)
+	return cmd
+}
+
+// screen is s for a person. What the gate has from elsewhere is cleaned.
+func screen(s *control.Status) string {
+	var b strings.Builder
+	line := func(name, format string, args ...any) {
+		fmt.Fprintf(&b, "  %-14s %s\n", name, verify.Clean(fmt.Sprintf(format, args...), 1000))
+	}
+	health := "healthy"
+	if !s.Healthy {
+		health = "NOT healthy"
+	}
+	fmt.Fprintf(&b, "tidewaiter %s on %s: %s\n", verify.Clean(s.Version, 64), verify.Clean(s.Node, 64), health)
+	for _, p := range s.Problems {
+		line("problem", "[%s] %s", p.Code, p.Text)
+		line("next", "%s", p.Next)
+	}
+	c, r := s.Configuration, s.Runtime
+	if c.Epoch != "" {
+		line("mode", "%s, assurance %s", s.Mode, s.Assurance)
+		line("configuration", "%s, epoch %s, since %s", c.Dir, c.Epoch, when(c.Since))
+	}
+	if r.Registered {
+		line("runtime", "%s %s asks since %s in %s", r.Name, r.Version, when(r.Since), strings.Join(r.Hooks, ", "))
+	}
+	for _, mode := range slices.Sorted(maps.Keys(s.Decisions)) {
+		var counts []string
+		for _, reason := range slices.Sorted(maps.Keys(s.Decisions[mode])) {
+			counts = append(counts, fmt.Sprintf("%s %d", reason, s.Decisions[mode][reason]))
+		}
+		line("decisions", "in %s: %s", mode, strings.Join(counts, ", "))
+	}
+	line("cache", "%d allowed and %d denied images, %d verifications, %d wait", s.Cache.Allowed, s.Cache.Denied, s.Cache.Running, s.Cache.Waiting+s.Cache.Ahead)
+	if s.Log.Dropped > 0 {
+		line("warning", "%d answers are not in the log, which was too slow", s.Log.Dropped)
+	}
+	if r.Late > 0 {
+		line("warning", "%d answers took longer than the gate allows itself: the node is short of CPU, or stopped it", r.Late)
+	}
+	for _, w := range slices.Concat(s.Warnings, c.Warnings) {
+		line("warning", "%s", w)
+	}
+	return b.String()
+}
+
+func when(t *time.Time) string {
+	if t == nil {
+		return "a time that is not known"
+	}
+	return t.UTC().Format(time.RFC3339)
+}
