@@ -59,7 +59,8 @@ type Cache struct {
 	latest  time.Time // the latest time seen; see clock
 	allowed *simplelru.LRU[verify.Key, entry]
 	denied  *simplelru.LRU[place, entry]
-	flights map[place]*flight // running and queued
+	vain    *simplelru.LRU[place, entry] // denials that settled nothing; see pending
+	flights map[place]*flight            // running and queued
 	queue   *queue
 	stats   Stats // what is counted; see Stats
 }
@@ -109,6 +110,7 @@ func New(next verify.Judge, o Options) *Cache {
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.allowed, _ = simplelru.NewLRU[verify.Key, entry](o.Allowed, nil) // fails only for a size below 1
 	c.denied, _ = simplelru.NewLRU[place, entry](o.Denied, nil)
+	c.vain, _ = simplelru.NewLRU[place, entry](maxVain, nil)
 	return c
 }
 
@@ -122,7 +124,7 @@ func or(n, standard int) int {
 // Judge implements [verify.Judge]. What is known is answered at once, also when
 // ctx has ended. Else the question is put to the Judge behind, once for all who
 // ask it meanwhile and whatever becomes of ctx; when ctx ends first the answer is
-// PENDING, and where too many verifications wait already it is OVERLOADED.
+// PENDING, or what the last try to answer ended with, and where too many verifications wait already it is OVERLOADED.
 //
 // Where a container is about to start, and there is little hope of an answer while
 // ctx lasts, PENDING comes at once: somebody was told so already, or others wait
@@ -159,8 +161,21 @@ func (c *Cache) await(ctx context.Context, f *flight) verify.Decision {
 	return f.answer
 }
 
+// A verification that settled nothing, since a source did not answer, is made again
+// whenever somebody asks. Who cannot wait for that is told what the last one ended
+// with, if it was no longer ago than vainFor: "the mirror hangs" says more than
+// "still checking", again and again. maxVain of these are kept.
+const (
+	maxVain = 256
+	vainFor = 5 * time.Minute
+)
+
 func pending(f *flight) verify.Decision {
 	f.late = true
+	if d := f.before; d.Reason != "" {
+		d.Detail += "; it is being tried again"
+		return d
+	}
 	return verify.Deny(verify.Pending, "signatures are still being checked; the next try finds the answer")
 }
 
@@ -194,6 +209,9 @@ func (c *Cache) find(q verify.Question) (verify.Decision, *flight) {
 		b := f.question.Image.Name
 		p.host, p.path = b.Host, b.Path
 		f.place, c.flights[p] = p, f
+		if d, ok := get(c.vain, p, now); ok {
+			f.before = d
+		}
 		c.admit(f)
 	case f.ahead && !f.started && use != verify.UseAhead: // now somebody waits for it
 		c.stats.Joined++
@@ -248,6 +266,7 @@ func (c *Cache) clock() time.Time {
 	if now.Before(c.latest.Add(-slack)) {
 		c.allowed.Purge()
 		c.denied.Purge()
+		c.vain.Purge()
 	} else if now.Before(c.latest) {
 		now = c.latest
 	}
@@ -320,6 +339,7 @@ func (c *Cache) end(f *flight, d verify.Decision, panicked, inTime bool, took ti
 func (c *Cache) keep(f *flight, d verify.Decision, inTime bool) {
 	defer func() { _ = recover() }()
 	now := c.clock()
+	c.vain.Remove(f.place)
 	switch {
 	case now.Before(d.Made):
 		// The clock went back while f was under way: when d ends is not known.
@@ -336,6 +356,8 @@ func (c *Cache) keep(f *flight, d verify.Decision, inTime bool) {
 			until = d.Until
 		}
 		put(c.denied, f.place, d, until, now, &c.stats.DeniedEvicted)
+	case d.Reason != verify.Pending && d.Reason != "":
+		c.vain.Add(f.place, entry{d, now.Add(vainFor)})
 	}
 }
 
@@ -382,6 +404,7 @@ func (c *Cache) Close() error {
 	clear(c.flights)
 	c.allowed.Purge()
 	c.denied.Purge()
+	c.vain.Purge()
 	c.mu.Unlock()
 	c.wg.Wait()
 	return nil

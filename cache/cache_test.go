@@ -538,6 +538,66 @@ func TestContextEnds(t *testing.T) {
 	})
 }
 
+// TestVainAnswerIsSaid: who cannot wait is told what the last try ended with, and
+// not for ever that signatures are still being checked.
+func TestVainAnswerIsSaid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cl := newClock()
+		release := make(chan verify.Decision)
+		j := &judge{f: func(context.Context, verify.Question) verify.Decision { return <-release }}
+		c := open(t, j, Options{Now: cl.now})
+		end := func(d verify.Decision) {
+			release <- d
+			synctest.Wait()
+		}
+		said := func(what string, want verify.Reason) {
+			t.Helper()
+			d := c.Judge(ended(), ask("a"))
+			synctest.Wait()
+			expect(t, d, want)
+			if again := strings.HasSuffix(d.Detail, "; it is being tried again"); again != (want == verify.SourceUnreachable) {
+				t.Errorf("%s: %s", what, d.Detail)
+			}
+		}
+		unreachable := verify.Deny(verify.SourceUnreachable, "the mirror hangs")
+		said("first", verify.Pending)
+		end(unreachable)
+		said("second", verify.SourceUnreachable)
+		said("joins it", verify.SourceUnreachable)
+		expect(t, c.Judge(ended(), at(ask("a"), "other.local", "app")), verify.Pending) // another place
+		synctest.Wait()
+		called(t, j, 3)
+		end(unreachable)
+		end(unreachable)
+		cl.add(vainFor)
+		said("long ago", verify.Pending)
+		end(unreachable)
+		said("again", verify.SourceUnreachable)
+		end(verify.Deny(verify.Pending, "cut short"))
+		said("nothing new", verify.Pending)
+		end(unreachable)
+		said("again", verify.SourceUnreachable)
+		q := ask("a")
+		end(allow(q, cl.now(), cl.now().Add(time.Minute)))
+		expect(t, c.Judge(ended(), q), verify.Verified)
+		cl.add(time.Minute)
+		said("after a yes that ended", verify.Pending)
+		end(unreachable)
+		said("again", verify.SourceUnreachable)
+		cl.add(-time.Hour)
+		end(unreachable)
+		for i := range 2 * maxVain {
+			c.Judge(ended(), ask(fmt.Sprint(i)))
+			synctest.Wait()
+			end(unreachable)
+		}
+		if n := c.vain.Len(); n != maxVain {
+			t.Errorf("%d are kept", n)
+		}
+		c.Close()
+	})
+}
+
 func TestFlightHasItsOwnDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var took time.Duration

@@ -68,6 +68,7 @@ type flight struct {
 	late     bool // somebody was told PENDING
 	ended    bool
 	answer   verify.Decision
+	before   verify.Decision // what the last flight of that place ended with, if it settled nothing
 }
 
 func newQueue(slots, room int) *queue {

@@ -125,7 +125,7 @@ func (g *Gate) known(pod *api.PodSandbox, ctr *api.Container, ask question) (kno
 		return false, nil
 	}
 	d := g.Verifier.Verify(atOnce, images[0])
-	if !d.Allowed() && d.Reason == verify.Pending {
+	if !d.Allowed() && d.Reason.Transient() {
 		return false, nil
 	}
 	if err := g.tell(ask, start, images[0], d); err != nil {
