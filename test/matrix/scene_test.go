@@ -49,11 +49,10 @@ func kind(text string) string {
 		return code
 	}
 	for part, kind := range map[string]string{
-		absentText:             notPresent,
-		"deadline exceeded":    timedOut,
-		"ttrpc: closed":        closed,
-		"message length":       tooLarge,
-		"exceed maximum messa": tooLarge,
+		absentText:                    notPresent,
+		"deadline exceeded":           timedOut,
+		"ttrpc: closed":               closed,
+		"exceed maximum message size": tooLarge,
 	} {
 		if strings.Contains(text, part) {
 			return kind
@@ -136,7 +135,9 @@ func (s *scene) start(linked bool) {
 		to = socket(s.dir, "l")
 	}
 	var err error
-	s.gate, err = s.w.node.StartGate(s.Context(), node.GateOptions{ConfigDir: s.config, Binary: s.w.gate, Args: []string{"--nri-socket", to}})
+	// A run directory of its own: the gates of the other scenes are on other nodes.
+	args := []string{"--nri-socket", to, "--run-dir", filepath.Join(s.dir, "run")}
+	s.gate, err = s.w.node.StartGate(s.Context(), node.GateOptions{ConfigDir: s.config, Binary: s.w.gate, Args: args})
 	s.must(err)
 	s.gates = append(s.gates, s.gate)
 }
