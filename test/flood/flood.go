@@ -42,12 +42,13 @@ type flood struct {
 	rand  *rand.Rand // draws images
 	pod   *node.Pod
 	tries atomic.Uint32 // numbers creations
+	made  int           // containers that a gate allowed
 	tally tally
 }
 
 const (
 	block = 100 // creations that are timed together; what they made is removed after each
-	start = 40  // one in so many creations is started too, where it was allowed
+	start = 40  // the first of so many allowed containers is started too
 
 	// recovery is how long after the mirror is well an image may be refused for another
 	// reason than its own. Denials that say no are kept for 30 s.
@@ -162,7 +163,7 @@ func (f *flood) noopTurn(ctx context.Context, creations int) error {
 			return err
 		}
 	}
-	return f.blocks(ctx, creations, &f.tally.noop, func(_ image, _ *node.Container, err error) {
+	return f.blocks(ctx, creations, &f.tally.noop, func(_ image, err error) {
 		if err != nil {
 			f.tally.mistake("the no-op plugin: %v", err)
 		}
@@ -247,8 +248,9 @@ func (f *flood) draw() image {
 }
 
 // blocks asks for containers of images drawn at random, several at once. told gets
-// each answer, and made, before it is removed, each container.
-func (f *flood) blocks(ctx context.Context, creations int, s *side, told func(image, *node.Container, error), made func(context.Context, image, *node.Container)) error {
+// each answer, and made, which may be nil, one in some containers before they are
+// removed.
+func (f *flood) blocks(ctx context.Context, creations int, s *side, told func(image, error), made func(context.Context, image, *node.Container)) error {
 	for done := 0; done < creations; done += block {
 		list := make([]image, min(block, creations-done))
 		for i := range list {
@@ -265,9 +267,16 @@ func (f *flood) blocks(ctx context.Context, creations int, s *side, told func(im
 		s.took += time.Since(from)
 		s.creations += len(list)
 		for i, m := range list {
-			told(m, containers[i], errs[i])
+			told(m, errs[i])
 			if errs[i] == nil && m.kind.good() {
 				s.good = append(s.good, took[i])
+			}
+		}
+		begin := make([]bool, len(list))
+		for i := range list {
+			if errs[i] == nil && made != nil {
+				begin[i] = f.made%start == 0
+				f.made++
 			}
 		}
 		removed := make([]error, len(list))
@@ -276,7 +285,7 @@ func (f *flood) blocks(ctx context.Context, creations int, s *side, told func(im
 			if c == nil {
 				return
 			}
-			if made != nil && i%start == 0 {
+			if begin[i] {
 				made(ctx, list[i], c)
 			}
 			removed[i] = c.Remove(ctx)
@@ -307,7 +316,7 @@ func (f *flood) atOnce(n int, do func(int)) {
 var denied = regexp.MustCompile(`tidewaiter: denied \[([A-Z_]+)\]`)
 
 // judge records the gate's answer about an image.
-func (f *flood) judge(m image, _ *node.Container, err error) {
+func (f *flood) judge(m image, err error) {
 	t := &f.tally
 	o := t.outcome(m.kind.name)
 	o.creations++

@@ -74,7 +74,7 @@ func TestVerdict(t *testing.T) {
 			f := &flood{sick: newSick(1, illnesses)}
 			f.tally.gate.good = append(f.tally.gate.good, 1)
 			f.sick.lied["app"] = tt.lied
-			f.judge(tt.image, nil, tt.err)
+			f.judge(tt.image, tt.err)
 			err := f.verdict()
 			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.HasPrefix(err.Error(), tt.want)) {
 				t.Errorf("got %v, want %q", err, tt.want)
