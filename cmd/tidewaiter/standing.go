@@ -10,6 +10,8 @@ import (
 	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/metrics"
 	"github.com/tidewaiter/tidewaiter/nri"
+	"github.com/tidewaiter/tidewaiter/nri/sweep"
+	"github.com/tidewaiter/tidewaiter/verify"
 )
 
 // A standing is what the daemon shows of the configuration in force, and of the one
@@ -86,8 +88,40 @@ func (d *daemon) status(n nri.State, stopping bool, troubles []string) control.S
 			Running: k.Running, Waiting: k.Waiting, Ahead: k.Ahead, Overloaded: k.Overloaded,
 		}
 	}
+	if d.sweep != nil {
+		s.Running = running(d.sweep.Status())
+	}
 	s.Judge()
 	return s
+}
+
+// running is what the last sweep found, for JSON.
+func running(found sweep.Status) control.Running {
+	r := control.Running{
+		At: known(found.At), Error: found.Error, Containers: found.Containers, Reasons: map[string]int{},
+		Gone: found.Gone, Unwitnessed: found.Unwitnessed, Stopped: found.Stopped, Found: []control.Found{}, Pauses: []control.Pause{},
+	}
+	for reason, n := range found.Reasons {
+		r.Reasons[reason.String()] = n
+	}
+	for _, f := range found.Findings {
+		one := control.Found{
+			ID: f.ID, Image: verify.Clean(f.Image, 256), Namespace: verify.Clean(f.Pod.Namespace, 64), Pod: verify.Clean(f.Pod.Name, 256),
+			Container: verify.Clean(f.Pod.Container, 64), Detail: verify.Clean(f.Detail, 256), Gone: f.Gone, Unwitnessed: f.Unwitnessed,
+		}
+		if !f.Gone {
+			one.Reason = f.Reason.String()
+		}
+		r.Found = append(r.Found, one)
+	}
+	for _, p := range found.Pauses {
+		one := control.Pause{Image: verify.Clean(p.Image, 256), Pinned: p.Pinned, Detail: verify.Clean(p.Detail, 256), Gone: p.Gone}
+		if !p.Gone {
+			one.Reason = p.Reason.String()
+		}
+		r.Pauses = append(r.Pauses, one)
+	}
+	return r
 }
 
 // metrics writes the metrics.
@@ -96,8 +130,10 @@ func (d *daemon) metrics(w io.Writer, n nri.State, stopping bool) error {
 	m := metrics.State{Ready: s.Ready, Version: s.Version, Mode: s.Mode, Epoch: s.Configuration.Epoch, Session: n}
 	m.Invalid = at.rejected != nil && at.rejected.Current
 	if at.cache != nil {
-		k := at.cache.Stats()
-		m.Cache = &k
+		m.Cache = new(at.cache.Stats())
+	}
+	if d.sweep != nil {
+		m.Sweep = new(d.sweep.Status())
 	}
 	return d.counters.Write(w, m)
 }

@@ -82,6 +82,31 @@ func screen(s *control.Status) string {
 		line("decisions", "in %s: %s", mode, strings.Join(counts, ", "))
 	}
 	line("cache", "%d allowed and %d denied images, %d verifications, %d wait", s.Cache.Allowed, s.Cache.Denied, s.Cache.Running, s.Cache.Waiting+s.Cache.Ahead)
+	if n := s.Running; n.At != nil {
+		line("running", "%d containers, %d would be denied, %d are unwitnessed, %d without an image; looked at %s", n.Containers, denied(n), n.Unwitnessed, n.Gone, when(n.At))
+		if n.Error != "" {
+			line("warning", "not all that runs was looked at: %s", n.Error)
+		}
+		for i, f := range n.Found {
+			if i == shown {
+				line("", "and %d more: --output json", len(n.Found)-shown)
+				break
+			}
+			what := f.Reason
+			if f.Gone {
+				what = "no image"
+			}
+			if f.Unwitnessed {
+				what += ", unwitnessed"
+			}
+			line("", "%s/%s %s %s: %s", f.Namespace, f.Pod, f.Container, f.Image, what)
+		}
+		for _, p := range n.Pauses {
+			if p.Reason != string(verify.Verified) && p.Reason != string(verify.AllowedByDigest) || !p.Pinned {
+				line("warning", "the pause image %s: pinned %t, %s %s", p.Image, p.Pinned, p.Reason, p.Detail)
+			}
+		}
+	}
 	if s.Log.Dropped > 0 {
 		line("warning", "%d answers are not in the log, which was too slow", s.Log.Dropped)
 	}
@@ -92,6 +117,19 @@ func screen(s *control.Status) string {
 		line("warning", "%s", w)
 	}
 	return b.String()
+}
+
+// shown is how many containers the screen names.
+const shown = 5
+
+// denied is how many of what runs enforce would not let in.
+func denied(r control.Running) (n int) {
+	for reason, m := range r.Reasons {
+		if reason != string(verify.Verified) && reason != string(verify.AllowedByDigest) {
+			n += m
+		}
+	}
+	return n
 }
 
 func when(t *time.Time) string {

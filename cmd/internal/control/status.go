@@ -34,6 +34,7 @@ type Status struct {
 	Runtime       Runtime                      `json:"runtime"`
 	Decisions     map[string]map[string]uint64 `json:"decisions"` // since the start, by mode and reason
 	Cache         Cache                        `json:"cache"`     // since the configuration is in force
+	Running       Running                      `json:"running"`   // found by the last sweep
 	Log           Log                          `json:"log"`
 
 	Stopping bool `json:"stopping"` // the gate was told to end
@@ -104,6 +105,41 @@ type Cache struct {
 	Waiting    int    `json:"waiting"`
 	Ahead      int    `json:"ahead"` // that wait, and that nobody waits for
 	Overloaded uint64 `json:"overloaded"`
+}
+
+// Running is what ran when the gate last looked.
+type Running struct {
+	At          *time.Time     `json:"at"`              // null: it has not looked yet
+	Error       string         `json:"error,omitempty"` // why it did not see everything
+	Containers  int            `json:"containers"`
+	Reasons     map[string]int `json:"reasons"`     // what enforce would answer to them now
+	Gone        int            `json:"gone"`        // of which the node has no image any more
+	Unwitnessed int            `json:"unwitnessed"` // about which no gate was asked
+	Stopped     uint64         `json:"stopped"`     // since the start
+	Found       []Found        `json:"found"`       // at most 100 of those that would be denied, are gone or unwitnessed
+	Pauses      []Pause        `json:"pauses"`      // images of pods' sandboxes, which start unasked
+}
+
+// A Found is a container that runs.
+type Found struct {
+	ID          string `json:"id"`
+	Image       string `json:"image"`
+	Namespace   string `json:"namespace"`
+	Pod         string `json:"pod"`
+	Container   string `json:"container"`
+	Reason      string `json:"reason"` // what enforce would answer; empty with gone
+	Detail      string `json:"detail,omitempty"`
+	Gone        bool   `json:"gone"`
+	Unwitnessed bool   `json:"unwitnessed"`
+}
+
+// A Pause is an image of sandboxes.
+type Pause struct {
+	Image  string `json:"image"`
+	Pinned bool   `json:"pinned"` // by a digest
+	Reason string `json:"reason"`
+	Detail string `json:"detail,omitempty"`
+	Gone   bool   `json:"gone"`
 }
 
 // A Log is the gate's log.

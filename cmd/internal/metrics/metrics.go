@@ -19,6 +19,7 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/cache"
 	"github.com/tidewaiter/tidewaiter/nri"
+	"github.com/tidewaiter/tidewaiter/nri/sweep"
 	"github.com/tidewaiter/tidewaiter/verify"
 )
 
@@ -128,12 +129,13 @@ func (c *Counters) Decisions() map[string]map[string]uint64 {
 // A State is what others know.
 type State struct {
 	Ready   bool
-	Version string       // of the program
-	Mode    string       // in force; empty where there is no configuration
-	Epoch   string       // in force
-	Invalid bool         // what the configuration directory holds was rejected
-	Session nri.State    // the connection to the runtime
-	Cache   *cache.Stats // nil where there is none
+	Version string        // of the program
+	Mode    string        // in force; empty where there is no configuration
+	Epoch   string        // in force
+	Invalid bool          // what the configuration directory holds was rejected
+	Session nri.State     // the connection to the runtime
+	Cache   *cache.Stats  // nil where there is none
+	Sweep   *sweep.Status // nil where there is none
 }
 
 // Write writes everything in the Prometheus text format, in the same order each
@@ -180,6 +182,24 @@ func (c *Counters) Write(w io.Writer, s State) error {
 		p.counter("verifications_refused_total", "Verifications that there was no room for.", one(k.Overloaded))
 		p.gauge("verifications_running", "Verifications under way.", one(k.Running))
 		p.gauge("verifications_waiting", "Verifications that wait for their turn, by whether somebody waits for them.", one(k.Waiting, "ahead", "false"), one(k.Ahead, "ahead", "true"))
+	}
+	if s.Sweep != nil && !s.Sweep.At.IsZero() {
+		w := s.Sweep
+		list = nil
+		known := 0
+		for _, r := range reasons[1:] {
+			known += w.Reasons[r]
+			list = append(list, one(w.Reasons[r], "reason", r.String())...)
+		}
+		all := 0
+		for _, n := range w.Reasons {
+			all += n
+		}
+		p.gauge("running", "Containers that ran at the last look, by what enforce would answer to them now.", one(all-known, "reason", reasons[0].String()), list)
+		p.gauge("running_gone", "Of these, those that the node has no image of any more, so that nothing can be said.", one(w.Gone))
+		p.gauge("running_unwitnessed", "Of these, those about which no gate was asked.", one(w.Unwitnessed))
+		p.gauge("running_incomplete", "Whether the last look did not see everything.", one(flag(w.Error != "")))
+		p.counter("running_stopped_total", "Containers that the gate stopped.", one(w.Stopped))
 	}
 	return p.err
 }

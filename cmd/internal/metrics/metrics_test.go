@@ -28,6 +28,7 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/cache"
 	"github.com/tidewaiter/tidewaiter/nri"
+	"github.com/tidewaiter/tidewaiter/nri/sweep"
 	"github.com/tidewaiter/tidewaiter/verify"
 )
 
@@ -199,6 +200,26 @@ func TestState(t *testing.T) {
 			t.Errorf("%s%q is %v, want %v", tt.name, tt.labels, got, tt.want)
 		}
 	}
+	f = write(t, &c, State{Sweep: &sweep.Status{At: time.Unix(1, 0), Error: "x", Gone: 1, Unwitnessed: 2, Stopped: 3,
+		Reasons: map[verify.Reason]int{verify.Verified: 4, verify.Revoked: 5, "": 6, "MADE_UP": 7}}})
+	for _, tt := range []struct {
+		name   string
+		labels []string
+		want   float64
+	}{
+		{"running", []string{"reason", "VERIFIED"}, 4}, {"running", []string{"reason", "REVOKED"}, 5}, {"running", []string{"reason", "INTERNAL"}, 13}, {"running", []string{"reason", "PENDING"}, 0},
+		{"running_gone", nil, 1}, {"running_unwitnessed", nil, 2}, {"running_stopped_total", nil, 3}, {"running_incomplete", nil, 1},
+	} {
+		if got := value(t, f, tt.name, tt.labels...); got != tt.want {
+			t.Errorf("%s%q is %v, want %v", tt.name, tt.labels, got, tt.want)
+		}
+	}
+	if n := len(f["tidewaiter_running"].GetMetric()); n != len(reasons) {
+		t.Errorf("%d series of what runs", n)
+	}
+	if f = write(t, &c, State{Sweep: &sweep.Status{}}); f["tidewaiter_running"] != nil {
+		t.Error("what runs is told before anybody looked")
+	}
 	f = write(t, &c, State{Ready: true, Mode: "audit", Epoch: "1"})
 	if value(t, f, "enforcing") != 0 || value(t, f, "ready") != 1 || value(t, f, "registered") != 0 || f["tidewaiter_cache_misses_total"] != nil {
 		t.Error("audit enforces, or there is a cache")
@@ -213,7 +234,7 @@ func TestDocumentation(t *testing.T) {
 	doc, err := os.ReadFile("../../../docs/control.md")
 	must(t, err)
 	var c Counters
-	f := write(t, &c, State{Epoch: "0", Cache: &cache.Stats{}})
+	f := write(t, &c, State{Epoch: "0", Cache: &cache.Stats{}, Sweep: &sweep.Status{At: time.Unix(1, 0)}})
 	for name := range f {
 		if !strings.Contains(string(doc), "| `"+name) {
 			t.Errorf("no row for %s", name)
