@@ -381,7 +381,7 @@ func TestVolumes(t *testing.T) {
 		main := s.signed("app:main", "main")
 		data := s.push(s.reg, "app:data", node.ImageOptions{Files: map[string]string{"/data/x": "signed"}})
 		s.sign(s.reg, data, data.Target, release, 0, notarytest.SignOptions{})
-		evil := s.push(s.reg, "app:evil", node.ImageOptions{Files: map[string]string{"/data/x": "evil"}})
+		evil := s.push(s.reg, "app:volume-evil", node.ImageOptions{Files: map[string]string{"/data/x": "evil"}})
 		at := func(image, path, sub string) node.ContainerOptions {
 			return node.ContainerOptions{Volumes: []node.ImageVolume{{Image: image, Path: path, SubPath: sub}}}
 		}
