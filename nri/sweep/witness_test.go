@@ -177,8 +177,11 @@ func TestWitnessWithBrokenFiles(t *testing.T) {
 func TestLock(t *testing.T) {
 	dir := t.TempDir()
 	a, b := NewLock(dir), NewLock(dir)
-	if !a.Held() || !a.Held() || b.Held() {
+	if !a.Held() || b.Held() {
 		t.Error("two hold one lock, or nobody does")
+	}
+	if !a.Held() {
+		t.Error("a lock that is held is not held when asked again")
 	}
 	a.Release()
 	if !b.Held() || a.Held() {
