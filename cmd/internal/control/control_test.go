@@ -422,8 +422,10 @@ func TestAsk(t *testing.T) {
 				}
 			}
 		}, "longer than 1048576 bytes"},
-		"an error":  {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusInternalServerError) }, "500"},
-		"elsewhere": {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusFound) }, "302"},
+		"an error": {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusInternalServerError) }, "500"},
+		"elsewhere": {func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusFound)
+		}, "302"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if s, err := Ask(context.Background(), serve(t, tt.h)); err == nil || !strings.Contains(err.Error(), tt.want) {
