@@ -9,7 +9,7 @@ STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 TAGS        = grpcnotrace
 LDFLAGS     = -s -w -X main.version=$(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 
-.PHONY: build demo bench flood matrix test lint unit core386 cross fuzz e2e clean
+.PHONY: build demo bench flood matrix test lint unit core386 cross fuzz e2e e2e-all clean
 
 build: ## the static binary, in bin/
 	CGO_ENABLED=0 go build -trimpath -tags $(TAGS) -ldflags '$(LDFLAGS)' -o bin/tidewaiter ./cmd/tidewaiter
@@ -17,7 +17,7 @@ build: ## the static binary, in bin/
 demo: ## a throwaway containerd node where signed images start and others do not
 	cd test && go run ./demo -containerd $(CONTAINERD)
 
-bench: ## the tables of docs/performance.md; needs root on Linux, a quiet machine and 15 minutes
+bench: ## the tables of docs/performance.md; needs root on Linux, a quiet machine and 25 minutes
 	cd test && go run ./bench
 
 flood: ## 10,000 creations on containerd 2.4.2 and 2.2.9 while the mirror fails; needs root on Linux and 15 minutes
@@ -56,6 +56,10 @@ e2e: ## on real containerd, 2.4.2 and 2.2.9; needs root on Linux
 	  echo '****************************************************************'; \
 	fi
 	cd test && go test -race -count=1 -p 1 -timeout 30m ./...
+
+e2e-all: ## the same on three versions and one older, and every failure 1,000 creations long; needs root and an hour
+	cd test && TIDEWAITER_TEST_CONTAINERD='2.4.2 2.3.7 2.2.9 2.1.9' go test -race -count=1 -p 1 -timeout 60m ./node ./e2e
+	cd test && TIDEWAITER_TEST_CONTAINERD='2.4.2 2.3.7 2.2.9' TIDEWAITER_TEST_CREATIONS=1000 go test -count=1 -v -timeout 90m ./failure
 
 clean:
 	rm -rf bin dist
