@@ -659,3 +659,30 @@ func TestTopLevel(t *testing.T) {
 		t.Error("there is no room to look at")
 	}
 }
+
+// TestBinary: nothing in the program makes the linker keep every method of every
+// type, as calling text/template does, and with that the binary stays small
+// (DESIGN.md, "Targets": 20 MB).
+func TestBinary(t *testing.T) {
+	const limit = 17 << 20
+	binary := filepath.Join(t.TempDir(), "tidewaiter")
+	build := exec.Command("go", "build", "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w", "-o", binary, "./cmd/tidewaiter")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	raw, err := os.ReadFile(binary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(raw) > limit {
+		t.Errorf("the stripped binary has %d bytes, more than %d", len(raw), limit)
+	}
+	// The names of functions stay in a stripped binary, for panics.
+	if !bytes.Contains(raw, []byte("main.runCommand")) {
+		t.Error("the binary holds no names to look for")
+	}
+	if bytes.Contains(raw, []byte("text/template.(*Template).Execute")) {
+		t.Error("text/template can be called, and so can every method of every type")
+	}
+}
