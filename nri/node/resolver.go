@@ -167,8 +167,9 @@ func (r *Resolver) Connected(compares bool) {
 // What containerd's CRI plugin writes into a container's annotations
 // (internal/cri/annotations/annotations.go; container_checkpoint_linux.go).
 const (
-	annotationImage    = "io.kubernetes.cri.image-name"
-	annotationRestored = "restored"
+	annotationImage     = "io.kubernetes.cri.image-name"
+	annotationRestored  = "restored"
+	annotationUntrusted = "io.kubernetes.cri.untrusted-workload"
 )
 
 // Resolve returns the images that a container to be created would run; all of
@@ -240,7 +241,7 @@ func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 	record := known.record
 	var early prepared
 	var snapshot sync.WaitGroup
-	if s, ok := r.used.Get(pod.GetRuntimeHandler()); ok && ctr.GetImage().GetDigest() == "" {
+	if s, ok := r.used.Get(handler(pod)); ok && ctr.GetImage().GetDigest() == "" {
 		snapshot.Go(func() { early = r.prepared(ctx, s, ctr.GetId()) })
 	}
 	target, err := r.record(ctx, o, record, ctr.GetImage().GetDigest())
@@ -260,7 +261,7 @@ func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 		return &verify.Fault{Reason: verify.ImageMismatch, Detail: "the record " + verify.Quote(record, 200) + " points to " + target.Digest.String() + ", another image than the digest that the pod names"}
 	}
 	var snapshotter string
-	img.Binding, snapshotter, err = r.bind(ctx, o, pod.GetRuntimeHandler(), ctr, target, c, early)
+	img.Binding, snapshotter, err = r.bind(ctx, o, handler(pod), ctr, target, c, early)
 	// Where a snapshotter is only trusted because the configuration says so, what it
 	// mounts may be the target's layers whatever the config says: only what was
 	// resolved counts.
@@ -268,6 +269,16 @@ func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 		img.Others = r.kin.of(c.config, target.Digest, c.manifest.Digest)
 	}
 	return err
+}
+
+// handler is the runtime handler of a pod's containers. A pod without one gets
+// that of untrusted workloads by an annotation of its own, which the handler that
+// the runtime tells does not show (GetSandboxRuntime in internal/cri/config).
+func handler(pod *api.PodSandbox) string {
+	if pod.GetAnnotations()[annotationUntrusted] == "true" {
+		return "untrusted"
+	}
+	return pod.GetRuntimeHandler()
 }
 
 // record returns what the image record name points to. Where the runtime told the

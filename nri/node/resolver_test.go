@@ -641,6 +641,13 @@ func TestSnapshotterOfHandler(t *testing.T) {
 			t.Errorf("another handler: %s", got)
 		}
 	}
+	// The annotation of a pod's author leads to a handler of its own.
+	pod := &api.PodSandbox{Id: "pod", Annotations: map[string]string{annotationUntrusted: "true"}}
+	_ = ask("")
+	r.used.Add("", "overlayfs") // as a pod without a handler has it
+	if f := r.Resolve(t.Context(), pod, container(name, i.manifest.Digest, i.config.Digest))[0].Fault; f == nil || f.Reason != verify.SnapshotterUnverified {
+		t.Errorf("a pod that asks for the handler of untrusted workloads: %v", f)
+	}
 	r.Connected(false)
 	if got := ask("runc"); got != verify.SnapshotterUnverified {
 		t.Errorf("after a new connection: %s", got)
