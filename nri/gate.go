@@ -12,7 +12,8 @@
 //
 // On containerd 2.2 and 2.3, which do not say which image config they run,
 // StartContainer compares the config of the created container with what was
-// allowed. It compares only; a hang there is let through by the runtime.
+// allowed, or judges a container that was allowed by another run of the gate. It
+// answers from memory only; a hang there is let through by the runtime.
 package nri
 
 import (
@@ -38,8 +39,10 @@ type Resolver interface {
 	Known(pod *api.PodSandbox, ctr *api.Container) ([]verify.Image, bool)
 	// Decided remembers the images for which a container was allowed.
 	Decided(id string, images []verify.Image)
-	// Started compares a created container with what was decided.
-	Started(ctx context.Context, id string) *verify.Fault
+	// Started compares a created container with what was decided, and returns no
+	// image where they agree. Of a container of which nothing was decided here it
+	// returns the images that it runs; all of them must be allowed.
+	Started(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) []verify.Image
 	// Connected is called on each connection, before any question of it, and says
 	// whether Started will be asked.
 	Connected(compares bool)
@@ -145,25 +148,25 @@ var atOnce = func() context.Context {
 // StartContainer compares what was created with what was allowed, on runtimes
 // that say it only now. Nil lets the container start. A refusal here is final for
 // a pod that is not restarted, so that it is never PENDING.
+//
+// Another gate may have allowed the creation, during an upgrade or before a
+// restart. Then this one decides anew, from what it knows already.
 func (g *Gate) StartContainer(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) error {
 	ask := about(pod, ctr, "StartContainer")
-	ask.late = verify.ImageUnresolved
+	ask.late, ask.atOnce = verify.ImageUnresolved, true
 	return g.answer(ctx, ask, func(ctx context.Context) []verify.Image {
-		f := g.Resolver.Started(ctx, ctr.GetId())
-		if f == nil {
-			return nil // nothing to decide: the creation was
-		}
-		return []verify.Image{fault(ask, f.Reason, f.Detail)}
+		return g.Resolver.Started(ctx, pod, ctr) // none: the creation was decided
 	}, nil)
 }
 
 // A question is one call of the runtime.
 type question struct {
-	id    string // of the container
-	pod   verify.Pod
-	asked string // what the pod wrote as its image, for messages
-	hook  string
-	late  verify.Reason // what it is called when there is no answer in time
+	id     string // of the container
+	pod    verify.Pod
+	asked  string // what the pod wrote as its image, for messages
+	hook   string
+	late   verify.Reason // what it is called when there is no answer in time
+	atOnce bool          // a verification is not waited for: what is not known is late
 }
 
 // imageName is the annotation in which containerd's CRI plugin says what the pod
@@ -240,9 +243,25 @@ func (g *Gate) decide(ctx context.Context, ask question, start time.Time, find f
 // verify asks for one decision and tells it.
 func (g *Gate) verify(ctx context.Context, ask question, start time.Time, img verify.Image) error {
 	before := g.Now()
+	if ask.atOnce {
+		d := g.Verifier.Verify(atOnce, img)
+		if r := wouldBe(d); r.Transient() {
+			img = fault(ask, ask.late, "another run of the gate allowed the container, and what this one knows of its image is "+r.String()+"; create it anew")
+			d = g.Verifier.Verify(atOnce, img)
+		}
+		return g.tell(ask, start, img, d)
+	}
 	d := g.Verifier.Verify(g.purse.open(ctx, before), img)
 	g.purse.pay(g.Now().Sub(before))
 	return g.tell(ask, start, img, d)
+}
+
+// wouldBe is the reason that enforce would give.
+func wouldBe(d verify.Decision) verify.Reason {
+	if d.Reason == verify.AuditOnly {
+		return d.Would
+	}
+	return d.Reason
 }
 
 // tell has a decision observed, and renders a denial.

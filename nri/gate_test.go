@@ -9,6 +9,7 @@ import (
 
 	"github.com/containerd/nri/pkg/api"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tidewaiter/tidewaiter/verify"
 )
@@ -21,8 +22,10 @@ func (one) Resolve(context.Context, *api.PodSandbox, *api.Container) []verify.Im
 }
 func (one) Known(*api.PodSandbox, *api.Container) ([]verify.Image, bool) { return nil, false }
 func (one) Decided(string, []verify.Image)                               {}
-func (one) Started(context.Context, string) *verify.Fault                { return nil }
-func (one) Connected(bool)                                               {}
+func (one) Started(context.Context, *api.PodSandbox, *api.Container) []verify.Image {
+	return nil
+}
+func (one) Connected(bool) {}
 
 // slow is a Verifier that waits for what is not known, as an Enforcer does.
 type slow struct {
@@ -171,8 +174,8 @@ func (nothing) Select(verify.Image) *verify.Rule { return &verify.Rule{Settled: 
 // mismatched is a Resolver for which every container was created from something else.
 type mismatched struct{ one }
 
-func (mismatched) Started(context.Context, string) *verify.Fault {
-	return &verify.Fault{Reason: verify.ImageMismatch, Detail: "another image ID"}
+func (mismatched) Started(_ context.Context, _ *api.PodSandbox, ctr *api.Container) []verify.Image {
+	return []verify.Image{{Asked: ctr.GetAnnotations()[imageName], Fault: &verify.Fault{Reason: verify.ImageMismatch, Detail: "another image ID"}}}
 }
 
 // denier answers as an Enforcer does for an image with a fault.
@@ -189,4 +192,74 @@ func TestStartNamesTheImage(t *testing.T) {
 	if want := `tidewaiter: denied [IMAGE_MISMATCH] "registry.example/app:1": another image ID`; err == nil || err.Error() != want {
 		t.Errorf("got %v\nwant %s", err, want)
 	}
+}
+
+// elsewhere is a Resolver whose containers another run of the gate allowed.
+type elsewhere struct{ one }
+
+func (elsewhere) Started(context.Context, *api.PodSandbox, *api.Container) []verify.Image {
+	d := ocispec.Descriptor{Digest: "sha256:d"}
+	return []verify.Image{{
+		Name: verify.Name{Host: "registry.example", Path: "app"}, Target: d, Manifest: d, Config: "sha256:c",
+		Use: verify.UseContainer, Binding: verify.BoundSnapshot,
+	}}
+}
+
+// lists is a Policy with a floor of one digest.
+type lists digest.Digest
+
+func (l lists) Select(verify.Image) *verify.Rule {
+	return &verify.Rule{Settled: verify.AllowedByDigest, Digest: digest.Digest(l)}
+}
+
+// A container that another run of the gate allowed starts if this one knows its
+// image to be allowed. Nobody waits to find out, and the answer is never one that
+// may be different a moment later: the start is not tried again.
+func TestStartOfWhatAnotherRunAllowed(t *testing.T) {
+	for _, tt := range []struct {
+		known verify.Decision
+		want  verify.Reason
+	}{
+		{verify.Deny(verify.Pending, "still being checked"), verify.ImageUnresolved},
+		{verify.Deny(verify.Overloaded, "full"), verify.ImageUnresolved},
+		{verify.Deny(verify.SourceUnreachable, "the mirror hangs"), verify.ImageUnresolved},
+		{verify.Decision{Reason: verify.AuditOnly, Would: verify.Pending}, verify.ImageUnresolved},
+		{verify.Deny(verify.SignatureMissing, "no signature"), verify.SignatureMissing},
+	} {
+		v := &atEnd{t: t, known: tt.known}
+		var told []Answer
+		g := &Gate{Resolver: elsewhere{}, Verifier: v, Observe: func(a Answer) { told = append(told, a) }, Now: time.Now}
+		err := g.StartContainer(t.Context(), &api.PodSandbox{}, &api.Container{Id: "id"})
+		if err == nil || len(told) != 1 || told[0].Decision.Reason != tt.want || told[0].Hook != "StartContainer" {
+			t.Errorf("%s: %v, told %+v", tt.known.Reason, err, told)
+		}
+	}
+}
+
+// A yes lets it start, and a no does not.
+func TestStartOfWhatIsAllowed(t *testing.T) {
+	for listed, want := range map[digest.Digest]bool{"sha256:d": true, "sha256:other": false} {
+		var e verify.Enforcer
+		e.Swap(&verify.Setup{Policy: lists(listed)})
+		g := &Gate{Resolver: elsewhere{}, Verifier: &e, Observe: func(Answer) {}, Now: time.Now}
+		if err := g.StartContainer(t.Context(), &api.PodSandbox{}, &api.Container{Id: "id"}); (err == nil) != want {
+			t.Errorf("%s is listed: %v", listed, err)
+		}
+	}
+}
+
+// atEnd is a Verifier that is asked for what it knows.
+type atEnd struct {
+	t     *testing.T
+	known verify.Decision
+}
+
+func (v *atEnd) Verify(ctx context.Context, img verify.Image) verify.Decision {
+	if ctx.Err() == nil {
+		v.t.Error("the start waits for a verification")
+	}
+	if f := img.Fault; f != nil {
+		return verify.Deny(f.Reason, f.Detail)
+	}
+	return v.known
 }

@@ -176,19 +176,24 @@ const (
 // them must be allowed. An image that could not be bound has its Fault set. It
 // never returns an empty list. It answers from containerd's records under ctx.
 func (r *Resolver) Resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) []verify.Image {
-	img := verify.Image{
-		Asked: ctr.GetAnnotations()[annotationImage],
-		Use:   verify.UseContainer,
-		Pod: verify.Pod{
-			Namespace: pod.GetNamespace(), Name: pod.GetName(), UID: pod.GetUid(), Container: ctr.GetName(),
-		},
-	}
+	img := imageOf(pod, ctr)
 	if err := r.resolve(ctx, pod, ctr, &img); err != nil {
 		if !errors.As(err, &img.Fault) {
 			img.Fault = &verify.Fault{Reason: verify.ImageUnresolved, Detail: err.Error()}
 		}
 	}
 	return append([]verify.Image{img}, r.volumes(ctx, img.Pod, ctr)...)
+}
+
+// imageOf is what is known of a container's image before it is bound.
+func imageOf(pod *api.PodSandbox, ctr *api.Container) verify.Image {
+	return verify.Image{
+		Asked: ctr.GetAnnotations()[annotationImage],
+		Use:   verify.UseContainer,
+		Pod: verify.Pod{
+			Namespace: pod.GetNamespace(), Name: pod.GetName(), UID: pod.GetUid(), Container: ctr.GetName(),
+		},
+	}
 }
 
 // Known is Resolve where the runtime told the image and all else that it takes is
@@ -520,13 +525,32 @@ func (r *Resolver) Decided(id string, images []verify.Image) {
 
 // Started compares the config with which a container was created with those that
 // were allowed for it, on runtimes that do not tell the config before: images
-// with equal layers may differ in entrypoint and environment. It compares only:
-// nothing is fetched and nothing is pending. Nil means that they agree.
-func (r *Resolver) Started(ctx context.Context, id string) *verify.Fault {
-	allowed, ok := r.decided.Get(id)
-	if !ok {
-		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "the container was created before this gate was connected; create it anew"}
+// with equal layers may differ in entrypoint and environment. None returned means
+// that they agree.
+//
+// A container that another run of the gate allowed, or that was created without
+// one, is bound as one to be created is, and must have the very config that its
+// name leads to: then all images returned must be allowed.
+func (r *Resolver) Started(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) []verify.Image {
+	var images []verify.Image
+	allowed, decided := r.decided.Get(ctr.GetId())
+	if decided {
+		images = []verify.Image{imageOf(pod, ctr)}
+	} else {
+		images = r.Resolve(ctx, pod, ctr)
+		allowed = []digest.Digest{images[0].Config}
 	}
+	if images[0].Fault == nil {
+		images[0].Fault = r.compare(ctx, ctr.GetId(), allowed)
+	}
+	if decided && images[0].Fault == nil {
+		return nil
+	}
+	return images
+}
+
+// compare says why a container was not created with one of the allowed configs.
+func (r *Resolver) compare(ctx context.Context, id string, allowed []digest.Digest) *verify.Fault {
 	if len(allowed) == 0 {
 		return &verify.Fault{Reason: verify.ImageUnresolved, Detail: "which image the container may run was not established when it was created"}
 	}

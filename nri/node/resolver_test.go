@@ -361,19 +361,19 @@ func TestStartedComparesConfigs(t *testing.T) {
 	if img.Fault != nil {
 		t.Fatal(img.Fault)
 	}
-	if f := r.Started(context.Background(), ctrID); f == nil || f.Reason != verify.ImageUnresolved {
+	if f := started(r, container("r.example/app:1", "", "")); f == nil || f.Reason != verify.ImageUnresolved {
 		t.Fatalf("a container that was never decided: %v", f)
 	}
 	r.Decided(ctrID, []verify.Image{img})
-	if f := r.Started(context.Background(), ctrID); f == nil || f.Reason != verify.ImageUnresolved {
+	if f := started(r, container("r.example/app:1", "", "")); f == nil || f.Reason != verify.ImageUnresolved {
 		t.Fatalf("a container without a record: %v", f)
 	}
 	rec.configs[ctrID] = evil.config.Digest
-	if f := r.Started(context.Background(), ctrID); f == nil || f.Reason != verify.ImageMismatch {
+	if f := started(r, container("r.example/app:1", "", "")); f == nil || f.Reason != verify.ImageMismatch {
 		t.Fatalf("the evil config: %v", f)
 	}
 	rec.configs[ctrID] = good.config.Digest
-	if f := r.Started(context.Background(), ctrID); f != nil {
+	if f := started(r, container("r.example/app:1", "", "")); f != nil {
 		t.Fatalf("the good config: %v", f)
 	}
 }

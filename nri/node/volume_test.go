@@ -154,7 +154,7 @@ func TestVolumes(t *testing.T) {
 				// What a volume holds is no config that the container may run.
 				if r.Decided(ctrID, images); !told {
 					w.configs[ctrID] = is.config.Digest
-					if f := r.Started(context.Background(), ctrID); f == nil || f.Reason != verify.ImageMismatch {
+					if f := started(r, container("r.example/app:1", "", "")); f == nil || f.Reason != verify.ImageMismatch {
 						t.Errorf("a container with the volume's config: %v", f)
 					}
 				}

@@ -96,7 +96,7 @@ func (r *runtime) create(ctx context.Context) error {
 // resolver hands over what it is told to.
 type resolver struct {
 	resolve  func(context.Context) []verify.Image
-	started  func() *verify.Fault
+	started  func() *verify.Fault // nil: the creation was decided
 	compares atomic.Bool
 	decided  atomic.Int32
 }
@@ -106,8 +106,13 @@ func (r *resolver) Resolve(ctx context.Context, _ *api.PodSandbox, _ *api.Contai
 }
 func (r *resolver) Known(*api.PodSandbox, *api.Container) ([]verify.Image, bool) { return nil, false }
 func (r *resolver) Decided(string, []verify.Image)                               { r.decided.Add(1) }
-func (r *resolver) Started(context.Context, string) *verify.Fault                { return r.started() }
-func (r *resolver) Connected(compares bool)                                      { r.compares.Store(compares) }
+func (r *resolver) Started(context.Context, *api.PodSandbox, *api.Container) []verify.Image {
+	if f := r.started(); f != nil {
+		return []verify.Image{{Use: verify.UseContainer, Fault: f}}
+	}
+	return nil
+}
+func (r *resolver) Connected(compares bool) { r.compares.Store(compares) }
 
 // image is bound; content says which of the two that the judge below knows.
 func image(content string) verify.Image {

@@ -30,8 +30,10 @@ func (byName) Resolve(_ context.Context, _ *api.PodSandbox, ctr *api.Container) 
 }
 func (byName) Known(*api.PodSandbox, *api.Container) ([]verify.Image, bool) { return nil, false }
 func (byName) Decided(string, []verify.Image)                               {}
-func (byName) Started(context.Context, string) *verify.Fault                { return nil }
-func (byName) Connected(bool)                                               {}
+func (byName) Started(context.Context, *api.PodSandbox, *api.Container) []verify.Image {
+	return nil
+}
+func (byName) Connected(bool) {}
 
 // run asks for a container with that name, which byName takes for its image.
 func (r *runtime) run(ctx context.Context, name string) error {
