@@ -129,6 +129,7 @@ func TestFailures(t *testing.T) {
 				t.Run(f.name, func(t *testing.T) {
 					r := try(t, w, f)
 					rows = append(rows, r)
+					t.Logf("%+v", r)
 					if r.during < creations || r.allowed == 0 && f.name != "clock jumping" || r.refused == 0 || r.rounds == 0 {
 						t.Errorf("not a test of anything: %+v", r)
 					}
