@@ -349,7 +349,9 @@ func (s *scene) refused(image string, code verify.Reason, o node.ContainerOption
 			s.neverRan(c)
 			s.must(c.Remove(s.ctx))
 		}
-		if !node.Pending(err) || time.Now().After(end) {
+		// A mirror that has just come back is left alone for some seconds more.
+		settled := !node.Pending(err) && (err == nil || !strings.Contains(node.Text(err), "[SOURCE_UNREACHABLE]") || code == verify.SourceUnreachable)
+		if settled || time.Now().After(end) {
 			break
 		}
 	}
