@@ -127,7 +127,7 @@ func or(n, standard int) int {
 // PENDING, or what the last try to answer ended with, and where too many verifications wait already it is OVERLOADED.
 //
 // Where a container is about to start, and there is little hope of an answer while
-// ctx lasts, PENDING comes at once: somebody was told so already, or others wait
+// ctx lasts, PENDING comes at once: somebody waited in vain already, or others wait
 // for their turn.
 //
 // After Close every answer is PENDING: whoever asks has a configuration that is no
@@ -145,6 +145,7 @@ func (c *Cache) Judge(ctx context.Context, q verify.Question) verify.Decision {
 
 // await returns what f answers, or PENDING when ctx ends first.
 func (c *Cache) await(ctx context.Context, f *flight) verify.Decision {
+	waits := ctx.Err() == nil
 	select {
 	case <-f.done:
 	case <-ctx.Done():
@@ -156,6 +157,7 @@ func (c *Cache) await(ctx context.Context, f *flight) verify.Decision {
 	case c.ctx.Err() != nil:
 		return retired()
 	case !f.ended:
+		f.late = f.late || waits
 		return pending(f)
 	}
 	return f.answer
@@ -171,7 +173,6 @@ const (
 )
 
 func pending(f *flight) verify.Decision {
-	f.late = true
 	if d := f.before; d.Reason != "" {
 		d.Detail += "; it is being tried again"
 		return d
@@ -225,6 +226,7 @@ func (c *Cache) find(q verify.Question) (verify.Decision, *flight) {
 	case f.ended: // there was no room
 		return f.answer, nil
 	case starts(use) && (f.late || c.queue.before(f) > 0):
+		f.late = true
 		return pending(f), nil
 	}
 	return verify.Decision{}, f

@@ -416,6 +416,26 @@ func TestOtherTargetOnlyWhereProven(t *testing.T) {
 	}
 }
 
+// TestWhoDoesNotWait: one who asks for what is known, and has no time, does not
+// take the wait from the next one, as the gate asks twice.
+func TestWhoDoesNotWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision {
+			time.Sleep(20 * time.Millisecond)
+			return allow(q, time.Now(), time.Now().Add(time.Hour))
+		}}
+		c := open(t, j, Options{Now: time.Now})
+		expect(t, c.Judge(ended(), ask("a")), verify.Pending)
+		ctx, cancel := context.WithTimeout(bg, 10*time.Millisecond)
+		defer cancel()
+		expect(t, c.Judge(ctx, ask("a")), verify.Pending)
+		expect(t, c.Judge(bg, ask("a")), verify.Pending) // at once: the last one waited in vain
+		time.Sleep(time.Second)
+		expect(t, c.Judge(ended(), ask("b")), verify.Pending)
+		expect(t, c.Judge(bg, ask("b")), verify.Verified)
+	})
+}
+
 // TestUnfitIsNotAnswered: a question that no signature can answer gets a denial
 // although its key is that of content which is allowed.
 func TestUnfitIsNotAnswered(t *testing.T) {

@@ -65,7 +65,7 @@ type flight struct {
 	ahead    bool // asked ahead of time, and by nobody else before it started
 	started  bool
 	modest   bool // see queue
-	late     bool // somebody was told PENDING
+	late     bool // somebody waited in vain
 	ended    bool
 	answer   verify.Decision
 	before   verify.Decision // what the last flight of that place ended with, if it settled nothing
