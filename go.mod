@@ -33,7 +33,6 @@ require (
 	golang.org/x/time v0.16.0
 	google.golang.org/grpc v1.85.0
 	google.golang.org/protobuf v1.36.12
-	k8s.io/cri-api v0.37.0
 	oras.land/oras-go/v2 v2.6.4
 )
 

@@ -13,7 +13,8 @@ import (
 	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/nri/pkg/api"
 	"github.com/opencontainers/go-digest"
-	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/tidewaiter/tidewaiter/verify"
 )
@@ -216,6 +217,7 @@ func (r *Resolver) running(ctx context.Context, o *Options, c Container, img *ve
 	}
 	img.Binding = verify.BoundSnapshot
 	if slices.Contains(Snapshotters, c.Snapshotter) {
+		img.Vouched = true
 		img.Others = r.kin.of(img.Config, img.Target.Digest, img.Manifest.Digest)
 	}
 	return nil
@@ -263,9 +265,14 @@ func (l lead) runs(s Snapshot) bool {
 // Stop has the CRI plugin stop a container, so that the kubelet learns of it: with
 // SIGTERM, or the signal that the image names, and with SIGKILL after grace.
 func (c *Containerd) Stop(ctx context.Context, id string, grace time.Duration) error {
-	_, err := runtimeapi.NewRuntimeServiceClient(c.conn).StopContainer(ctx,
-		&runtimeapi.StopContainerRequest{ContainerId: id, Timeout: int64(grace.Seconds())})
-	if err != nil {
+	// runtime.v1.StopContainerRequest: container_id is field 1 and timeout, in seconds,
+	// 2. CRI's own Go package would add its whole API, 0.6 MB of it in memory at start,
+	// for these two. A message keeps fields that it does not know, and sends them.
+	var request emptypb.Empty
+	b := protowire.AppendString(protowire.AppendTag(nil, 1, protowire.BytesType), id)
+	b = protowire.AppendVarint(protowire.AppendTag(b, 2, protowire.VarintType), uint64(max(grace, 0)/time.Second))
+	request.ProtoReflect().SetUnknown(b)
+	if err := c.conn.Invoke(ctx, "/runtime.v1.RuntimeService/StopContainer", &request, new(emptypb.Empty)); err != nil {
 		return wrap("stopping container "+verify.Quote(id, 96), err)
 	}
 	return nil
