@@ -19,9 +19,10 @@ import (
 	"github.com/tidewaiter/tidewaiter/verify"
 )
 
-// What the gate registers as. required_plugins names it; index 99 puts no other
-// plugin's work between our being counted present and our being asked, for which
-// NRI 0.12.5 lets a container through when the connection drops meanwhile.
+// What the gate registers as. required_plugins names it. With index 99 no other
+// plugin's work lies between our being counted present and our being asked, unless
+// that has index 99 too and registered later: NRI 0.12.5 lets a container through
+// when the connection drops meanwhile (docs/fail-closed.md).
 const (
 	PluginName  = "tidewaiter"
 	PluginIndex = "99"
