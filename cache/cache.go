@@ -75,11 +75,13 @@ type entry struct {
 
 // A place is what a denial and a flight are about: a question, where signatures
 // are looked for, and whether the runtime's own records say what the image is, or
-// somebody merely asks. What was found out ahead of time holds for containers.
+// somebody merely asks, and whether other targets of the same config count. What
+// was found out ahead of time holds for containers.
 type place struct {
 	key        verify.Key
 	host, path string
 	proven     bool
+	vouched    bool // what is signed may be another target of the same config
 }
 
 // proven reports whether the runtime's own records say what an image of that use is.
@@ -192,9 +194,9 @@ func (c *Cache) find(q verify.Question) (verify.Decision, *flight) {
 		return retired(), nil
 	}
 	n, use := q.Image.Name, q.Image.Use
-	p := place{q.Key(), n.Host, n.Path, proven(use)}
+	p := place{q.Key(), n.Host, n.Path, proven(use), q.Image.Vouched}
 	now := c.clock()
-	if d, ok := get(c.allowed, p.key, now); ok {
+	if d, ok := get(c.allowed, p.key, now); ok && q.Takes(d) {
 		c.stats.AllowedHits++
 		return d, nil
 	}
@@ -348,8 +350,9 @@ func (c *Cache) keep(f *flight, d verify.Decision, inTime bool) {
 	case d.Allowed():
 		// A yes that rests on another target of the same config is kept only where the
 		// runtime's own records said that it is one; see place.
-		i := f.question.Image
-		if f.place.proven || d.Signed == i.Target.Digest || d.Signed == i.Manifest.Digest {
+		strict := f.question
+		strict.Image.Vouched = f.place.proven && f.place.vouched
+		if strict.Takes(d) {
 			put(c.allowed, f.place.key, d, d.Until, now, &c.stats.AllowedEvicted)
 		}
 	case inTime && !d.Reason.Transient():

@@ -406,7 +406,7 @@ func TestOtherTargetOnlyWhereProven(t *testing.T) {
 		c := open(t, j, Options{Now: cl.now})
 		q := ask("a")
 		q.Image.Manifest.Digest = of("manifest")
-		q.Image.Others = []ocispec.Descriptor{other}
+		q.Image.Others, q.Image.Vouched = []ocispec.Descriptor{other}, true
 		q.Image.Use, q.Image.Binding = tt.use, tt.binding
 		expect(t, c.Judge(bg, q), verify.Verified)
 		expect(t, c.Judge(bg, q), verify.Verified)
@@ -414,6 +414,38 @@ func TestOtherTargetOnlyWhereProven(t *testing.T) {
 			t.Errorf("%+v: kept %t", tt, kept)
 		}
 	}
+}
+
+// TestOtherTargetOnlyWhereVouched: an allow that rests on another target of the same
+// config is none where nobody checks that what runs has the config's layers, kept
+// or under way. One that rests on the target itself is, and a denial there is none
+// for the others.
+func TestOtherTargetOnlyWhereVouched(t *testing.T) {
+	other := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: of("other"), Size: 9}
+	vouched, strange := ask("a"), ask("a")
+	vouched.Image.Others, vouched.Image.Vouched = []ocispec.Descriptor{other}, true
+	cl := newClock()
+	release := make(chan struct{})
+	sign := of("other")
+	j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision {
+		<-release
+		return allowBy(q, cl.now(), signed{sign: sign, until: start.Add(time.Hour)})
+	}}
+	c := open(t, j, Options{Now: cl.now})
+	expect(t, c.Judge(ended(), vouched), verify.Pending) // under way
+	expect(t, c.Judge(ended(), strange), verify.Pending)
+	close(release)
+	expect(t, c.Judge(bg, strange), verify.SignatureInvalid)
+	expect(t, c.Judge(bg, vouched), verify.Verified)
+	expect(t, c.Judge(bg, strange), verify.SignatureInvalid)
+	called(t, j, 2)
+
+	// What was signed is the target itself: then one answer is everybody's.
+	sign = of("b")
+	strange.Image.Target.Digest, vouched.Image.Target.Digest = of("b"), of("b")
+	expect(t, c.Judge(bg, strange), verify.Verified)
+	expect(t, c.Judge(bg, vouched), verify.Verified)
+	called(t, j, 3)
 }
 
 // TestWhoDoesNotWait: one who asks for what is known, and has no time, does not

@@ -111,7 +111,7 @@ func ask(ctx context.Context, s *Setup, img Image) (d Decision) {
 		return Deny(f.Reason, f.Detail)
 	} else {
 		d = s.Judge.Judge(ctx, q)
-		if d.allowed && d.Key != q.Key() {
+		if d.allowed && (d.Key != q.Key() || !q.Takes(d)) {
 			d = Deny(Internal, "the answer is to another question")
 		}
 	}

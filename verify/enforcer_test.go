@@ -163,9 +163,10 @@ func TestFloor(t *testing.T) {
 	}{
 		{"target", func(q *Question) { q.Rule.Digest = q.Image.Target.Digest }, AllowedByDigest},
 		{"manifest", func(q *Question) { q.Rule.Digest = q.Image.Manifest.Digest }, AllowedByDigest},
-		{"config", func(q *Question) { q.Rule.Digest = q.Image.Config }, AllowedByDigest},
+		{"config", func(q *Question) { q.Rule.Digest, q.Image.Vouched = q.Image.Config, true }, AllowedByDigest},
+		{"config, with other layers perhaps", func(q *Question) { q.Rule.Digest = q.Image.Config }, PolicyInvalid},
 		{"a volume", func(q *Question) {
-			q.Rule.Digest, q.Image.Use, q.Image.Binding = q.Image.Config, UseVolume, BoundSnapshot
+			q.Rule.Digest, q.Image.Use, q.Image.Binding, q.Image.Vouched = q.Image.Config, UseVolume, BoundSnapshot, true
 		}, AllowedByDigest},
 		{"other target of the config", func(q *Question) {
 			q.Image.Others = []ocispec.Descriptor{desc("other")}
@@ -198,7 +199,9 @@ func TestFloor(t *testing.T) {
 		})
 	}
 	// A signature does not stand in for a digest, nor a digest for a signature.
-	q := with(func(q *Question) { *q.Rule = Rule{Settled: AllowedByDigest, Digest: q.Image.Config} })
+	q := with(func(q *Question) {
+		*q.Rule, q.Image.Vouched = Rule{Settled: AllowedByDigest, Digest: q.Image.Config}, true
+	})
 	denied(t, allow(q, good(q), start), Internal)
 	denied(t, allow(bound(), Finding{Reason: AllowedByDigest, Signed: bound().Image.Config}, start), Internal)
 	denied(t, allow(bound(), Finding{Reason: AllowedByDigest, Signed: bound().Image.Target.Digest}, start), Internal)
@@ -437,4 +440,20 @@ func TestBoundUnderAnotherConfiguration(t *testing.T) {
 	if d := e.Verify(bg, img); d.Reason == Pending {
 		t.Errorf("a question: %s", d.Detail)
 	}
+}
+
+// TestOtherTargetIsNotWhatRuns: an allow that rests on another target of the same
+// config is none for an image whose layers nobody checked against that.
+func TestOtherTargetIsNotWhatRuns(t *testing.T) {
+	q := with(func(q *Question) { q.Image.Others = []ocispec.Descriptor{desc("other")} })
+	s := setup(Enforce)
+	s.Judge = judge(func(_ context.Context, q Question) Decision {
+		q.Image.Others = []ocispec.Descriptor{desc("other")} // as when it was asked for a vouched one
+		d := allow(q, Finding{Reason: Verified, Signed: of("other"), Until: start.Add(time.Hour)}, start)
+		d.Key = q.Key()
+		return d
+	})
+	denied(t, enforcer(s).Verify(bg, q.Image), Internal)
+	q.Image.Vouched = true
+	allowed(t, enforcer(s).Verify(bg, q.Image), Verified)
 }

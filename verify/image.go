@@ -98,6 +98,11 @@ type Image struct {
 	Config   digest.Digest        // digest of the image config that runs: the CRI image ID
 	Others   []ocispec.Descriptor // at most MaxOthers further targets that lead to Config
 
+	// Vouched says that what runs has the layers that Config lists, whichever Target
+	// lists: containerd checked them when it unpacked. Only then does a signature of
+	// another target of the same config count, or that Config itself is listed.
+	Vouched bool
+
 	Use     Use
 	Binding Binding
 	Epoch   Epoch // of the configuration under which it was bound; not with UseQuestion

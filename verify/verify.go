@@ -77,7 +77,14 @@ func (q Question) Unfit() *Fault {
 func (q Question) listed() bool {
 	r, i := q.Rule, q.Image
 	return r != nil && r.Settled == AllowedByDigest && r.Digest != "" &&
-		(r.Digest == i.Target.Digest || r.Digest == i.Manifest.Digest || r.Digest == i.Config)
+		(r.Digest == i.Target.Digest || r.Digest == i.Manifest.Digest || i.Vouched && r.Digest == i.Config)
+}
+
+// Takes reports whether d, an allow that answers a question of the same Key, also
+// answers q: Key leaves out whether other targets of the same config count.
+func (q Question) Takes(d Decision) bool {
+	i := q.Image
+	return i.Vouched || d.Signed != "" && (d.Signed == i.Target.Digest || d.Signed == i.Manifest.Digest)
 }
 
 // Bare copies what answering q takes and nothing else: no pod, no tag, none of
@@ -88,7 +95,7 @@ func (q Question) Bare() Question {
 	img := Image{
 		Name:   Name{Host: strings.Clone(i.Name.Host), Path: strings.Clone(i.Name.Path)},
 		Target: bare(i.Target), Manifest: bare(i.Manifest), Config: i.Config,
-		Use: i.Use, Binding: i.Binding,
+		Use: i.Use, Binding: i.Binding, Vouched: i.Vouched,
 	}
 	for _, o := range i.Others[:min(len(i.Others), MaxOthers)] {
 		img.Others = append(img.Others, bare(o))

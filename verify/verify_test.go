@@ -174,6 +174,7 @@ func TestKey(t *testing.T) {
 		{"Image.Manifest", true, func(q *Question) { q.Image.Manifest.Digest = of("other") }},
 		{"Image.Config", true, func(q *Question) { q.Image.Config = of("other") }},
 		{"Image.Others", false, func(q *Question) { q.Image.Others = []ocispec.Descriptor{desc("other")} }},
+		{"Image.Vouched", false, func(q *Question) { q.Image.Vouched = !q.Image.Vouched }},
 		{"Image.Use", false, func(q *Question) { q.Image.Use = UseQuestion }},
 		{"Image.Binding", false, func(q *Question) { q.Image.Binding = BoundSnapshot }},
 		{"Image.Epoch", false, func(q *Question) { q.Image.Epoch = Epoch{9} }},
@@ -194,7 +195,7 @@ func TestKey(t *testing.T) {
 			t.Errorf("%s: in the key's bytes otherwise than in the key", tt.field)
 		}
 	}
-	if n, m := reflect.TypeFor[Image]().NumField(), reflect.TypeFor[Rule]().NumField(); n != 12 || m != 6 {
+	if n, m := reflect.TypeFor[Image]().NumField(), reflect.TypeFor[Rule]().NumField(); n != 13 || m != 6 {
 		t.Errorf("Image has %d fields and Rule %d: extend the table above", n, m)
 	}
 	if (Question{}).Key() != (Key{}) {

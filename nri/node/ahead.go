@@ -334,6 +334,7 @@ func (r *Resolver) ahead(ctx context.Context, name verify.Name, record Record) v
 	// On a snapshotter that is trusted only because the configuration says so none
 	// but the target counts. Which one a container will have is not known yet.
 	if len(o.Snapshotters) == 0 {
+		img.Vouched = true
 		img.Others = r.kin.of(img.Config, img.Target.Digest, img.Manifest.Digest)
 	}
 	return img

@@ -259,7 +259,7 @@ func TestSurveyAsks(t *testing.T) {
 		}
 		got := s.asks.asked[0]
 		if got.Fault != nil || got.Use != verify.UseAhead || got.Binding != verify.BoundRecord || got.Epoch != (verify.Epoch{1}) ||
-			got.Target.Digest != i.manifest.Digest || got.Config != i.config.Digest || len(got.Others) != 1 || got.Others[0].Digest != other.Digest {
+			got.Target.Digest != i.manifest.Digest || got.Config != i.config.Digest || !got.Vouched || len(got.Others) != 1 || got.Others[0].Digest != other.Digest {
 			t.Errorf("asked %+v", got)
 		}
 		if f := s.asks.asked[2].Fault; f == nil || f.Reason != verify.ImageAmbiguous {
@@ -280,7 +280,7 @@ func TestSurveyWithListedSnapshotter(t *testing.T) {
 		s.start()
 		defer s.end()
 		for _, img := range s.asks.asked {
-			if len(img.Others) != 0 || img.Fault != nil {
+			if len(img.Others) != 0 || img.Vouched || img.Fault != nil {
 				t.Errorf("asked with others %v, fault %v", img.Others, img.Fault)
 			}
 		}

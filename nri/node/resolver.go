@@ -271,6 +271,7 @@ func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Co
 	// mounts may be the target's layers whatever the config says: only what was
 	// resolved counts.
 	if err == nil && slices.Contains(Snapshotters, snapshotter) {
+		img.Vouched = true
 		img.Others = r.kin.of(c.config, target.Digest, c.manifest.Digest)
 	}
 	return err

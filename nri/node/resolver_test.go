@@ -681,7 +681,7 @@ func TestOthers(t *testing.T) {
 	cancel()
 	<-done
 	img := resolveOne(t, r, container(name, copied.Digest, i.config.Digest))
-	if img.Fault != nil || len(img.Others) != 1 || img.Others[0].Digest != signed.Digest || img.Others[0].Size != signed.Size {
+	if img.Fault != nil || !img.Vouched || len(img.Others) != 1 || img.Others[0].Digest != signed.Digest || img.Others[0].Size != signed.Size {
 		t.Fatalf("others of %s: %v", img.Target.Digest, img.Others)
 	}
 	// Not where a snapshotter is trusted only because the configuration says so.
@@ -691,7 +691,7 @@ func TestOthers(t *testing.T) {
 	r.Connected(true)
 	rec.snapshotters = []string{"stargz"}
 	rec.snapshots["stargz"] = rec.snapshots["overlayfs"]
-	if img := resolveOne(t, r, container(name, copied.Digest, i.config.Digest)); img.Fault != nil || img.Others != nil {
+	if img := resolveOne(t, r, container(name, copied.Digest, i.config.Digest)); img.Fault != nil || img.Vouched || img.Others != nil {
 		t.Fatalf("on a listed snapshotter: %v, others %v", img.Fault, img.Others)
 	}
 	// Nothing is kept of what was forgotten, and those that were first stay.

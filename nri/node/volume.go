@@ -125,6 +125,7 @@ func (r *Resolver) volume(ctx context.Context, dir, encoded string, img *verify.
 	}
 	img.Name, img.Names = names[0], names[1:min(len(names), 1+verify.MaxOthers)]
 	if slices.Contains(Snapshotters, snapshotter) {
+		img.Vouched = true
 		img.Others = r.kin.of(img.Config, img.Target.Digest, img.Manifest.Digest)
 	}
 	return nil

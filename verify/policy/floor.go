@@ -108,7 +108,11 @@ func (f floor) of(img verify.Image) *verify.Rule {
 	if len(f) == 0 {
 		return nil
 	}
-	for _, d := range [...]digest.Digest{img.Target.Digest, img.Manifest.Digest, img.Config} {
+	digests := []digest.Digest{img.Target.Digest, img.Manifest.Digest}
+	if img.Vouched {
+		digests = append(digests, img.Config)
+	}
+	for _, d := range digests {
 		for _, l := range f[d] {
 			if slices.Contains(l.namespaces, img.Pod.Namespace) {
 				return l.rule

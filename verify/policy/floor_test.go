@@ -90,7 +90,8 @@ func TestFloorSelects(t *testing.T) {
 	}{
 		"target":             {func(i *verify.Image) { i.Target = d(listed) }, "floor/b"},
 		"manifest":           {func(i *verify.Image) { i.Manifest = d(listed) }, "floor/b"},
-		"config":             {func(i *verify.Image) { i.Config = digest.FromString(listed) }, "floor/b"},
+		"config":             {func(i *verify.Image) { i.Config, i.Vouched = digest.FromString(listed), true }, "floor/b"},
+		"config alone":       {func(i *verify.Image) { i.Config = digest.FromString(listed) }, "any"},
 		"of another file":    {func(i *verify.Image) { i.Target, i.Pod.Namespace = d(listed), "other" }, "floor/a"},
 		"another namespace":  {func(i *verify.Image) { i.Target, i.Pod.Namespace = d(listed), "default" }, "any"},
 		"no namespace":       {func(i *verify.Image) { i.Target, i.Pod.Namespace = d(listed), "" }, "any"},
