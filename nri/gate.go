@@ -167,7 +167,10 @@ type question struct {
 	hook   string
 	late   verify.Reason // what it is called when there is no answer in time
 	atOnce bool          // a verification is not waited for: what is not known is late
+	over   func() bool   // whether another answer was given meanwhile; nil: none is
 }
+
+func (q question) answered() bool { return q.over != nil && q.over() }
 
 // imageName is the annotation in which containerd's CRI plugin says what the pod
 // wrote as its image.
@@ -196,8 +199,10 @@ func (g *Gate) answer(ctx context.Context, ask question, find func(context.Conte
 	}
 	done := make(chan error, 1)
 	var left atomic.Bool // by whoever is first: the one who waits, or the work that is done
+	work := ask
+	work.over = left.Load
 	go func() {
-		done <- g.decide(ctx, ask, start, find, allowed)
+		done <- g.decide(ctx, work, start, find, allowed)
 		if left.Swap(true) {
 			g.stuck.Add(-1)
 		}
@@ -234,7 +239,7 @@ func (g *Gate) decide(ctx context.Context, ask question, start time.Time, find f
 			return err
 		}
 	}
-	if allowed != nil {
+	if allowed != nil && !ask.answered() {
 		allowed(images)
 	}
 	return nil
@@ -264,8 +269,12 @@ func wouldBe(d verify.Decision) verify.Reason {
 	return d.Reason
 }
 
-// tell has a decision observed, and renders a denial.
+// tell has a decision observed, and renders a denial. What is found out after the
+// runtime got another answer is not told: it is none.
 func (g *Gate) tell(ask question, start time.Time, img verify.Image, d verify.Decision) error {
+	if ask.answered() {
+		return errors.New("another answer was given")
+	}
 	g.Observe(Answer{ID: ask.id, Image: img, Decision: d, Took: g.Now().Sub(start), Hook: ask.hook})
 	if !d.Allowed() {
 		return errors.New(d.Message(img, g.Node))

@@ -263,3 +263,39 @@ func (v *atEnd) Verify(ctx context.Context, img verify.Image) verify.Decision {
 	}
 	return v.known
 }
+
+// belated is a Resolver that answers when it is too late.
+type belated struct {
+	elsewhere
+	decided int
+}
+
+func (h *belated) Resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) []verify.Image {
+	<-ctx.Done()
+	time.Sleep(time.Second)
+	return h.Started(ctx, pod, ctr)
+}
+func (h *belated) Decided(string, []verify.Image) { h.decided++ }
+
+// What is found out after the runtime was told PENDING is no answer: nobody is told
+// that the container was allowed, and nothing is remembered of it.
+func TestLateAnswersAreNone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var e verify.Enforcer
+		e.Swap(&verify.Setup{Policy: lists("sha256:d")})
+		h := &belated{}
+		var told []Answer
+		g := &Gate{Resolver: h, Verifier: &e, Observe: func(a Answer) { told = append(told, a) }, Now: time.Now}
+		if g.ValidateContainerAdjustment(t.Context(), &api.ValidateContainerAdjustmentRequest{}) == nil {
+			t.Error("allowed")
+		}
+		if g.Stuck() != 1 {
+			t.Errorf("%d stuck", g.Stuck())
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if len(told) != 1 || told[0].Decision.Allowed() || h.decided != 0 || g.Stuck() != 0 {
+			t.Errorf("told %+v, decided %d, stuck %d", told, h.decided, g.Stuck())
+		}
+	})
+}
