@@ -82,16 +82,20 @@ func decide(ctx context.Context, s *Setup, img Image) (d Decision) {
 		defer cancel()
 	}
 	d = ask(ctx, s, img)
-	if img.Use == UseVolume {
-		for _, n := range img.Names[:min(len(img.Names), MaxOthers)] {
-			if d.allowed {
-				break
-			}
-			img.Name = n
-			if other := ask(ctx, s, img); other.allowed {
-				d = other
-			}
+	if img.Use != UseVolume {
+		return d
+	}
+	// Names that no rule speaks of cost nothing, so that nobody pushes the one that
+	// counts out of sight by adding others. Those that are looked into are few.
+	first := d
+	for asked, names := 0, img.Names[:min(len(img.Names), MaxNames)]; !d.allowed && asked < MaxOthers && len(names) > 0; names = names[1:] {
+		img.Name = names[0]
+		if d = ask(ctx, s, img); d.Reason != PolicyNoMatch && d.Reason != PolicyInvalid {
+			asked++
 		}
+	}
+	if !d.allowed {
+		return first
 	}
 	return d
 }

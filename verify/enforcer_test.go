@@ -223,8 +223,8 @@ func TestVolumeNames(t *testing.T) {
 		want  Reason
 	}{
 		{"none", UseVolume, nil, PolicyNoMatch},
-		{"the last", UseVolume, names(MaxOthers-1, "app"), Verified},
-		{"beyond the bound", UseVolume, names(MaxOthers, "app"), PolicyNoMatch},
+		{"the last", UseVolume, names(MaxNames-1, "app"), Verified},
+		{"beyond the bound", UseVolume, names(MaxNames, "app"), PolicyNoMatch},
 		{"another", UseVolume, names(0, "other"), PolicyNoMatch},
 		{"too long", UseVolume, names(0, strings.Repeat("a", 1000)), PolicyNoMatch},
 		{"a container", UseContainer, names(0, "app"), PolicyNoMatch},
@@ -247,6 +247,28 @@ func TestVolumeNames(t *testing.T) {
 				denied(t, d, tt.want)
 			}
 		})
+	}
+}
+
+// TestVolumeNamesAreBounded: those that are looked into are few, and the answer is
+// that about the first.
+func TestVolumeNamesAreBounded(t *testing.T) {
+	img := bound().Image
+	img.Use, img.Binding = UseVolume, BoundSnapshot
+	for i := range MaxNames {
+		img.Names = append(img.Names, Name{Host: "copy.local", Path: fmt.Sprint("app", i)})
+	}
+	asked := 0
+	s := setup(Enforce)
+	s.Judge = judge(func(_ context.Context, q Question) Decision {
+		if asked++; q.Image.Name.Path == "app" {
+			return Deny(SignerUntrusted, "first")
+		}
+		return Deny(SignatureMissing, "another")
+	})
+	denied(t, enforcer(s).Verify(bg, img), SignerUntrusted)
+	if asked != 1+MaxOthers {
+		t.Errorf("asked %d times", asked)
 	}
 }
 

@@ -79,8 +79,12 @@ func (b Binding) String() string {
 // MarshalText writes String.
 func (b Binding) MarshalText() ([]byte, error) { return []byte(b.String()), nil }
 
-// MaxOthers bounds Image.Others: any pod author can add image records.
-const MaxOthers = 8
+// MaxOthers bounds Image.Others, and MaxNames Image.Names: any pod author can add
+// image records.
+const (
+	MaxOthers = 8
+	MaxNames  = 64
+)
 
 // An Image is what a runtime is about to run, as the runtime itself told it, and
 // bound to content. Nothing in it was resolved at a registry. The zero Image is
@@ -91,7 +95,7 @@ const MaxOthers = 8
 type Image struct {
 	Name  Name   // selects the rule and the mirrors; never leads to content
 	Asked string // the pod's own string, for messages where Name is empty
-	Names []Name // with UseVolume, at most MaxOthers further names of the same content
+	Names []Name // with UseVolume, at most MaxNames further names of the same content
 
 	Target   ocispec.Descriptor   // what the image record points to: an index or a manifest
 	Manifest ocispec.Descriptor   // the manifest selected from Target; Target itself if that is one

@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/containerd/nri/pkg/api"
 
@@ -32,6 +33,7 @@ var like = regexp.MustCompile(`/image-volumes/[0-9a-f]{64}(/|$)`)
 func (r *Resolver) volumes(ctx context.Context, pod verify.Pod, ctr *api.Container) []verify.Image {
 	var list []verify.Image
 	var seen []string
+	records := sync.OnceValues(func() ([]Record, error) { return r.records.Images(ctx) })
 	for _, m := range ctr.GetMounts() {
 		source := m.GetSource()
 		if !strings.Contains(source, "/image-volumes/") || !like.MatchString(source) {
@@ -53,7 +55,7 @@ func (r *Resolver) volumes(ctx context.Context, pod verify.Pod, ctr *api.Contain
 			err = unverified("what is mounted at %s is in the place of image volumes and none", verify.Quote(m.GetDestination(), 120))
 		default:
 			seen = append(seen, path[1])
-			err = r.volume(ctx, path[1], path[2], &img)
+			err = r.volume(ctx, path[1], path[2], records, &img)
 		}
 		if err != nil && !errors.As(err, &img.Fault) {
 			img.Fault = unverified("%s", err.Error())
@@ -73,7 +75,7 @@ func unverified(format string, args ...any) *verify.Fault {
 // snapshot's parent is the chain ID of the root filesystem that is seen there. The
 // runtime tells no name. Those that the node knows the content by are the ones
 // that a pod's author could have written, and one that is allowed is enough.
-func (r *Resolver) volume(ctx context.Context, dir, encoded string, img *verify.Image) error {
+func (r *Resolver) volume(ctx context.Context, dir, encoded string, list func() ([]Record, error), img *verify.Image) error {
 	o := r.options.Load()
 	img.Epoch = o.Epoch
 	snapshotter, snapshot, err := r.mounted(ctx, o, dir)
@@ -83,7 +85,7 @@ func (r *Resolver) volume(ctx context.Context, dir, encoded string, img *verify.
 	if o.strange(snapshotter) {
 		return &verify.Fault{Reason: verify.SnapshotterUnverified, Detail: "the snapshotter " + verify.Quote(snapshotter, 64) + " of an image volume is not known to check what it mounts; list it under gate.snapshotters to trust it"}
 	}
-	records, err := r.records.Images(ctx)
+	records, err := list()
 	if err != nil {
 		return err
 	}
@@ -123,7 +125,7 @@ func (r *Resolver) volume(ctx context.Context, dir, encoded string, img *verify.
 	if len(names) == 0 {
 		return unverified("no named image on this node leads to the root filesystem that is mounted as a volume (%s)", verify.Clean(snapshot.Parent, 96))
 	}
-	img.Name, img.Names = names[0], names[1:min(len(names), 1+verify.MaxOthers)]
+	img.Name, img.Names = names[0], names[1:min(len(names), 1+verify.MaxNames)]
 	if slices.Contains(Snapshotters, snapshotter) {
 		img.Vouched = true
 		img.Others = r.kin.of(img.Config, img.Target.Digest, img.Manifest.Digest)

@@ -46,10 +46,10 @@ func TestVolumes(t *testing.T) {
 			}
 		}, "", "a.example/data", 2, 0},
 		"more names than are tried": {func(w *world) {
-			for i := range 20 {
-				w.images[fmt.Sprintf("a.example/data%02d:1", i)] = w.data.manifest
+			for i := range 2 * verify.MaxNames {
+				w.images[fmt.Sprintf("a.example/data%03d:1", i)] = w.data.manifest
 			}
-		}, "", "a.example/data00", verify.MaxOthers, 0},
+		}, "", "a.example/data000", verify.MaxNames, 0},
 		"the same with an index around it": {func(w *world) {
 			w.images["a.example/data:1"] = w.index(on(w.data.manifest, here))
 			w.images["b.example/data:1"] = w.data.manifest
