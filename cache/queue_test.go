@@ -273,11 +273,16 @@ func TestAhead(t *testing.T) {
 		if s := c.Stats(); s != want {
 			t.Errorf("stats %+v, want %+v", s, want)
 		}
-		close(release)
+		for n := range 6 { // one ends, and the next starts
+			release <- struct{}{}
+			synctest.Wait()
+			if mu.Lock(); n == 0 && (len(order) != 3 || order[2] != "fourth") {
+				t.Errorf("order %s", order)
+			}
+			mu.Unlock()
+		}
 		wg.Wait()
-		synctest.Wait()
-		// Two that start at the same time may come in either order.
-		if at := slices.Index(order, "fourth"); len(order) != 6 || at < 2 || at > 3 {
+		if len(order) != 6 {
 			t.Errorf("order %s", order)
 		}
 		for host, want := range map[string]verify.Use{"first": verify.UseAhead, "fourth": verify.UseContainer, "fifth": verify.UseAhead} {

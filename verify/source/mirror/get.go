@@ -121,7 +121,10 @@ func (g *getter) once(req *http.Request, header string) (*http.Response, error) 
 	}
 	connected := false
 	resp, err := g.client.Do(req.WithContext(httptrace.WithClientTrace(req.Context(), &httptrace.ClientTrace{
-		GotConn: func(httptrace.GotConnInfo) { connected = true },
+		GotConn: func(httptrace.GotConnInfo) {
+			connected = true
+			g.reached()
+		},
 	})))
 	g.connected = g.connected || connected
 	switch {

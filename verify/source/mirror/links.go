@@ -173,6 +173,14 @@ func (e *exchange) pace(ctx context.Context) error {
 	}
 }
 
+// reached closes the registry's circuit as soon as there is a connection: the
+// question itself may be one that hangs.
+func (e *exchange) reached() {
+	if e.links != nil {
+		e.links.leave(e.origin, false, result{what: works})
+	}
+}
+
 // through puts the circuits before a question that ask puts to the registry.
 func (e *exchange) through(ctx context.Context, ask func() error) error {
 	if e.links == nil {
