@@ -75,24 +75,40 @@ func TestGateGone(t *testing.T) {
 			s.denied(evil.Name, verify.SignatureMissing, node.ContainerOptions{})
 		}
 
-		// What was created before a gate that compares at the start is not known to it.
-		o := node.ContainerOptions{Image: good.Name}
-		s.prepare(&o)
-		created, err := s.pod.Create(s.ctx, o)
-		s.must(err)
+		// Created while another gate was there, and started with this one: where it
+		// compares at the start it judges anew, from what it knows.
+		create := func(image string) *node.Container {
+			o := node.ContainerOptions{Image: image}
+			s.prepare(&o)
+			c, err := s.pod.Create(s.ctx, o)
+			s.must(err)
+			return c
+		}
+		created := create(good.Name)
 		s.must(s.gate.Stop())
 		s.start()
-		if err := created.Start(s.ctx); !s.NamesImage() {
-			if err == nil {
-				s.Error("started although nobody knows for what it was created")
-			} else if line := s.line(err, verify.ImageUnresolved); !strings.Contains(line, "create it anew") {
-				s.Error(line)
-			}
-			s.neverRan(created)
-		} else {
-			s.must(err)
-			s.runs(created, "gone")
+		s.allowed(good.Name, "gone", node.ContainerOptions{}) // it is known now
+		s.must(created.Start(s.ctx))
+		s.runs(created, "gone")
+		if s.NamesImage() {
+			return
 		}
+		s.must(s.gate.Stop())
+		looking := s.policy()
+		looking.Mode = "audit"
+		s.must(node.WriteConfig(s.dir, looking))
+		s.start()
+		created = create(evil.Name)
+		s.must(s.gate.Stop())
+		s.must(node.WriteConfig(s.dir, s.policy()))
+		s.start()
+		s.denied(evil.Name, verify.SignatureMissing, node.ContainerOptions{})
+		if err := created.Start(s.ctx); err == nil {
+			s.Error("started although it was only looked at when it was created")
+		} else {
+			s.line(err, verify.SignatureMissing)
+		}
+		s.neverRan(created)
 	})
 }
 
