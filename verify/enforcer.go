@@ -13,8 +13,17 @@ type Setup struct {
 	Epoch  Epoch
 	Mode   Mode
 	Policy Policy
-	Judge  Judge         // the cache with the Engine behind it
-	Wait   time.Duration // longest that one answer waits for work under way; audit never waits
+	Judge  Judge           // the cache with the Engine behind it
+	Alias  func(Name) Name // what rules and sources call an image of that name; nil: the same
+	Wait   time.Duration   // longest that one answer waits for work under way; audit never waits
+}
+
+// Known returns what rules and sources call an image of that name.
+func (s *Setup) Known(n Name) Name {
+	if s.Alias == nil {
+		return n
+	}
+	return s.Alias(n)
 }
 
 // An Enforcer is the Verifier that the gate asks. Its zero value has no
@@ -102,6 +111,7 @@ func decide(ctx context.Context, s *Setup, img Image) (d Decision) {
 
 // ask answers for the one name that img has. Its context ends with the wait.
 func ask(ctx context.Context, s *Setup, img Image) (d Decision) {
+	img.Name = s.Known(img.Name)
 	if f := img.unfit(); f != nil { // of an image volume each name comes here
 		return Deny(f.Reason, f.Detail)
 	}

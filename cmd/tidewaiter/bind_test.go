@@ -85,7 +85,7 @@ func FuzzMirrorFlag(f *testing.F) {
 			return
 		}
 		m := c.Mirrors[0]
-		if !c.Listed || m.Host == "" || m.URL.Host == "" || m.URL.User != nil || m.URL.RawQuery != "" || m.URL.Fragment != "" ||
+		if c.Network != config.NetworkMirrors || m.Host == "" || m.URL.Host == "" || m.URL.User != nil || m.URL.RawQuery != "" || m.URL.Fragment != "" ||
 			m.URL.Scheme != "http" && m.URL.Scheme != "https" {
 			t.Errorf("%q: took %+v, %v", s, m, m.URL)
 		}

@@ -103,10 +103,12 @@ func verifyImage(ctx context.Context, stdout io.Writer, o verifyOptions, ref str
 	var tried []verify.Attempt
 	partial := false
 	// A rule that denies, or none, is the answer without asking anybody.
-	if rule := setup.Policy.Select(img); rule.Settled != "" {
+	known := img
+	known.Name = setup.Known(name)
+	if rule := setup.Policy.Select(known); rule.Settled != "" {
 		img.Manifest, img.Binding = img.Target, verify.BoundDigest
 	} else {
-		tried, partial = newBinder(name, c.Sources()(name), c.Limits).bind(ctx, &img)
+		tried, partial = newBinder(known.Name, c.Sources()(known.Name), c.Limits).bind(ctx, &img)
 	}
 	d := enforcer.Verify(ctx, img)
 	if img.Fault != nil {
@@ -140,7 +142,8 @@ func (o verifyOptions) listed(c *config.Config) error {
 	if len(o.layouts)+len(o.mirrors) == 0 {
 		return nil
 	}
-	c.Listed, c.Layouts, c.Mirrors = true, nil, nil
+	var layouts []string
+	var mirrors []config.Mirror
 	for _, l := range o.layouts {
 		if l == "" {
 			return unknown(errors.New("--layout: no directory is named"), "")
@@ -149,7 +152,7 @@ func (o verifyOptions) listed(c *config.Config) error {
 		if err != nil {
 			return unknown(fmt.Errorf("--layout: %w", err), "")
 		}
-		c.Layouts = append(c.Layouts, dir)
+		layouts = append(layouts, dir)
 	}
 	for _, m := range o.mirrors {
 		// Nothing of m is repeated: it may hold a password.
@@ -166,8 +169,9 @@ func (o verifyOptions) listed(c *config.Config) error {
 				return unknown(fmt.Errorf("--mirror: %w", err), mirrorHint)
 			}
 		}
-		c.Mirrors = append(c.Mirrors, config.Mirror{Host: host, URL: u})
+		mirrors = append(mirrors, config.Mirror{Host: host, URL: u})
 	}
+	c.Only(layouts, mirrors)
 	return nil
 }
 

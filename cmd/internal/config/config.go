@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/tidewaiter/tidewaiter/nri/node/hosts"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/notary"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
@@ -38,7 +39,9 @@ type Config struct {
 	Limits      verify.Limits // zero fields mean verify.DefaultLimits
 	Credentials string        // docker config.json with what registries know this node by; empty: none
 	Helpers     string        // directory of credential helpers; empty: PATH
-	Listed      bool          // ask Mirrors and Layouts alone: a host without a mirror is not its own
+	Network     Network       // whom else to ask
+	Hosts       string        // directory of containerd's hosts.toml that was read; empty: none
+	Aliases     []policy.Alias
 	Gate        Gate
 	StopRunning bool // stop what runs and is revoked or denied, instead of only reporting it; never in audit
 	Metrics     Metrics
@@ -48,8 +51,10 @@ type Config struct {
 	Epoch       verify.Epoch     // digest of every file that was read
 
 	store       *notary.Store
-	credentials *credentials // nil: none
-	outside     []string     // files that were read elsewhere than in Dir itself and the trust store
+	credentials *credentials              // nil: none
+	registries  map[string]hosts.Registry // of Hosts, by canonical host or "*"
+	trees       []string                  // directories elsewhere of which all may be read, be they there or not
+	outside     []string                  // files that were read elsewhere than in Dir itself and the trust store
 }
 
 // A Mirror is a registry that holds the signatures of images of another.
@@ -62,6 +67,8 @@ type Mirror struct {
 	Key   string   // file of its key
 	Realm *url.URL // where tokens may come from besides the URL's own scheme, host and port; may be nil
 	NS    bool     // whether it is told in the query whose images it is asked for
+
+	Rewrite []mirror.Rewrite // of the path asked for
 
 	roots *x509.CertPool   // of CA
 	pair  *tls.Certificate // of Cert and Key
@@ -143,8 +150,14 @@ func load(d *directory) (*Config, error) {
 	}
 
 	c := &Config{Dir: d.dir, Gate: Gate{Wait: DefaultWait}}
+	var from string // of sources.hosts
 	if own != nil {
-		if err := decode(d, own, c); err != nil {
+		if from, err = decode(d, own, c); err != nil {
+			return nil, err
+		}
+	}
+	if from != none && c.Network != NetworkNever {
+		if err := d.hosts(from, c); err != nil {
 			return nil, err
 		}
 	}
@@ -158,7 +171,7 @@ func load(d *directory) (*Config, error) {
 	if c.store, err = notary.LoadStore(trust); err != nil {
 		return nil, fmt.Errorf("%s: %w", d.path("truststore"), err)
 	}
-	c.Epoch, c.outside = d.epoch(), d.outside
+	c.Epoch, c.outside, c.trees = d.epoch(), d.outside, d.trees
 	// Once here, so that what Load returns can run.
 	if _, err := c.Setup(func(e *verify.Engine) verify.Judge { return e }, time.Now); err != nil {
 		return nil, fmt.Errorf("%s: %w", d.path(policyFile), err)
@@ -187,7 +200,12 @@ func (c *Config) Setup(build func(*verify.Engine) verify.Judge, now func() time.
 	if err != nil {
 		return nil, err
 	}
+	var alias func(verify.Name) verify.Name
+	if len(c.Aliases) > 0 {
+		alias = func(n verify.Name) verify.Name { return policy.Unalias(c.Aliases, n) }
+	}
 	return &verify.Setup{
+		Alias:  alias,
 		Epoch:  c.Epoch,
 		Mode:   c.Mode,
 		Policy: rules.WithFloor(c.Floor),
@@ -197,8 +215,8 @@ func (c *Config) Setup(build func(*verify.Engine) verify.Judge, now func() time.
 }
 
 // Sources returns where signatures of an image may be, in the order to ask: every
-// layout, then the mirrors of its host, or else those of host "*", or else, unless
-// c.Listed, the host itself.
+// layout; the mirrors of its host in config.yaml, or else those of host "*"; the
+// mirrors that containerd has for it; and the host itself, as Network says.
 func (c *Config) Sources() func(verify.Name) []verify.Source {
 	var layouts []verify.Source
 	for _, dir := range c.Layouts {
@@ -206,9 +224,13 @@ func (c *Config) Sources() func(verify.Name) []verify.Source {
 	}
 	tokens := mirror.NewTokens(time.Now) // they end after a while, not at a time
 	links := mirror.NewLinks(time.Now, rand.Float64)
+	finish := func(m mirror.Mirror) mirror.Mirror {
+		m.Tokens, m.Links, m.Credentials = tokens, links, c.credentials.of(m.URL)
+		return m
+	}
 	mirrors := map[string][]mirror.Mirror{}
 	for _, m := range c.Mirrors {
-		e := mirror.Mirror{URL: m.URL, NS: m.NS, Realm: m.Realm, Tokens: tokens, Links: links, Credentials: c.credentials.of(m.URL)}
+		e := finish(mirror.Mirror{URL: m.URL, NS: m.NS, Realm: m.Realm, Rewrite: m.Rewrite})
 		// The clients are shared by the sources of all hosts, with their connections.
 		if m.roots != nil || m.pair != nil {
 			e.Client = client(m.roots, m.pair)
@@ -218,22 +240,24 @@ func (c *Config) Sources() func(verify.Name) []verify.Source {
 		}
 		mirrors[m.Host] = append(mirrors[m.Host], e)
 	}
+	containerd := c.hostSources(finish)
 	return func(n verify.Name) []verify.Source {
 		list := append([]verify.Source(nil), layouts...)
-		served := mirrors[n.Host]
-		if served == nil {
-			served = mirrors["*"]
+		listed := mirrors[n.Host]
+		if listed == nil {
+			listed = mirrors["*"]
 		}
-		if served == nil && !c.Listed {
-			u := origin(n.Host)
-			served = []mirror.Mirror{{URL: u, Tokens: tokens, Links: links, Credentials: c.credentials.of(u)}}
-		}
-		for _, m := range served {
+		for _, m := range containerd.of(n.Host, listed) {
 			m.Host = n.Host
 			list = append(list, mirror.New(m))
 		}
 		return list
 	}
+}
+
+// Only makes these the only layouts and mirrors, and nobody else a source.
+func (c *Config) Only(layouts []string, mirrors []Mirror) {
+	c.Network, c.Layouts, c.Mirrors, c.registries = NetworkMirrors, layouts, mirrors, nil
 }
 
 // client is one that trusts these CAs alone, if there are any, and shows pair, if
@@ -246,9 +270,12 @@ func client(roots *x509.CertPool, pair *tls.Certificate) *http.Client {
 	return &http.Client{Transport: mirror.Transport(config), Timeout: requestTimeout}
 }
 
-// requestTimeout ends one request of a mirror with TLS of its own; the limits
-// end all of them together.
-const requestTimeout = 30 * time.Second
+// requestTimeout ends one request; the limits end all of them together. dialTimeout
+// is how long a connection to a host that is its own mirror may take.
+const (
+	requestTimeout = 30 * time.Second
+	dialTimeout    = 5 * time.Second
+)
 
 // origin is where a registry itself is.
 func origin(host string) *url.URL {

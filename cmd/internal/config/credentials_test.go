@@ -498,7 +498,7 @@ func TestCredentialsOfOrigins(t *testing.T) {
 	u, err := url.Parse(srv.URL)
 	must(t, err)
 	c := load1(t, write(t, with(notation(), "config.yaml", minimal+"sources: {credentials: auth.json}\n", "auth.json", `{"auths": {"`+u.Host+`": `+auth("u", "p")+`}}`)))
-	c.Listed, c.Mirrors = true, []Mirror{{Host: "docker.io", URL: u}}
+	c.Only(nil, []Mirror{{Host: "docker.io", URL: u}})
 	n := verify.Name{Host: "docker.io", Path: "library/nginx"}
 	err = c.Sources()(n)[0].Find(t.Context(), n, ocispec.Descriptor{Digest: digest.FromString("x")}, verify.NewBudget(verify.Limits{}), nil)
 	if !errors.Is(err, verify.ErrUnauthorized) || <-told != "" || <-told != "Basic dTpw" {

@@ -24,12 +24,15 @@ import (
 
 // Limits of config.yaml besides its length.
 const (
-	maxMirrors = 100
-	maxLayouts = 20
-	maxFloors  = 32  // files
-	maxNames   = 50  // snapshotters, and runtimes
-	maxName    = 128 // bytes of one; not in the expressions, where each repetition would be compiled
-	maxWait    = time.Second
+	maxMirrors  = 100
+	maxLayouts  = 20
+	maxFloors   = 32   // files
+	maxRewrites = 64   // of one mirror
+	maxRewrite  = 1024 // bytes of one side of one
+	maxAliases  = 100
+	maxNames    = 50  // snapshotters, and runtimes
+	maxName     = 128 // bytes of one; not in the expressions, where each repetition would be compiled
+	maxWait     = time.Second
 )
 
 var (
@@ -41,31 +44,29 @@ var (
 
 // decode reads config.yaml into c. It keeps to a small part of YAML, so that a
 // file means one thing: one document, no anchors, aliases or merge keys, no key
-// twice, no null, and each value of exactly its type.
-func decode(d *directory, raw []byte, c *Config) error {
+// twice, no null, and each value of exactly its type. It returns what sources.hosts
+// names.
+func decode(d *directory, raw []byte, c *Config) (hosts string, err error) {
 	r := &reader{dir: d, file: d.path("config.yaml")}
 	dec := yaml.NewDecoder(bytes.NewReader(raw))
 	var doc, more yaml.Node
 	switch err := dec.Decode(&doc); {
 	case errors.Is(err, io.EOF):
-		return &Error{File: r.file, Text: "is empty"}
+		return "", &Error{File: r.file, Text: "is empty"}
 	case err != nil:
-		return r.syntax(err)
+		return "", r.syntax(err)
 	}
 	switch err := dec.Decode(&more); {
 	case err == nil:
-		return &Error{File: r.file, Line: more.Line, Text: "has more than one document"}
+		return "", &Error{File: r.file, Line: more.Line, Text: "has more than one document"}
 	case !errors.Is(err, io.EOF):
-		return r.syntax(err)
+		return "", r.syntax(err)
 	}
 	r.plain(&doc)
 	if r.err == nil {
-		r.config(doc.Content[0], c)
+		hosts = r.config(doc.Content[0], c)
 	}
-	if r.err != nil {
-		return r.err
-	}
-	return nil
+	return hosts, r.err
 }
 
 // reader walks the nodes of config.yaml. It keeps the first error.
@@ -101,8 +102,9 @@ func (r *reader) plain(n *yaml.Node) {
 	}
 }
 
-func (r *reader) config(n *yaml.Node, c *Config) {
-	top := r.mapping(n, "", "version", "mode", "sources", "limits", "gate", "floor", "metrics", "running")
+// config returns what sources.hosts names.
+func (r *reader) config(n *yaml.Node, c *Config) (hosts string) {
+	top := r.mapping(n, "", "version", "mode", "sources", "limits", "gate", "floor", "metrics", "running", "aliases")
 	if v, there := top["version"]; !there {
 		r.fail(n, "version", "is required: version: 1")
 	} else if r.integer(v, "version", 0, 1<<31) != 1 {
@@ -121,7 +123,7 @@ func (r *reader) config(n *yaml.Node, c *Config) {
 		}
 	}
 	if v, there := top["sources"]; there {
-		r.sources(v, c)
+		hosts = r.sources(v, c)
 	}
 	if v, there := top["limits"]; there {
 		c.Limits = r.limits(v)
@@ -130,6 +132,7 @@ func (r *reader) config(n *yaml.Node, c *Config) {
 		r.gate(v, &c.Gate)
 	}
 	r.floor(top["floor"], c)
+	r.aliases(top["aliases"], c)
 	if v, there := top["running"]; there {
 		switch s := r.text(v, "running"); s {
 		case "report":
@@ -144,6 +147,7 @@ func (r *reader) config(n *yaml.Node, c *Config) {
 	if v, there := top["metrics"]; there {
 		r.metrics(v, c)
 	}
+	return hosts
 }
 
 // floor reads the files of digests that need no signature.
@@ -163,13 +167,15 @@ func (r *reader) floor(n *yaml.Node, c *Config) {
 	}
 }
 
-func (r *reader) sources(n *yaml.Node, c *Config) {
-	f := r.mapping(n, "sources", "mirrors", "layouts", "credentials", "helpers")
+// sources returns the directory of containerd's that it names, see network.
+func (r *reader) sources(n *yaml.Node, c *Config) (hosts string) {
+	f := r.mapping(n, "sources", "network", "hosts", "mirrors", "layouts", "credentials", "helpers")
+	hosts = r.network(f, c)
 	for i, v := range r.sequence(f["mirrors"], "sources.mirrors", maxMirrors) {
 		path := index("sources.mirrors", i)
 		m := r.mirror(v, path)
 		if m.URL == nil {
-			return
+			return ""
 		}
 		for _, o := range c.Mirrors {
 			if o.Host == m.Host && o.URL.String() == m.URL.String() {
@@ -199,6 +205,7 @@ func (r *reader) sources(n *yaml.Node, c *Config) {
 			c.Warnings = append(c.Warnings, policy.Warning{Field: index("sources.mirrors", i) + ".url", Text: "over http anybody on the way can read the credentials"})
 		}
 	}
+	return hosts
 }
 
 // credentials reads the file with what the registries know this node by.
@@ -248,7 +255,7 @@ func (r *reader) named(n *yaml.Node, at string) (name string, raw []byte) {
 }
 
 func (r *reader) mirror(n *yaml.Node, path string) (m Mirror) {
-	f := r.mapping(n, path, "host", "url", "ca", "cert", "key", "realm", "ns")
+	f := r.mapping(n, path, "host", "url", "ca", "cert", "key", "realm", "ns", "rewrite")
 	for _, must := range []string{"host", "url"} {
 		if f[must] == nil {
 			r.fail(n, path+"."+must, "is required")
@@ -290,6 +297,7 @@ func (r *reader) mirror(n *yaml.Node, path string) (m Mirror) {
 	if n := f["ns"]; n != nil {
 		m.NS = r.boolean(n, path+".ns")
 	}
+	m.Rewrite = r.rewrites(f["rewrite"], path+".rewrite")
 	return m
 }
 

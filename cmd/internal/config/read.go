@@ -35,6 +35,7 @@ type directory struct {
 	root    *os.Root
 	read    []content
 	outside []string // absolute names of files read elsewhere, or in a directory below
+	trees   []string // absolute names of directories elsewhere of which all may be read
 }
 
 type content struct {
@@ -157,27 +158,37 @@ func (d *directory) list(name string) ([]string, error) {
 		return nil, d.failed(name, err)
 	}
 	defer f.Close()
-	bad := func(text string) error { return &Error{File: d.path(name), Text: text} }
+	list, text, err := names(f)
+	if text != "" {
+		err = &Error{File: d.path(name), Text: text}
+	}
+	return list, err
+}
+
+const notDirectory = "not a directory"
+
+// names is list for a directory that is open. It says in text what is wrong with it.
+func names(f *os.File) (list []string, text string, err error) {
 	info, err := f.Stat()
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	if !info.IsDir() {
-		return nil, bad("not a directory")
+		return nil, notDirectory, nil
 	}
 	if info.Mode().Perm()&0o002 != 0 && !readOnly(f) {
-		return nil, bad("everybody can write this directory: chmod o-w")
+		return nil, "everybody can write this directory: chmod o-w", nil
 	}
-	names, err := f.Readdirnames(maxEntries + 1)
+	list, err = f.Readdirnames(maxEntries + 1)
 	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, err
+		return nil, "", err
 	}
-	if len(names) > maxEntries {
-		return nil, bad(fmt.Sprintf("more than %d entries", maxEntries))
+	if len(list) > maxEntries {
+		return nil, fmt.Sprintf("more than %d entries", maxEntries), nil
 	}
-	names = slices.DeleteFunc(names, func(s string) bool { return strings.HasPrefix(s, "..") })
-	slices.Sort(names)
-	return names, nil
+	list = slices.DeleteFunc(list, func(s string) bool { return strings.HasPrefix(s, "..") })
+	slices.Sort(list)
+	return list, "", nil
 }
 
 // readOnly reports whether f is on a file system that is mounted read-only. A

@@ -112,7 +112,8 @@ func (w *watcher) reload() {
 // that was read elsewhere.
 func (w *watcher) concerns(name string) bool {
 	return name == w.dir || strings.HasPrefix(w.dir, strings.TrimSuffix(name, "/")+"/") || strings.HasPrefix(name, w.dir+"/") ||
-		w.last != nil && slices.Contains(w.last.outside, name)
+		w.last != nil && (slices.Contains(w.last.outside, name) ||
+			slices.ContainsFunc(w.last.trees, func(tree string) bool { return name == tree || strings.HasPrefix(name, tree+"/") }))
 }
 
 // unwatch drops the kernel's watches.
@@ -142,6 +143,12 @@ func (w *watcher) watch() {
 	if w.last != nil {
 		for _, file := range w.last.outside {
 			dirs[filepath.Dir(file)] = true
+		}
+		for _, tree := range w.last.trees {
+			below(filepath.Dir(tree), filepath.Base(tree), trustDepth-1, dirs) // with what is in it, no deeper
+			if _, err := os.Stat(filepath.Dir(tree)); err == nil {
+				dirs[filepath.Dir(tree)] = true // where it would appear
+			}
 		}
 	}
 	// Where the directory, or the one that it will be in, would appear.

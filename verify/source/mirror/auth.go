@@ -395,6 +395,12 @@ func (e *exchange) bearer(ctx context.Context, c challenge) (string, error) {
 	if err != nil {
 		return "", cannot("it names no token server that can be asked")
 	}
+	if client == e.client { // the mirror itself
+		for k, values := range e.Source.header {
+			req.Header[http.CanonicalHeaderKey(k)] = values
+		}
+		req.Header.Del("Authorization")
+	}
 	if cred.IdentityToken != "" {
 		req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	} else if cred.Username != "" {

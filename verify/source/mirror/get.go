@@ -42,6 +42,12 @@ func (g *getter) Do(req *http.Request) (*http.Response, error) {
 		return nil, failed(req, err)
 	}
 	req = req.Clone(req.Context())
+	g.rooted(req.URL)
+	for k, values := range g.Source.header {
+		if req.Header.Values(k) == nil {
+			req.Header[http.CanonicalHeaderKey(k)] = values
+		}
+	}
 	req.Header.Set("Accept-Encoding", "identity") // also keeps a Transport from asking for gzip and unpacking it
 	req.Header.Set("User-Agent", "tidewaiter")
 	g.namespace(req.URL)

@@ -40,6 +40,7 @@
 package mirror
 
 import (
+	"cmp"
 	"context"
 	_ "crypto/sha256" // digests of the subjects and blobs
 	_ "crypto/sha512"
@@ -51,6 +52,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"regexp"
 	"strings"
 	"time"
 
@@ -74,6 +76,18 @@ type Mirror struct {
 	// https://harbor.internal/v2/hub/library/nginx/manifests/.
 	// It has no user, query or fragment.
 	URL *url.URL
+
+	// Root is the path of the API, for registries that do not have it at /v2; "/" is
+	// none. Empty means /v2.
+	Root string
+
+	// Rewrite changes the repository asked for; the first that changes it counts. What
+	// it makes is where the signatures are looked for and nothing else.
+	Rewrite []Rewrite
+
+	// Header is sent with each request to the mirror, and to nobody else. It is not
+	// repeated in errors. What a request needs (Accept) goes before it.
+	Header http.Header
 
 	// Client sends the requests; its Transport and Timeout are used, not its Jar or
 	// CheckRedirect. Nil means a client that all such mirrors share, with
@@ -105,6 +119,13 @@ type Mirror struct {
 	// Links knows how the registry fares. Nil means that it is asked whatever comes of
 	// it, and as often as anybody likes.
 	Links *Links
+}
+
+// A Rewrite is a regular expression and what its matches in the path of a repository
+// are replaced with, $1 being its first group.
+type Rewrite struct {
+	From *regexp.Regexp
+	To   string
 }
 
 // dockerRealm is where Docker Hub's tokens come from, and has been since there are
@@ -139,6 +160,9 @@ type Source struct {
 	origin string
 	client *http.Client
 	ns     bool
+	api    string // path before the repository, without slash at its end
+	header http.Header
+	rules  []Rewrite
 	err    error // what is wrong with the Mirror
 
 	credentials func(context.Context) (Credential, error)
@@ -152,13 +176,18 @@ var _ verify.Source = (*Source)(nil)
 
 // New returns the source for m. What is wrong with m, Find says.
 func New(m Mirror) *Source {
-	s := &Source{name: "mirror", host: m.Host, ns: m.NS, credentials: m.Credentials, realm: m.Realm, tokens: m.Tokens, links: m.Links}
+	s := &Source{name: "mirror", host: m.Host, ns: m.NS, credentials: m.Credentials, realm: m.Realm, tokens: m.Tokens, links: m.Links,
+		api: strings.TrimSuffix(cmp.Or(m.Root, dockerAPI), "/"), header: m.Header, rules: m.Rewrite}
 	u := m.URL
 	if u == nil {
 		s.err = errors.New("mirror has no URL")
 		return s
 	}
-	s.name = "mirror " + (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+	at := u.Path
+	if s.api != dockerAPI {
+		at = s.api
+	}
+	s.name = "mirror " + (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: at}).String()
 	s.base = registry.Reference{Registry: u.Host, Repository: strings.Trim(u.Path, "/")}
 	s.plain = u.Scheme == "http"
 	s.origin = origin(u)
@@ -172,6 +201,8 @@ func New(m Mirror) *Source {
 		s.err = fmt.Errorf("scheme %s is not http or https", verify.Quote(u.Scheme, 16))
 	case u.User != nil || u.RawQuery != "" || u.Fragment != "":
 		s.err = errors.New("the URL of a mirror has no user, query or fragment")
+	case s.api != dockerAPI && u.Path != "":
+		s.err = errors.New("the URL of a mirror has no path where the path of its API is given")
 	case s.base.ValidateRegistry() != nil:
 		s.err = s.base.ValidateRegistry()
 	case s.base.Host() != u.Host:
@@ -200,7 +231,7 @@ func (s *Source) Name() string { return s.name }
 // exchange begins a question about the image's repository at the mirror.
 func (s *Source) exchange(in verify.Name) (*exchange, error) {
 	ref := s.base
-	ref.Repository = in.Path
+	ref.Repository = s.rewrite(in.Path)
 	err := s.err
 	if err == nil && in.Host != s.host {
 		err = fmt.Errorf("the mirror serves %s, not %s", s.host, verify.Clean(in.Host, 80))
@@ -209,7 +240,7 @@ func (s *Source) exchange(in verify.Name) (*exchange, error) {
 		err = ref.ValidateRepository()
 	}
 	if s.base.Repository != "" {
-		ref.Repository = s.base.Repository + "/" + in.Path
+		ref.Repository = s.base.Repository + "/" + ref.Repository
 	}
 	if err == nil {
 		err = ref.ValidateRepository()
@@ -217,7 +248,39 @@ func (s *Source) exchange(in verify.Name) (*exchange, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %s", verify.ErrUnreachable, verify.Clean(err.Error(), 200))
 	}
-	return &exchange{Source: s, repository: ref.Repository}, nil
+	x := &exchange{Source: s, repository: ref.Repository}
+	for _, values := range s.header {
+		x.keep(values...)
+	}
+	return x, nil
+}
+
+// maxRewritten bounds what a rewrite makes of a path, in bytes.
+const maxRewritten = 512
+
+// rewrite returns where the mirror has the repository at path: nowhere, if that would
+// be too long.
+func (s *Source) rewrite(path string) string {
+	for _, r := range s.rules {
+		if p := r.From.ReplaceAllString(path, r.To); p != path {
+			if len(p) > maxRewritten {
+				return ""
+			}
+			return p
+		}
+	}
+	return path
+}
+
+// dockerAPI is where registries have their API.
+const dockerAPI = "/v2"
+
+// rooted moves what oras-go asks for below /v2 to where the API is. The mirror's own
+// links are there already.
+func (x *exchange) rooted(u *url.URL) {
+	if rest, found := strings.CutPrefix(u.Path, dockerAPI+"/"+x.repository+"/"); found && !strings.HasPrefix(u.Path, x.api+"/"+x.repository+"/") {
+		u.Path, u.RawPath = x.api+"/"+x.repository+"/"+rest, ""
+	}
 }
 
 // at is the repository whose requests g sends.
