@@ -611,7 +611,7 @@ func FuzzConfig(f *testing.F) {
 		must(t, err)
 		defer d.Close()
 		var c Config
-		if err := decode(d, raw, &c); err != nil {
+		if _, err := decode(d, raw, &c); err != nil {
 			e := (*Error)(nil)
 			if !errors.As(err, &e) || e.File == "" || e.Text == "" {
 				t.Fatalf("error %#v", err)
