@@ -18,7 +18,6 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/tidewaiter/tidewaiter/nri/node/hosts"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/notary"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
@@ -51,10 +50,10 @@ type Config struct {
 	Epoch       verify.Epoch     // digest of every file that was read
 
 	store       *notary.Store
-	credentials *credentials              // nil: none
-	registries  map[string]hosts.Registry // of Hosts, by canonical host or "*"
-	trees       []string                  // directories elsewhere of which all may be read, be they there or not
-	outside     []string                  // files that were read elsewhere than in Dir itself and the trust store
+	credentials *credentials // nil: none
+	certs       *certs       // of Hosts; nil: none
+	trees       []string     // directories elsewhere of which all may be read, be they there or not
+	outside     []string     // files that were read elsewhere than in Dir itself and the trust store
 }
 
 // A Mirror is a registry that holds the signatures of images of another.
@@ -257,7 +256,7 @@ func (c *Config) Sources() func(verify.Name) []verify.Source {
 
 // Only makes these the only layouts and mirrors, and nobody else a source.
 func (c *Config) Only(layouts []string, mirrors []Mirror) {
-	c.Network, c.Layouts, c.Mirrors, c.registries = NetworkMirrors, layouts, mirrors, nil
+	c.Network, c.Layouts, c.Mirrors, c.certs = NetworkMirrors, layouts, mirrors, nil
 }
 
 // client is one that trusts these CAs alone, if there are any, and shows pair, if

@@ -44,11 +44,18 @@ var certsDirectories = []string{
 	"/etc/containerd/certs.d",
 }
 
+// certs is what a certs.d says, by canonical host or "*". It is kept behind a
+// pointer, since headers are secret and a configuration may be printed.
+type certs struct{ of map[string]hosts.Registry }
+
 // hosts reads what containerd knows of mirrors: from is a directory, or empty to
 // look in the usual places.
 func (d *directory) hosts(from string, c *Config) error {
+	return d.hostsIn(from, certsDirectories, c)
+}
+
+func (d *directory) hostsIn(from string, usual []string, c *Config) error {
 	const field = "sources.hosts"
-	usual := certsDirectories
 	if from != "" {
 		usual = []string{from}
 	}
@@ -73,7 +80,8 @@ func (d *directory) hosts(from string, c *Config) error {
 			}
 		}
 		c.Hosts = dir
-		c.registries = map[string]hosts.Registry{}
+		found := map[string]hosts.Registry{}
+		c.certs = &certs{found}
 		for _, r := range list {
 			// In the epoch too, since an empty directory also says something.
 			d.read = append(d.read, content{name: r.Dir})
@@ -85,11 +93,11 @@ func (d *directory) hosts(from string, c *Config) error {
 				}
 			}
 			// A name that is not canonical counts where the canonical one is not there.
-			if _, twice := c.registries[host]; twice && r.Host != host {
+			if _, twice := found[host]; twice && r.Host != host {
 				c.Warnings = append(c.Warnings, policy.Warning{Field: field, Text: r.Dir + " is not used: there is another directory for " + host})
 				continue
 			}
-			c.registries[host] = r
+			found[host] = r
 			for _, m := range r.Mirrors {
 				if m.Insecure() {
 					c.Warnings = append(c.Warnings, policy.Warning{Field: field, Text: fmt.Sprintf("%s:%d: anybody on the way to %s can hide signatures (not make them), and read what it is told", m.File, m.Line, m.URL.Host)})
@@ -149,11 +157,11 @@ type hostMirror struct {
 	proxy         func(host string) bool
 }
 
-// sources makes clients for what was read; finish adds what all mirrors share.
+// hostSources makes clients for what was read; finish adds what all mirrors share.
 func (c *Config) hostSources(finish func(mirror.Mirror) mirror.Mirror) hostSources {
 	h := hostSources{network: c.Network, registries: map[string]served{}}
 	convert := func(m hosts.Mirror) hostMirror {
-		to := mirror.Mirror{URL: m.URL, Root: m.Root, Header: m.Header}
+		to := mirror.Mirror{URL: m.URL, Root: m.Root, Header: http.Header(m.Header)}
 		for _, r := range m.Rewrite {
 			to.Rewrite = append(to.Rewrite, mirror.Rewrite(r))
 		}
@@ -162,7 +170,11 @@ func (c *Config) hostSources(finish func(mirror.Mirror) mirror.Mirror) hostSourc
 		}
 		return hostMirror{finish(to), m.Proxy}
 	}
-	for host, r := range c.registries {
+	var found map[string]hosts.Registry
+	if c.certs != nil {
+		found = c.certs.of
+	}
+	for host, r := range found {
 		var s served
 		for _, m := range r.Mirrors {
 			s.mirrors = append(s.mirrors, convert(m))

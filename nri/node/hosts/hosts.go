@@ -25,6 +25,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/http"
 	"net/url"
@@ -76,12 +77,21 @@ type Mirror struct {
 	URL     *url.URL    // scheme and host; nil for an Origin of which no server is written
 	Root    string      // path of its API: "/v2", "/hub/v2", "/" for none
 	TLS     *tls.Config // nil: as usual
-	Header  http.Header // sent with each request, and secret; may be nil
+	Header  Header      // sent with each request, and secret; may be nil
 	Rewrite []Rewrite   // of the path asked for; the first that changes it counts
 
 	File string // hosts.toml, or the directory where there is none
 	Line int    // 0 for the directory
 }
+
+// A Header prints as nothing but the fact that it is one.
+type Header http.Header
+
+// Format implements [fmt.Formatter], so that no verb shows a secret.
+func (Header) Format(f fmt.State, _ rune) { io.WriteString(f, "(header)") }
+
+// MarshalText implements [encoding.TextMarshaler], so that no encoder shows one.
+func (Header) MarshalText() ([]byte, error) { return []byte("(header)"), nil }
 
 // A Rewrite changes a path: "library/nginx", without tag.
 type Rewrite struct {
@@ -216,7 +226,7 @@ func (r *reader) registry(reg *Registry, in []string) error {
 		r.warnings = append(r.warnings, w)
 	}
 	for _, e := range append(f.hosts, f.root) {
-		m := Mirror{Root: e.root, Header: e.header, Rewrite: e.rewrite, URL: e.url, File: file, Line: e.line}
+		m := Mirror{Root: e.root, Header: Header(e.header), Rewrite: e.rewrite, URL: e.url, File: file, Line: e.line}
 		if err := r.tls(&m, e, reg.Dir); err != nil {
 			return err
 		}
