@@ -171,6 +171,9 @@ func TestDocumentation(t *testing.T) {
 		m.Cert != filepath.Join(dir, "node.crt") || m.Key != filepath.Join(dir, "node.key") || m.pair == nil || m.Realm.String() != "https://auth.site.internal" || m.NS {
 		t.Errorf("got %+v", m)
 	}
+	if c.Network != NetworkMirrors || len(c.Aliases) != 1 || len(c.Mirrors[0].Rewrite) != 1 || c.Mirrors[0].Rewrite[0].To != "platform/rancher/$1" {
+		t.Errorf("got %+v", c)
+	}
 	if len(c.Floor) != 1 || c.Floor[0].File != "floor/k3s.txt" || c.Floor[0].Digest != digest.FromString("pause") {
 		t.Errorf("floor %+v", c.Floor)
 	}
@@ -184,7 +187,7 @@ func TestDocumentation(t *testing.T) {
 		t.Errorf("warnings %v", c.Warnings)
 	}
 	for _, key := range []string{
-		"version", "mode", "sources.mirrors", "….host", "….url", "….ca", "….cert`, `….key", "….realm", "….ns", "sources.credentials", "sources.helpers", "sources.layouts",
+		"version", "mode", "sources.mirrors", "….host", "….url", "….ca", "….cert`, `….key", "….realm", "….ns", "….rewrite", "sources.network", "sources.hosts", "aliases", "sources.credentials", "sources.helpers", "sources.layouts",
 		"limits.pages` | 24 |", "limits.referrers` | 200 |", "limits.signatures` | 100 |", "limits.certificates` | 10 |",
 		"limits.manifestBytes` | 4194304 |", "limits.envelopeBytes` | 262144 |", "limits.totalBytes` | 16777216 |", "limits.wall` | 10s |",
 		"gate.wait` | 50ms |", "gate.snapshotters", "gate.runtimes", "floor", "running", "metrics.listen", "metrics.file",

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -181,14 +182,14 @@ func (c *Config) hostSources(finish func(mirror.Mirror) mirror.Mirror) hostSourc
 		}
 		if r.Origin != nil {
 			m := convert(*r.Origin)
-			if m.Client == nil && m.URL == nil {
-				m.Client = remote
+			if m.URL == nil {
+				m.Client = remote(r.Origin.TLS)
 			}
 			s.origin = &m
 		}
 		h.registries[host] = s
 	}
-	h.itself = func(host string) mirror.Mirror { return finish(mirror.Mirror{URL: origin(host), Client: remote}) }
+	h.itself = func(host string) mirror.Mirror { return finish(mirror.Mirror{URL: origin(host), Client: anybody}) }
 	return h
 }
 
@@ -234,8 +235,8 @@ func (h hostSources) of(host string, listed []mirror.Mirror) []mirror.Mirror {
 
 // remote asks hosts that nobody but the author of a pod named: not those that are
 // this node's own and know its secrets, as the metadata services of clouds.
-var remote = func() *http.Client {
-	t := mirror.Transport(nil)
+func remote(config *tls.Config) *http.Client {
+	t := mirror.Transport(config)
 	t.DialContext = (&net.Dialer{Timeout: dialTimeout, Control: func(_, address string, _ syscall.RawConn) error {
 		if a, err := netip.ParseAddrPort(address); err != nil || a.Addr().Unmap().IsLinkLocalUnicast() {
 			return errors.New("a link-local address is asked only where sources.mirrors or a hosts.toml names it")
@@ -243,7 +244,10 @@ var remote = func() *http.Client {
 		return nil
 	}}).DialContext
 	return &http.Client{Transport: t, Timeout: requestTimeout}
-}()
+}
+
+// anybody is shared by all hosts of which no file says anything.
+var anybody = remote(nil)
 
 // network reads sources.network and sources.hosts, and what contradicts them. hosts
 // is the directory to read, or empty for the usual ones, or "none".

@@ -375,12 +375,12 @@ func TestDeniedAsksNobody(t *testing.T) {
 // metadata services, are connected to only if the node's files name them.
 func TestLinkLocal(t *testing.T) {
 	t.Parallel()
-	c := load1(t, write(t, with(notation(), "config.yaml", sourcesOf("hosts: none"))))
-	for _, host := range []string{"169.254.169.254", "[fe80::1]:5000"} {
-		canonical, err := policy.ParseHost(host)
-		must(t, err)
-		if errs := find(t, c, canonical, "a"); len(errs) != 1 || !errors.Is(errs[0], verify.ErrUnreachable) || !strings.Contains(errs[0].Error(), "link-local") {
-			t.Errorf("%s: %v", host, errs)
+	for _, from := range []string{"none", certsD(t, "_default/hosts.toml", "skip_verify = true")} {
+		c := load1(t, write(t, with(notation(), "config.yaml", sourcesOf("hosts: "+from))))
+		for _, host := range []string{"169.254.169.254", "[fe80::1]:5000"} {
+			if errs := find(t, c, host, "a"); len(errs) != 1 || !errors.Is(errs[0], verify.ErrUnreachable) || !strings.Contains(errs[0].Error(), "link-local") {
+				t.Errorf("%s: %v", host, errs)
+			}
 		}
 	}
 }
