@@ -306,10 +306,7 @@ func TestBroken(t *testing.T) {
 	for _, n := range numbered(20, "ca%d") {
 		big["/c/r.test/"+n+".crt"] = cert + strings.Repeat("#\n", maxPEM/2-len(cert))
 	}
-	var in []string
-	for _, n := range numbered(maxPEMs, "'ca%d.crt'") {
-		in = append(in, n)
-	}
+	in := numbered(maxPEMs, "'ca%d.crt'")
 	big["/c/r.test/hosts.toml"] = "ca = [" + strings.Join(in, ",") + "]"
 	big["/c/s.test/hosts.toml"] = "ca = ['../r.test/ca1.crt']"
 	if _, _, err := Read("/c", big); err == nil || !strings.Contains(err.Error(), "too large") {
