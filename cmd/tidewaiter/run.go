@@ -57,7 +57,7 @@ how things stand through a socket in the run directory (tidewaiter status).`,
 			log := slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: level}))
 			slog.SetDefault(log)    // what libraries log is JSON lines too
 			containerdlog.UseSlog() // such as ttrpc, below NRI
-			oneProcessor()
+			smallShare()
 			return run(cmd.Context(), o, log)
 		},
 	}
