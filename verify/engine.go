@@ -8,13 +8,15 @@ import (
 	"strings"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // An Engine is the Judge that does the work: it asks sources for signatures and
 // has each checked until one meets the rule. It does not change and is safe for
-// concurrent use. All fields are required.
+// concurrent use. All fields but Store are required.
 type Engine struct {
+	Store   Keeper              // asked first, and given what the others found; may be nil
 	Sources func(Name) []Source // where signatures of an image of that name may be, in the order to ask
 	Checker Checker
 	Limits  Limits // for each source; zero fields mean DefaultLimits
@@ -39,24 +41,65 @@ func (e *Engine) Judge(ctx context.Context, q Question) (d Decision) {
 	}
 	var seen []Finding
 	var tried []Attempt
-	for _, src := range e.Sources(q.Image.Name) {
+	sources := e.Sources(q.Image.Name)
+	if e.Store != nil {
+		sources = append([]Source{e.Store}, sources...)
+		q.Image.indexes = e.indexes(ctx, q.Image.Manifest)
+	}
+	for _, src := range sources {
 		a, found, won := e.ask(ctx, src, q)
+		if src == e.Store && a.Seen == 0 && a.Reason == SignatureMissing {
+			continue // that nothing was kept yet is no news
+		}
 		seen, tried = append(seen, found...), append(tried, a)
-		if won {
+		if won != nil {
 			d := allow(q, found[len(found)-1], e.Now())
 			d.Source, d.Tried = a.Source, tried
+			if d.allowed && e.Store != nil && src != e.Store {
+				e.keep(q.Image, won)
+			}
 			return d
 		}
 	}
 	return refuse(seen, tried, e.Now())
 }
 
+// maxIndexes bounds how many indexes that the store knows to list a manifest are
+// asked for signatures of. There are more only where an image was built again and
+// again with one platform unchanged.
+const maxIndexes = 4
+
+// indexes returns the indexes in the store that list manifest. The image may run by
+// its manifest, imported or named by digest, and be signed by its index.
+func (e *Engine) indexes(ctx context.Context, manifest ocispec.Descriptor) (list []ocispec.Descriptor) {
+	defer func() { _ = recover() }() // one source less
+	e.Store.Indexes(ctx, manifest.Digest, NewBudget(e.Limits), func(d digest.Digest, raw []byte) bool {
+		if index, ok := listing(d, raw, manifest); ok {
+			list = append(list, index)
+		}
+		return len(list) < maxIndexes
+	})
+	return list
+}
+
+// keep hands over what met the rule. Whatever becomes of it, the answer stands.
+func (e *Engine) keep(img Image, p *proof) {
+	defer func() { _ = recover() }()
+	e.Store.Keep(img, p.subject, p.evidence)
+}
+
+// A proof is evidence that met the rule, and what it is a signature of.
+type proof struct {
+	subject  ocispec.Descriptor
+	evidence Evidence
+}
+
 // ask asks one source for signatures of each subject and checks what it hands
-// over. If won, the last finding meets the rule. A panic costs only that source.
-func (e *Engine) ask(ctx context.Context, src Source, q Question) (a Attempt, found []Finding, won bool) {
+// over. Where won is not nil the last finding meets the rule. A panic costs only that source.
+func (e *Engine) ask(ctx context.Context, src Source, q Question) (a Attempt, found []Finding, won *proof) {
 	defer func() {
 		if p := recover(); p != nil {
-			a.Reason, a.Detail, won = Internal, clip(fmt.Sprintf("panic while asking a source: %v", p)), false
+			a.Reason, a.Detail, won = Internal, clip(fmt.Sprintf("panic while asking a source: %v", p)), nil
 		}
 	}()
 	limits := e.Limits.Or(DefaultLimits)
@@ -70,18 +113,20 @@ func (e *Engine) ask(ctx context.Context, src Source, q Question) (a Attempt, fo
 			continue
 		}
 		err := src.Find(ctx, q.Image.Name, subject, budget, func(ev Evidence) bool {
-			if won {
+			if won != nil {
 				return false // the source was told to stop
 			}
 			f := e.check(ctx, ev, subject, q.Rule.Statement)
-			won = f.Reason == Verified
+			if f.Reason == Verified {
+				won = &proof{subject, ev}
+			}
 			found = append(found, f)
-			return !won
+			return won == nil
 		})
 		a.Seen = len(found)
-		if won {
+		if won != nil {
 			a.Reason = Verified
-			return a, found, true
+			return a, found, won
 		}
 		if err == nil {
 			err = ctx.Err() // who was cut short has not answered, whatever it says
@@ -94,7 +139,7 @@ func (e *Engine) ask(ctx context.Context, src Source, q Question) (a Attempt, fo
 			// referrers tags has none for an index of which only the manifest is signed,
 			// and a broken referrer of the index must not hide those of the manifest.
 			if ctx.Err() != nil {
-				return a, found, false
+				return a, found, nil
 			}
 		}
 	}
@@ -104,7 +149,7 @@ func (e *Engine) ask(ctx context.Context, src Source, q Question) (a Attempt, fo
 		f := slices.MinFunc(found, func(x, y Finding) int { return x.Reason.rank() - y.Reason.rank() })
 		a.Reason, a.Detail = f.Reason, f.Detail
 	}
-	return a, found, false
+	return a, found, nil
 }
 
 // check has one piece of evidence checked; a panic in a parser costs only that

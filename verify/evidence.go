@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -28,6 +29,22 @@ type Source interface {
 	// ErrUnauthorized, ErrNoReferrers, ErrBudget. Nil means that it answered, also
 	// when it had nothing: only then may anybody say SIGNATURE_MISSING.
 	Find(ctx context.Context, in Name, subject ocispec.Descriptor, b *Budget, yield func(Evidence) bool) error
+}
+
+// A Keeper is a Source that keeps what others found: the node's own store. What it
+// holds is evidence and never a verdict. The Engine has it checked like any other,
+// and a Keeper that keeps nothing costs requests and changes no answer.
+type Keeper interface {
+	Source
+
+	// Keep is given evidence that verified for subject, which is one of img's. It
+	// returns at once and keeps it later, or not at all. Nobody changes ev after.
+	Keep(img Image, subject ocispec.Descriptor, ev Evidence)
+
+	// Indexes hands over documents that may be image indexes which list the manifest
+	// d, until yield returns false or b is spent. The caller believes neither the
+	// digest nor the bytes.
+	Indexes(ctx context.Context, d digest.Digest, b *Budget, yield func(index digest.Digest, raw []byte) bool)
 }
 
 // What a Source could not do. Anything else that it returns counts as ErrUnreachable.
@@ -55,6 +72,7 @@ func reasonOf(err error) Reason {
 // that Blob and the manifest had the digests and sizes that their descriptors claim.
 type Evidence struct {
 	Manifest  ocispec.Descriptor // of the signature manifest
+	Document  []byte             // the signature manifest itself, for a Keeper; nil with Err
 	MediaType string             // of Blob
 	Blob      []byte             // the signature envelope
 	Err       error              // why it could not be read; then Blob is nil
@@ -103,6 +121,22 @@ func EnvelopeIn(raw []byte, subject ocispec.Descriptor) (ocispec.Descriptor, err
 		return none, fmt.Errorf("signature envelope has size %d", l.Size)
 	}
 	return ocispec.Descriptor{MediaType: l.MediaType, Digest: l.Digest, Size: l.Size}, nil
+}
+
+// listing returns the descriptor of the image index raw where that is what its
+// digest says and lists manifest with its size and media type: then whoever signed
+// the index signed the manifest too.
+func listing(d digest.Digest, raw []byte, manifest ocispec.Descriptor) (index ocispec.Descriptor, ok bool) {
+	if d.Validate() != nil || d.Algorithm().FromBytes(raw) != d || Bounded(raw) != nil {
+		return index, false
+	}
+	mediaType, err := MediaTypeOf(raw, "")
+	var doc ocispec.Index
+	if err != nil || json.Unmarshal(raw, &doc) != nil {
+		return index, false
+	}
+	listed := slices.ContainsFunc(doc.Manifests, func(m ocispec.Descriptor) bool { return plain(m) == plain(manifest) })
+	return ocispec.Descriptor{MediaType: mediaType, Digest: d, Size: int64(len(raw))}, listed
 }
 
 // maxElements bounds the elements of a JSON document. An index of 13,000

@@ -112,6 +112,8 @@ type Image struct {
 	Epoch   Epoch // of the configuration under which it was bound; not with UseQuestion
 	Pod     Pod
 	Fault   *Fault
+
+	indexes []ocispec.Descriptor // that list Manifest; set by the Engine, which has seen that they do
 }
 
 // maxName bounds host and path of a name together; longer ones cannot be pulled
@@ -154,6 +156,11 @@ func (i Image) subjects() []ocispec.Descriptor {
 	list := []ocispec.Descriptor{i.Target}
 	if i.Manifest.Digest != i.Target.Digest {
 		list = append(list, i.Manifest)
+	}
+	for _, index := range i.indexes {
+		if index.Digest != i.Target.Digest {
+			list = append(list, index)
+		}
 	}
 	return append(list, i.Others[:min(len(i.Others), MaxOthers)]...)
 }

@@ -134,6 +134,11 @@ func runDir(cmd *cobra.Command, dir *string) {
 	cmd.Flags().StringVar(dir, "run-dir", env("TIDEWAITER_RUN_DIR", "/run/tidewaiter"), "`DIR` of the control socket (TIDEWAITER_RUN_DIR)")
 }
 
+// stateDir adds the flag that every verb has that reads or writes what the gate keeps.
+func stateDir(cmd *cobra.Command, dir *string) {
+	cmd.Flags().StringVar(dir, "state-dir", env("TIDEWAITER_STATE_DIR", "/var/lib/tidewaiter"), "`DIR` of what is kept over a restart; empty: nothing is (TIDEWAITER_STATE_DIR)")
+}
+
 // outputFlag adds the flag that every verb has that prints.
 func outputFlag(cmd *cobra.Command, o *string) {
 	cmd.Flags().StringVarP(o, "output", "o", "text", "`FORM` of the answer: text or json")

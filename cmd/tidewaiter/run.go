@@ -27,11 +27,13 @@ import (
 	"github.com/tidewaiter/tidewaiter/nri/sweep"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
+	"github.com/tidewaiter/tidewaiter/verify/source/store"
 )
 
 type runOptions struct {
 	configDir  string
 	runDir     string
+	stateDir   string // empty: nothing is kept
 	containerd string
 	nri        string
 	node       string
@@ -63,6 +65,7 @@ how things stand through a socket in the run directory (tidewaiter status).`,
 	}
 	configDir(cmd, &o.configDir)
 	runDir(cmd, &o.runDir)
+	stateDir(cmd, &o.stateDir)
 	host, _ := os.Hostname()
 	cmd.Flags().StringVar(&o.containerd, "containerd-socket", env("TIDEWAITER_CONTAINERD_SOCKET", "/run/containerd/containerd.sock"), "containerd's `SOCKET` (TIDEWAITER_CONTAINERD_SOCKET)")
 	cmd.Flags().StringVar(&o.nri, "nri-socket", env("TIDEWAITER_NRI_SOCKET", "/var/run/nri/nri.sock"), "containerd's NRI `SOCKET` (TIDEWAITER_NRI_SOCKET)")
@@ -94,6 +97,10 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	gate := &nri.Gate{Resolver: d.resolver, Verifier: &d.enforcer, Observe: d.observe, Now: time.Now, Node: o.node}
 	session := &nri.Session{Gate: gate, Socket: o.nri, Log: log, Audit: d.audits}
 	survey := &node.Survey{Resolver: d.resolver, Node: records, Verifier: &d.enforcer, Log: log}
+	if o.stateDir != "" {
+		d.store = store.New(o.stateDir, store.Options{Log: log, Now: time.Now, Image: records.Blob})
+		survey.Listed = d.store.Retain
+	}
 	// The gate needs none of what is in the run directory. Why it cannot be used, the
 	// control socket says.
 	kept := ""
@@ -135,6 +142,9 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	g.Go(func() error { return survey.Run(ctx) })
 	g.Go(func() error { return d.sweep.Run(ctx) })
 	g.Go(func() error { d.witness.Run(after); return nil })
+	if d.store != nil {
+		g.Go(func() error { return d.store.Run(after) })
+	}
 	loaded := make(chan struct{}) // closed when the directory was read once
 	var once sync.Once
 	g.Go(func() error {
@@ -177,6 +187,7 @@ type daemon struct {
 	started  time.Time
 	sweep    *sweep.Sweep   // nil in tests that have no containers
 	witness  *sweep.Witness // nil where sweep is
+	store    *store.Store   // nil: nothing is kept
 
 	cache   *cache.Cache   // of the configuration in force; owned by apply
 	retired sync.WaitGroup // caches of earlier configurations that are closing
@@ -192,6 +203,9 @@ func (d *daemon) apply(c *config.Config, err error) {
 	var next *cache.Cache
 	if err == nil {
 		setup, err = c.Setup(func(e *verify.Engine) verify.Judge {
+			if d.store != nil {
+				e.Store = d.store
+			}
 			next = cache.New(e, cache.Options{Now: time.Now, Observe: d.judged(c)})
 			return next
 		}, time.Now)
@@ -214,6 +228,9 @@ func (d *daemon) apply(c *config.Config, err error) {
 	// A container that is bound between the two gets PENDING: the epochs differ.
 	d.resolver.Configure(resolverOptions(c))
 	d.enforcer.Swap(setup)
+	if d.store != nil {
+		d.store.Configure(c.Keep)
+	}
 	if d.sweep != nil {
 		d.sweep.Configure(sweep.Rules{Epoch: setup.Epoch, Mode: setup.Mode, Stop: c.StopRunning})
 	}

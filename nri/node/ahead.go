@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tidewaiter/tidewaiter/verify"
@@ -35,6 +36,11 @@ type Survey struct {
 	// Looked is called when all images were looked at (not verified) after a
 	// connection or under a new configuration. It must not block; nil is allowed.
 	Looked func()
+
+	// Listed is called with the digests of the manifests and indexes of all images of
+	// the node, each time that the list is looked at and is whole. It must not block,
+	// and the map is its own; nil is allowed.
+	Listed func(map[digest.Digest]bool)
 
 	items map[string]*item // by record name
 	turn  int              // numbers the looks
@@ -162,7 +168,8 @@ func (s *Survey) look(ctx context.Context) bool {
 	if err != nil {
 		return false
 	}
-	if len(records) > maxLeads {
+	whole := len(records) <= maxLeads
+	if !whole {
 		s.Log.Warn("the node has more images than are looked at ahead of time", "images", len(records), "looked at", maxLeads)
 		records = records[:maxLeads]
 	}
@@ -174,6 +181,16 @@ func (s *Survey) look(ctx context.Context) bool {
 		if !pause(ctx, surveyPause) {
 			return true
 		}
+	}
+	if whole && s.Listed != nil {
+		live := map[digest.Digest]bool{}
+		for _, record := range records {
+			live[record.Target.Digest] = true
+			if l, known := r.leads.Peek(plain(record.Target)); known && l.fault == nil {
+				live[l.manifest.Digest] = true
+			}
+		}
+		s.Listed(live)
 	}
 	afresh := conns != s.conns || o.Epoch != s.epoch
 	var used map[string]bool

@@ -35,6 +35,7 @@ type Config struct {
 	Mode        verify.Mode
 	Mirrors     []Mirror
 	Layouts     []string      // directories, absolute
+	Keep        time.Duration // how long the node's store keeps signatures after their image left; 0: store.DefaultKeep
 	Limits      verify.Limits // zero fields mean verify.DefaultLimits
 	Credentials string        // docker config.json with what registries know this node by; empty: none
 	Helpers     string        // directory of credential helpers; empty: PATH

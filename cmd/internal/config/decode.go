@@ -33,6 +33,7 @@ const (
 	maxNames    = 50  // snapshotters, and runtimes
 	maxName     = 128 // bytes of one; not in the expressions, where each repetition would be compiled
 	maxWait     = time.Second
+	maxKeep     = 10 * 366 * 24 * time.Hour
 )
 
 var (
@@ -169,8 +170,9 @@ func (r *reader) floor(n *yaml.Node, c *Config) {
 
 // sources returns the directory of containerd's that it names, see network.
 func (r *reader) sources(n *yaml.Node, c *Config) (hosts string) {
-	f := r.mapping(n, "sources", "network", "hosts", "mirrors", "layouts", "credentials", "helpers")
+	f := r.mapping(n, "sources", "network", "hosts", "mirrors", "layouts", "credentials", "helpers", "keep")
 	hosts = r.network(f, c)
+	c.Keep = r.duration(f["keep"], "sources.keep", time.Hour, maxKeep)
 	for i, v := range r.sequence(f["mirrors"], "sources.mirrors", maxMirrors) {
 		path := index("sources.mirrors", i)
 		m := r.mirror(v, path)

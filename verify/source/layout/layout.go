@@ -16,13 +16,8 @@ import (
 	_ "crypto/sha256" // digests of the subjects and blobs
 	_ "crypto/sha512"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"os"
-	"path"
-	"syscall"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -64,7 +59,7 @@ func (s *Source) Find(ctx context.Context, _ verify.Name, subject ocispec.Descri
 	if err != nil {
 		return err
 	}
-	defer l.root.Close()
+	defer l.dir.Root.Close()
 	w := &walk{layout: l, subject: subject, yield: yield, seen: map[verify.Target]bool{}}
 	w.run(ctx, entries)
 	return w.failed
@@ -90,13 +85,13 @@ func (s *Source) Manifest(ctx context.Context, d digest.Digest) (ocispec.Descrip
 	if err != nil {
 		return none, nil, err
 	}
-	defer l.root.Close()
-	raw, err := l.read(blobPath(d), func(n int64) error { return b.Manifest(n) })
+	defer l.dir.Root.Close()
+	raw, err := l.dir.Read(BlobPath(d), func(n int64) error { return b.Manifest(n) })
 	if err != nil {
 		return none, nil, err
 	}
 	if d.Algorithm().FromBytes(raw) != d {
-		return none, nil, fmt.Errorf("%w: %s is not what its digest says", verify.ErrUnreachable, blobPath(d))
+		return none, nil, fmt.Errorf("%w: %s is not what its digest says", verify.ErrUnreachable, BlobPath(d))
 	}
 	listed := ""
 	for _, e := range entries {
@@ -113,8 +108,8 @@ func (s *Source) Manifest(ctx context.Context, d digest.Digest) (ocispec.Descrip
 
 // A layout is an open directory.
 type layout struct {
-	root *os.Root
-	b    *verify.Budget
+	dir *Dir
+	b   *verify.Budget
 }
 
 // open opens the layout at dir and returns the entries of its index.json.
@@ -123,7 +118,7 @@ func open(dir string, b *verify.Budget) (*layout, []ocispec.Descriptor, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
 	}
-	l := &layout{root, b}
+	l := &layout{&Dir{root}, b}
 	entries, err := l.start()
 	if err != nil {
 		root.Close()
@@ -134,7 +129,7 @@ func open(dir string, b *verify.Budget) (*layout, []ocispec.Descriptor, error) {
 
 // start reads oci-layout and index.json.
 func (l *layout) start() ([]ocispec.Descriptor, error) {
-	raw, err := l.read(ocispec.ImageLayoutFile, l.b.Manifest)
+	raw, err := l.dir.Read(ocispec.ImageLayoutFile, l.b.Manifest)
 	if err != nil {
 		return nil, unreachable(err)
 	}
@@ -148,7 +143,7 @@ func (l *layout) start() ([]ocispec.Descriptor, error) {
 	}
 	// Bytes, but no page: the limit on those is for lists that others make long,
 	// and index.json is read once for each digest of the image.
-	if raw, err = l.read(ocispec.ImageIndexFile, l.b.Manifest); err != nil {
+	if raw, err = l.dir.Read(ocispec.ImageIndexFile, l.b.Manifest); err != nil {
 		return nil, unreachable(err)
 	}
 	entries, err := entriesOf(raw)
@@ -182,70 +177,8 @@ func entriesOf(raw []byte) ([]ocispec.Descriptor, error) {
 // unreachable makes err, which kept the whole layout from being read, one of
 // those that verify.Source speaks of.
 func unreachable(err error) error {
-	if inconclusive(err) {
+	if Inconclusive(err) {
 		return err
 	}
 	return fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
-}
-
-// inconclusive reports whether err left open what a file holds.
-func inconclusive(err error) bool {
-	return errors.Is(err, verify.ErrUnreachable) || errors.Is(err, verify.ErrBudget)
-}
-
-// blobPath is where the blob with a valid digest lies.
-func blobPath(d digest.Digest) string {
-	return path.Join(ocispec.ImageBlobsDir, d.Algorithm().String(), d.Encoded())
-}
-
-// read reads a regular file after admit, told its size, has agreed. Links that
-// lead out of the directory are refused (os.Root); a FIFO or a device is opened
-// without waiting and then refused. A file that is not there is fs.ErrNotExist;
-// what else keeps it from being read is verify.ErrUnreachable.
-func (l *layout) read(name string, admit func(int64) error) ([]byte, error) {
-	f, err := l.root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%s: %w", name, fs.ErrNotExist)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%w: %s is not a regular file", verify.ErrUnreachable, name)
-	}
-	if err := admit(info.Size()); err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
-	}
-	raw := make([]byte, info.Size())
-	if _, err := io.ReadFull(f, raw); err != nil {
-		return nil, fmt.Errorf("%w: %s: %w", verify.ErrUnreachable, name, err)
-	}
-	return raw, nil
-}
-
-// blob reads the blob that d describes and checks it. take is asked before
-// anything is read.
-func (l *layout) blob(d ocispec.Descriptor, take func(int64) error) ([]byte, error) {
-	if err := d.Digest.Validate(); err != nil {
-		return nil, fmt.Errorf("digest %s: %w", verify.Quote(d.Digest.String(), 80), err)
-	}
-	name := blobPath(d.Digest)
-	raw, err := l.read(name, func(n int64) error {
-		if n != d.Size {
-			return fmt.Errorf("%d bytes, but its descriptor says %d", n, d.Size)
-		}
-		return take(n)
-	})
-	if err != nil {
-		return nil, err
-	}
-	if d.Digest.Algorithm().FromBytes(raw) != d.Digest {
-		return nil, fmt.Errorf("%s is not what its digest says", name)
-	}
-	return raw, nil
 }

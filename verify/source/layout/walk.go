@@ -74,7 +74,7 @@ func (w *walk) over(ctx context.Context) bool {
 
 // fail remembers err if it left open whether there is a signature.
 func (w *walk) fail(err error) {
-	if w.failed == nil && inconclusive(err) {
+	if w.failed == nil && Inconclusive(err) {
 		w.failed = err
 	}
 }
@@ -116,7 +116,7 @@ func (w *walk) referrers(ctx context.Context, index ocispec.Descriptor) {
 		if e.ArtifactType == "" {
 			w.candidate(e)
 		} else if w.fresh(e) {
-			raw, err := w.blob(e, w.b.Manifest)
+			raw, err := w.dir.Blob(e, w.b.Manifest)
 			w.signature(e, raw, err)
 		}
 	}
@@ -124,7 +124,7 @@ func (w *walk) referrers(ctx context.Context, index ocispec.Descriptor) {
 
 // index returns the entries of the index d, none if it cannot be read.
 func (w *walk) index(d ocispec.Descriptor) []ocispec.Descriptor {
-	raw, err := w.blob(d, w.b.Manifest)
+	raw, err := w.dir.Blob(d, w.b.Manifest)
 	if err != nil {
 		w.fail(err)
 		return nil
@@ -142,7 +142,7 @@ func (w *walk) candidate(d ocispec.Descriptor) {
 	if d.ArtifactType != "" && d.ArtifactType != verify.ArtifactTypeNotation || !w.fresh(d) {
 		return
 	}
-	raw, err := w.blob(d, w.b.Manifest)
+	raw, err := w.dir.Blob(d, w.b.Manifest)
 	if err != nil {
 		w.fail(err)
 		return
@@ -173,16 +173,11 @@ func (w *walk) signature(d ocispec.Descriptor, raw []byte, err error) {
 		return
 	}
 	ev := verify.Evidence{Manifest: ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}}
-	var envelope ocispec.Descriptor
 	if err == nil && d.MediaType != ocispec.MediaTypeImageManifest {
 		err = fmt.Errorf("media type %s is not that of a manifest", verify.Quote(d.MediaType, 80))
 	}
 	if err == nil {
-		envelope, err = verify.EnvelopeIn(raw, w.subject)
-	}
-	if err == nil {
-		ev.MediaType = envelope.MediaType
-		ev.Blob, err = w.blob(envelope, w.b.Envelope)
+		err = w.dir.Signature(&ev, raw, w.subject, w.b)
 	}
 	if err != nil {
 		w.fail(err)

@@ -151,7 +151,7 @@ func (f *finding) referrers(ctx context.Context, entries []ocispec.Descriptor) e
 			return err
 		}
 		ev := verify.Evidence{Manifest: ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}}
-		ev.MediaType, ev.Blob, ev.Err = f.read(ctx, ev.Manifest)
+		ev.Err = f.read(ctx, &ev)
 		if ev.Err != nil {
 			if f.failed == nil && inconclusive(ev.Err) {
 				f.failed = ev.Err
@@ -165,21 +165,25 @@ func (f *finding) referrers(ctx context.Context, entries []ocispec.Descriptor) e
 	return nil
 }
 
-// read reads the signature with manifest d: media type and bytes of its envelope.
-func (f *finding) read(ctx context.Context, d ocispec.Descriptor) (string, []byte, error) {
-	if d.MediaType != ocispec.MediaTypeImageManifest {
-		return "", nil, fmt.Errorf("media type %s is not that of a manifest", verify.Quote(d.MediaType, 80))
+// read reads the signature with the manifest that ev names into ev.
+func (f *finding) read(ctx context.Context, ev *verify.Evidence) error {
+	if m := ev.Manifest.MediaType; m != ocispec.MediaTypeImageManifest {
+		return fmt.Errorf("media type %s is not that of a manifest", verify.Quote(m, 80))
 	}
-	raw, err := f.content(ctx, d, f.b.Manifest, true)
+	raw, err := f.content(ctx, ev.Manifest, f.b.Manifest, true)
 	if err != nil {
-		return "", nil, err
+		return err
 	}
 	envelope, err := verify.EnvelopeIn(raw, f.subject)
 	if err != nil {
-		return "", nil, err
+		return err
 	}
 	blob, err := f.content(ctx, envelope, f.b.Envelope, false)
-	return envelope.MediaType, blob, err
+	if err != nil {
+		return err
+	}
+	ev.Document, ev.MediaType, ev.Blob = raw, envelope.MediaType, blob
+	return nil
 }
 
 // content reads the manifest or blob that d describes, from the budget that take is

@@ -42,6 +42,9 @@ next:
 		for i, w := range left {
 			if ev.Manifest.Digest == w.Manifest.Digest && ev.Manifest.Size == w.Manifest.Size &&
 				ev.Manifest.MediaType == w.Manifest.MediaType && ev.MediaType == w.MediaType && bytes.Equal(ev.Blob, w.Blob) {
+				if ev.Manifest.Digest.Algorithm().FromBytes(ev.Document) != ev.Manifest.Digest {
+					t.Errorf("signature manifest %s is handed over as %.40q", ev.Manifest.Digest, ev.Document)
+				}
 				left = append(left[:i], left[i+1:]...)
 				continue next
 			}

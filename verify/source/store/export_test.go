@@ -1,0 +1,11 @@
+package store
+
+// Read is closed when the directory was read.
+func (s *Store) Read() <-chan struct{} { return s.read }
+
+// Waiting returns how much evidence waits to be written.
+func (s *Store) Waiting() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.waiting)
+}

@@ -1,0 +1,895 @@
+package store_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"go.uber.org/goleak"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/source/layout"
+	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
+	"github.com/tidewaiter/tidewaiter/verify/source/store"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// A clock that tests set.
+type clock struct {
+	mu sync.Mutex
+	at time.Time
+}
+
+func newClock() *clock { return &clock{at: time.Now()} }
+
+func (c *clock) now() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.at
+}
+
+func (c *clock) pass(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.at = c.at.Add(d)
+}
+
+// logged collects what is logged.
+type logged struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (l *logged) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(b)
+}
+
+func (l *logged) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// A run is a store that runs.
+type run struct {
+	*store.Store
+	t    testing.TB
+	log  logged
+	stop func()
+}
+
+// start runs the store below dir until stop, which writes what waits.
+func start(t testing.TB, dir string, o store.Options) *run {
+	t.Helper()
+	r := &run{t: t}
+	o.Log = slog.New(slog.NewTextHandler(&r.log, nil))
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	r.Store = store.New(dir, o)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := r.Run(ctx); err != nil {
+			t.Error(err)
+		}
+	}()
+	r.stop = sync.OnceFunc(func() { cancel(); <-done })
+	t.Cleanup(r.stop)
+	<-r.Read()
+	return r
+}
+
+// eventually waits for what another goroutine does.
+func (r *run) eventually(what string, ok func() bool) {
+	r.t.Helper()
+	for end := time.Now().Add(30 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
+		if time.Now().After(end) {
+			r.t.Fatalf("%s: it did not come about; the log:\n%s", what, r.log.String())
+		}
+	}
+}
+
+func (r *run) settled() {
+	r.t.Helper()
+	r.eventually("everything is written", func() bool { return r.Waiting() == 0 })
+}
+
+// has checks which signatures of subject are found.
+func (r *run) has(subject ocispec.Descriptor, want ...verify.Evidence) {
+	r.t.Helper()
+	got, err := sourcetest.Find(r.t.Context(), r, subject, verify.Limits{})
+	if err != nil {
+		r.t.Error(err)
+	}
+	sourcetest.Check(r.t, got, want, 0)
+}
+
+// A site is images with signatures, as a registry has them.
+type site struct {
+	sourcetest.Content
+}
+
+// image adds an image with one signature.
+func (s *site) image(name string) (ocispec.Descriptor, verify.Evidence) {
+	d := s.Image(name)
+	return d, s.evidence(d, "envelope of "+name)
+}
+
+func (s *site) evidence(subject ocispec.Descriptor, envelope string) verify.Evidence {
+	ev := s.Sign(subject, verify.MediaTypeJWS, envelope)
+	ev.Document = s.Blobs[ev.Manifest.Digest]
+	return ev
+}
+
+// index adds an index of manifests.
+func (s *site) index(manifests ...ocispec.Descriptor) ocispec.Descriptor {
+	raw, err := json.Marshal(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: manifests})
+	if err != nil {
+		panic(err)
+	}
+	return s.Add(ocispec.MediaTypeImageIndex, raw)
+}
+
+// read is what the node's runtime has.
+func (s *site) read(_ context.Context, d ocispec.Descriptor) ([]byte, error) {
+	raw, ok := s.Blobs[d.Digest]
+	if !ok {
+		return nil, fs.ErrNotExist
+	}
+	return raw, nil
+}
+
+// keep has evidence kept of an image whose target was signed.
+func (r *run) keep(target, manifest ocispec.Descriptor, ev verify.Evidence) {
+	r.Keep(verify.Image{Target: target, Manifest: manifest}, target, ev)
+}
+
+func inside(dir string) string { return filepath.Join(dir, "store") }
+
+func blob(dir string, d digest.Digest) string {
+	return filepath.Join(inside(dir), "blobs", d.Algorithm().String(), d.Encoded())
+}
+
+// files returns every file below dir with its content.
+func files(t testing.TB, dir string) map[string]string {
+	t.Helper()
+	m := map[string]string{}
+	err := filepath.WalkDir(dir, func(p string, e fs.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() {
+			return err
+		}
+		b, err := os.ReadFile(p)
+		m[strings.TrimPrefix(p, dir+"/")] = string(b)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func write(t testing.TB, dir string, m map[string]string) {
+	t.Helper()
+	for name, content := range m {
+		name = filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(name, []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestSource(t *testing.T) {
+	t.Parallel()
+	sourcetest.Run(t, func(t *testing.T, c sourcetest.Content) verify.Source {
+		// A list that says what is not so the store has not got: it reads the files, and
+		// not index.json.
+		for _, list := range c.Referrers {
+			for _, d := range list {
+				if d.MediaType != ocispec.MediaTypeImageManifest {
+					delete(c.Blobs, d.Digest)
+				}
+			}
+		}
+		dir := t.TempDir()
+		sourcetest.Layout(t, inside(dir), c, false)
+		return start(t, dir, store.Options{})
+	})
+}
+
+func TestKeep(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	var c site
+	one, first := c.image("one")
+	two, second := c.image("two")
+	list := c.index(one, two)
+	third := c.evidence(list, "of the index")
+
+	r := start(t, dir, store.Options{Image: c.read})
+	r.has(one)
+	r.keep(one, one, first)
+	r.settled()
+	r.has(one, first)
+	r.has(two)
+	r.keep(two, two, second)
+	r.keep(list, two, third)
+	r.settled()
+	r.stop()
+	was := files(t, dir)
+	for _, d := range []digest.Digest{one.Digest, two.Digest, list.Digest, first.Manifest.Digest, ocispec.DescriptorEmptyJSON.Digest} {
+		if _, ok := was["store/blobs/sha256/"+d.Encoded()]; !ok {
+			t.Errorf("%s is not in the store", d)
+		}
+	}
+
+	// It is a layout like any other.
+	for subject, want := range map[*ocispec.Descriptor]verify.Evidence{&one: first, &two: second, &list: third} {
+		got, err := sourcetest.Find(t.Context(), layout.New(inside(dir)), *subject, verify.Limits{})
+		if err != nil {
+			t.Error(err)
+		}
+		sourcetest.Check(t, got, []verify.Evidence{want}, 0)
+	}
+	if d, _, err := layout.New(inside(dir)).Manifest(t.Context(), list.Digest); err != nil || d.MediaType != list.MediaType {
+		t.Error(d, err)
+	}
+
+	// What it has is not written again, by this process or the next.
+	var stats []syscall.Stat_t
+	stat := func() (list []syscall.Stat_t) {
+		for name := range was {
+			var s syscall.Stat_t
+			if err := syscall.Stat(filepath.Join(dir, name), &s); err != nil {
+				t.Fatal(err)
+			}
+			s.Atim = syscall.Timespec{}
+			list = append(list, s)
+		}
+		slices.SortFunc(list, func(a, b syscall.Stat_t) int { return int(a.Ino) - int(b.Ino) })
+		return list
+	}
+	stats = stat()
+	r = start(t, dir, store.Options{Image: c.read})
+	r.has(one, first)
+	r.has(list, third)
+	r.keep(one, one, first)
+	r.keep(list, two, third)
+	r.Retain(map[digest.Digest]bool{one.Digest: true})
+	r.settled()
+	r.stop()
+	if !maps.Equal(was, files(t, dir)) || !slices.Equal(stats, stat()) {
+		t.Error("the directory has changed")
+	}
+	if n := strings.Count(r.log.String(), "\n"); n > 0 {
+		t.Errorf("it said:\n%s", r.log.String())
+	}
+}
+
+func TestIndexes(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	var c site
+	arm, amd := c.Image("arm"), c.Image("amd")
+	index := c.index(arm, amd)
+	r := start(t, dir, store.Options{Image: c.read})
+	r.keep(index, amd, c.evidence(index, "index"))
+	r.settled()
+	for range 2 {
+		for _, m := range []ocispec.Descriptor{arm, amd} {
+			n := 0
+			r.Indexes(t.Context(), m.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, raw []byte) bool {
+				n++
+				if d != index.Digest || digest.FromBytes(raw) != d {
+					t.Error(d, string(raw))
+				}
+				return true
+			})
+			if n != 1 {
+				t.Errorf("%d indexes list it", n)
+			}
+		}
+		r.Indexes(t.Context(), index.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, _ []byte) bool {
+			t.Error("the index is listed by", d)
+			return true
+		})
+		r.Indexes(t.Context(), arm.Digest, &verify.Budget{}, func(digest.Digest, []byte) bool {
+			t.Error("without a budget")
+			return true
+		})
+		r.stop()
+		r = start(t, dir, store.Options{})
+	}
+}
+
+// complete is a store with two signatures, one of which is of an index.
+func complete(t *testing.T) (was map[string]string, subjects []ocispec.Descriptor, want []verify.Evidence, order []string) {
+	dir := t.TempDir()
+	var c site
+	one, first := c.image("one")
+	other := c.Image("two")
+	two := c.index(other)
+	second := c.evidence(two, "envelope of two")
+	r := start(t, dir, store.Options{Image: c.read})
+	r.keep(one, one, first)
+	r.keep(two, other, second)
+	r.settled()
+	r.stop()
+	name := func(d digest.Digest) string { return "store/blobs/sha256/" + d.Encoded() }
+	order = []string{name(digest.FromBytes(second.Blob)), name(two.Digest), name(other.Digest), name(second.Manifest.Digest), "store/index.json"}
+	return files(t, dir), []ocispec.Descriptor{one, two}, []verify.Evidence{first, second}, order
+}
+
+// The power goes at each byte that is written.
+func TestPowerCut(t *testing.T) {
+	t.Parallel()
+	was, subjects, want, order := complete(t)
+	before := maps.Clone(was)
+	for _, name := range order {
+		if _, ok := before[name]; !ok {
+			t.Fatalf("%s was not written", name)
+		}
+		delete(before, name)
+	}
+	cuts := 0
+	for i, name := range order {
+		for n := 0; n <= len(was[name]); n++ {
+			cuts++
+			dir := t.TempDir()
+			write(t, dir, before)
+			left := filepath.Dir(name) + "/.unfinished-7"
+			write(t, dir, map[string]string{left: was[name][:n]})
+			r := start(t, dir, store.Options{})
+			r.has(subjects[0], want[0])
+			if i > 3 { // the manifest is there
+				r.has(subjects[1], want[1])
+			} else {
+				r.has(subjects[1])
+			}
+			r.stop()
+			if _, err := os.Stat(filepath.Join(dir, left)); !errors.Is(err, fs.ErrNotExist) && filepath.Dir(name) != "store" {
+				t.Errorf("%s is still there: %v", left, err)
+			}
+			for d := range files(t, filepath.Join(inside(dir), "blobs/sha256")) {
+				if _, ok := was["store/blobs/sha256/"+d]; !ok {
+					t.Errorf("cut at byte %d of %s: %s is left", n, name, d)
+				}
+			}
+			if got, err := sourcetest.Find(t.Context(), layout.New(inside(dir)), subjects[0], verify.Limits{}); err != nil {
+				t.Error("as a layout:", err)
+			} else {
+				sourcetest.Check(t, got, want[:1], 0)
+			}
+			if t.Failed() {
+				t.Fatalf("cut at byte %d of %s", n, name)
+			}
+		}
+		before[name] = was[name]
+	}
+	t.Logf("%d cuts", cuts)
+}
+
+// A file system that does not keep its word, or flash that wears out, leaves files
+// that are short or wrong under their name.
+func TestDamaged(t *testing.T) {
+	t.Parallel()
+	was, subjects, want, order := complete(t)
+	for i, name := range slices.Concat(order, []string{"store/oci-layout"}) {
+		for n := 0; n <= len(was[name]); n++ {
+			harm := was[name][:n]
+			if n == len(was[name]) { // or of the same length
+				harm = "X" + harm[1:]
+			}
+			dir := t.TempDir()
+			m := maps.Clone(was)
+			m[name] = harm
+			write(t, dir, m)
+			r := start(t, dir, store.Options{})
+			r.has(subjects[0], want[0])
+			got, err := sourcetest.Find(t.Context(), r, subjects[1], verify.Limits{})
+			if err != nil {
+				t.Error(err)
+			}
+			if needed := i == 0 || i == 3; needed {
+				sourcetest.Check(t, got, nil, 0)
+				// It is kept anew when it is found again, and the file is then whole.
+				r.eventually("the damaged signature goes", func() bool {
+					n, _ := r.Signatures()
+					return n == 1
+				})
+				r.Keep(verify.Image{Target: subjects[1], Manifest: subjects[1]}, subjects[1], evidence(want[1], was))
+				r.settled()
+				r.has(subjects[1], want[1])
+			} else {
+				sourcetest.Check(t, got, want[1:], 0)
+			}
+			r.stop()
+			if t.Failed() {
+				t.Fatalf("%s with %d of %d bytes", name, n, len(was[name]))
+			}
+		}
+	}
+}
+
+func evidence(ev verify.Evidence, m map[string]string) verify.Evidence {
+	ev.Document = []byte(m["store/blobs/sha256/"+ev.Manifest.Digest.Encoded()])
+	return ev
+}
+
+func TestForeignFiles(t *testing.T) {
+	t.Parallel()
+	was, subjects, want, _ := complete(t)
+	out := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(out, []byte("{}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sum := func(s string) string { return digest.FromString(s).Encoded() }
+	for name, harm := range map[string]func(at string) error{
+		"link":      func(at string) error { return os.Symlink(out, filepath.Join(at, sum("{}x"))) },
+		"FIFO":      func(at string) error { return syscall.Mkfifo(filepath.Join(at, sum("fifo")), 0o600) },
+		"directory": func(at string) error { return os.Mkdir(filepath.Join(at, sum("directory")), 0o700) },
+		"name":      func(at string) error { return os.WriteFile(filepath.Join(at, "README"), nil, 0o600) },
+		"huge": func(at string) error {
+			name := filepath.Join(at, sum("huge"))
+			if err := os.WriteFile(name, nil, 0o600); err != nil {
+				return err
+			}
+			return os.Truncate(name, 1<<40)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			write(t, dir, was)
+			at := filepath.Join(inside(dir), "blobs/sha256")
+			if err := harm(at); err != nil {
+				t.Fatal(err)
+			}
+			r := start(t, dir, store.Options{})
+			r.has(subjects[0], want[0])
+			r.has(subjects[1], want[1])
+			var c site
+			d, ev := c.image("three")
+			r.keep(d, d, ev)
+			r.settled()
+			r.has(d, ev)
+			r.stop()
+			if s := r.log.String(); !strings.Contains(s, "are no part of it") {
+				t.Errorf("it said:\n%s", s)
+			}
+			if b, err := os.ReadFile(out); err != nil || string(b) != "{}" {
+				t.Error("the file outside:", string(b), err)
+			}
+		})
+	}
+}
+
+// Nothing is followed out of the state directory, and none of it keeps the gate
+// from its work.
+func TestNoDirectory(t *testing.T) {
+	t.Parallel()
+	for name, harm := range map[string]func(t *testing.T, dir string) error{
+		"store is a link out": func(t *testing.T, dir string) error { return os.Symlink(t.TempDir(), inside(dir)) },
+		"store is a file":     func(t *testing.T, dir string) error { return os.WriteFile(inside(dir), nil, 0o600) },
+		"store is a FIFO":     func(t *testing.T, dir string) error { return syscall.Mkfifo(inside(dir), 0o600) },
+		"the lock is a FIFO":  func(t *testing.T, dir string) error { return syscall.Mkfifo(filepath.Join(dir, "store.lock"), 0o600) },
+		"the lock is a link": func(t *testing.T, dir string) error {
+			return os.Symlink("/etc/passwd", filepath.Join(dir, "store.lock"))
+		},
+		"blobs is a file": func(t *testing.T, dir string) error {
+			return errors.Join(os.Mkdir(inside(dir), 0o700), os.WriteFile(inside(dir)+"/blobs", nil, 0o600))
+		},
+		"blobs is a link out": func(t *testing.T, dir string) error {
+			return errors.Join(os.Mkdir(inside(dir), 0o700), os.Symlink(t.TempDir(), inside(dir)+"/blobs"))
+		},
+		"state is a file": func(t *testing.T, dir string) error {
+			return errors.Join(os.Remove(dir), os.WriteFile(dir, nil, 0o600))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := filepath.Join(t.TempDir(), "state")
+			if err := errors.Join(os.Mkdir(dir, 0o700), harm(t, dir)); err != nil {
+				t.Fatal(err)
+			}
+			r := start(t, dir, store.Options{})
+			var c site
+			d, ev := c.image("one")
+			r.keep(d, d, ev)
+			r.eventually("it says so", func() bool { return r.Trouble() != "" })
+			r.has(d)
+			r.stop()
+			if n := strings.Count(r.log.String(), "are not kept on disk"); n != 1 {
+				t.Errorf("said %d times:\n%s", n, r.log.String())
+			}
+		})
+	}
+}
+
+func TestTwoProcesses(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	var c site
+	one, first := c.image("one")
+	two, second := c.image("two")
+	old := start(t, dir, store.Options{})
+	old.keep(one, one, first)
+	old.settled()
+	young := start(t, dir, store.Options{})
+	young.has(one, first)
+	if s := young.Trouble(); s != "another process of this node writes to it" {
+		t.Errorf("trouble %q", s)
+	}
+	young.keep(two, two, second)
+	young.has(two)
+	old.has(two)
+	old.stop()
+	young.keep(one, one, first) // rings
+	var more verify.Evidence
+	three, more := c.image("three")
+	young.keep(three, three, more)
+	young.settled()
+	young.has(one, first)
+	young.has(two, second)
+	young.has(three, more)
+	if s := young.Trouble(); s != "" {
+		t.Errorf("trouble %q", s)
+	}
+}
+
+// mount gives the test a small file system, as a flash partition.
+func mount(t *testing.T) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		fmt.Fprintln(os.Stderr, "LEFT OUT:", t.Name(), "mounts a file system, which needs root")
+		t.Skip("needs root")
+	}
+	dir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=48k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+func TestDiskFull(t *testing.T) {
+	dir := mount(t)
+	var c site
+	one, first := c.image("one")
+	big := c.Image("big")
+	ev := c.evidence(big, strings.Repeat("x", 100<<10))
+	r := start(t, dir, store.Options{})
+	r.keep(one, one, first)
+	r.settled()
+	r.keep(big, big, ev)
+	r.eventually("it says so", func() bool { return strings.Contains(r.Trouble(), "no space left") })
+	r.has(one, first)
+	r.has(big)
+	if left, _ := filepath.Glob(filepath.Join(inside(dir), "blobs/sha256/.unfinished*")); len(left) > 0 {
+		t.Errorf("left are %q", left)
+	}
+	// With room again, it is kept.
+	if err := syscall.Mount("", dir, "", syscall.MS_REMOUNT, "size=1m"); err != nil {
+		t.Fatal(err)
+	}
+	two, second := c.image("two")
+	r.keep(two, two, second)
+	r.settled()
+	r.eventually("it is over", func() bool { return r.Trouble() == "" })
+	r.has(big, ev)
+	r.has(two, second)
+}
+
+func TestReadOnly(t *testing.T) {
+	dir := mount(t)
+	was, subjects, want, _ := complete(t)
+	write(t, dir, was)
+	if err := syscall.Mount("", dir, "", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	r := start(t, dir, store.Options{})
+	r.has(subjects[0], want[0])
+	r.has(subjects[1], want[1])
+	if s := r.Trouble(); !strings.Contains(s, "read-only file system") {
+		t.Errorf("trouble %q", s)
+	}
+}
+
+// Others can write to the directory: that is said, and no more comes of it.
+func TestForeignOwner(t *testing.T) {
+	t.Parallel()
+	was, subjects, want, _ := complete(t)
+	dir := t.TempDir()
+	write(t, dir, was)
+	if err := os.Chmod(inside(dir), 0o777); err != nil {
+		t.Fatal(err)
+	}
+	r := start(t, dir, store.Options{})
+	r.has(subjects[0], want[0])
+	if s := r.log.String(); !strings.Contains(s, "others than the gate can write") {
+		t.Errorf("it said:\n%s", s)
+	}
+}
+
+// The directory goes while the store runs.
+func TestRemoved(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "state")
+	var c site
+	one, first := c.image("one")
+	two, second := c.image("two")
+	r := start(t, dir, store.Options{})
+	r.keep(one, one, first)
+	r.settled()
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	r.keep(two, two, second)
+	r.eventually("it says so", func() bool { return r.Trouble() != "" })
+	three, more := c.image("three")
+	r.keep(three, three, more)
+	r.settled()
+	r.has(two, second)
+	r.has(three, more)
+}
+
+func TestSize(t *testing.T) {
+	t.Parallel()
+	clock := newClock()
+	var c site
+	size := int64(20 << 10)
+	dir := t.TempDir()
+	r := start(t, dir, store.Options{Now: clock.now, Size: size})
+	var all []ocispec.Descriptor
+	var evs []verify.Evidence
+	for i := range 12 {
+		d := c.Image(fmt.Sprint("image ", i))
+		ev := c.evidence(d, strings.Repeat(string(rune('a'+i)), 2000))
+		all, evs = append(all, d), append(evs, ev)
+		r.keep(d, d, ev)
+		r.settled()
+		clock.pass(time.Minute)
+		if _, n := r.Signatures(); n > size {
+			t.Errorf("%d bytes", n)
+		}
+	}
+	n, _ := r.Signatures()
+	if n < 4 || n > 8 {
+		t.Errorf("%d signatures in %d bytes", n, size)
+	}
+	for i, d := range all { // the oldest went
+		if i < len(all)-n {
+			r.has(d)
+		} else {
+			r.has(d, evs[i])
+		}
+	}
+	onDisk := 0
+	for name, content := range files(t, inside(dir)) {
+		if strings.HasPrefix(name, "blobs/") {
+			onDisk += len(content)
+		}
+	}
+	if int64(onDisk) > size {
+		t.Errorf("%d bytes on disk", onDisk)
+	}
+
+	// What is on the node does not go for something new.
+	live := map[digest.Digest]bool{}
+	for _, d := range all {
+		live[d.Digest] = true
+	}
+	r.Retain(live)
+	d := c.Image("new")
+	r.keep(d, d, c.evidence(d, strings.Repeat("z", 5000)))
+	r.settled()
+	r.has(d)
+	r.has(all[11], evs[11])
+	r.eventually("it says so", func() bool { return strings.Contains(r.Trouble(), "full") })
+}
+
+func TestRetain(t *testing.T) {
+	t.Parallel()
+	clock := newClock()
+	dir := t.TempDir()
+	var c site
+	stays, one := c.image("stays")
+	goes, two := c.image("goes")
+	arm := c.Image("arm")
+	index := c.index(arm)
+	three := c.evidence(index, "of the index")
+	r := start(t, dir, store.Options{Now: clock.now, Image: c.read})
+	r.keep(stays, stays, one)
+	r.keep(goes, goes, two)
+	r.keep(index, arm, three)
+	r.settled()
+	listing := func(live ...ocispec.Descriptor) {
+		t.Helper()
+		m := map[digest.Digest]bool{}
+		for _, d := range live {
+			m[d.Digest] = true
+		}
+		r.Retain(m)
+		// Something that is written after it says that it was looked at.
+		mark := c.Image(fmt.Sprint("mark ", clock.now()))
+		ev := c.evidence(mark, fmt.Sprint("mark ", clock.now()))
+		r.keep(mark, mark, ev)
+		r.settled()
+	}
+	all := func() {
+		t.Helper()
+		r.has(stays, one)
+		r.has(goes, two)
+		r.has(index, three)
+	}
+	listing(stays, goes, arm)
+	clock.pass(365 * 24 * time.Hour) // nothing was listed meanwhile
+	listing()
+	all()
+	listing(stays) // halved, once
+	all()
+	clock.pass(time.Minute)
+	listing(stays, goes, arm)
+	all()
+	clock.pass(29 * 24 * time.Hour)
+	listing(stays, arm)
+	all()
+	for range 10 {
+		clock.pass(2 * 24 * time.Hour)
+		listing(stays, arm) // the index's manifest is there by itself
+	}
+	r.has(stays, one)
+	r.has(index, three)
+	r.has(goes)
+	if _, err := os.Stat(blob(dir, digest.FromBytes(two.Blob))); !errors.Is(err, fs.ErrNotExist) {
+		t.Error("its envelope is left:", err)
+	}
+	// When the image was here last, the next process knows.
+	r.stop()
+	r = start(t, dir, store.Options{Now: clock.now})
+	r.Configure(24 * time.Hour)
+	listing(goes)
+	clock.pass(23 * time.Hour)
+	listing(goes)
+	r.has(stays, one)
+	clock.pass(3 * time.Hour)
+	listing(goes)
+	r.has(stays)
+}
+
+// A slow disk delays nobody who asks.
+func TestManyAtOnce(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	r := start(t, dir, store.Options{})
+	var c site
+	var all []ocispec.Descriptor
+	var evs []verify.Evidence
+	for i := range 40 {
+		d, ev := c.image(fmt.Sprint("image ", i))
+		all, evs = append(all, d), append(evs, ev)
+	}
+	var wg sync.WaitGroup
+	for w := range 4 {
+		wg.Go(func() {
+			for i, d := range all {
+				if i%4 == w {
+					r.keep(d, d, evs[i])
+				}
+				got, err := sourcetest.Find(t.Context(), r, d, verify.Limits{})
+				if err != nil {
+					t.Error(err)
+				}
+				for _, ev := range got {
+					if ev.Err != nil || !bytes.Equal(ev.Blob, evs[i].Blob) {
+						t.Error(ev.Err)
+					}
+				}
+			}
+		})
+	}
+	wg.Wait()
+	r.settled()
+	for i, d := range all {
+		r.has(d, evs[i])
+	}
+}
+
+// What does not belong together is not kept.
+func TestUnfit(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	var c site
+	one, first := c.image("one")
+	two, second := c.image("two")
+	r := start(t, dir, store.Options{})
+	for _, ev := range []verify.Evidence{
+		{},
+		{Manifest: first.Manifest, Document: first.Document, Blob: second.Blob, MediaType: first.MediaType},
+		{Manifest: first.Manifest, Document: second.Document, Blob: second.Blob, MediaType: first.MediaType},
+		{Manifest: ocispec.Descriptor{Digest: "sha256:../../x"}, Document: first.Document, Blob: first.Blob},
+		second,
+	} {
+		r.keep(one, one, ev)
+		r.settled()
+	}
+	r.has(one)
+	r.has(two)
+	if n, _ := r.Signatures(); n != 0 {
+		t.Errorf("%d signatures", n)
+	}
+	r.keep(one, one, first)
+	r.settled()
+	r.has(one, first)
+}
+
+// FuzzOpen has any bytes in the files that are read at the start.
+func FuzzOpen(f *testing.F) {
+	var c site
+	one, first := c.image("one")
+	index := c.index(one)
+	f.Add(first.Document)
+	f.Add(c.Blobs[index.Digest])
+	f.Add(c.Blobs[one.Digest])
+	f.Add([]byte(`{"manifests":[{"digest":"sha256:"}],"subject":{"digest":"` + one.Digest + `"}}`))
+	f.Add([]byte(`{"artifactType":"application/vnd.cncf.notary.signature","config":{},"layers":[{"digest":7}],"subject":{"digest":"` + one.Digest + `"}}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		dir := t.TempDir()
+		d := digest.FromBytes(raw)
+		write(t, dir, map[string]string{
+			"store/blobs/sha256/" + d.Encoded():                                   string(raw),
+			"store/blobs/sha256/" + first.Manifest.Digest.Encoded():               string(first.Document),
+			"store/blobs/sha256/" + digest.FromBytes(first.Blob).Encoded():        string(first.Blob),
+			"store/blobs/sha256/" + digest.FromString("something else").Encoded(): string(raw),
+		})
+		r := start(t, dir, store.Options{})
+		got, err := sourcetest.Find(t.Context(), r, one, verify.Limits{})
+		if err != nil && !errors.Is(err, verify.ErrBudget) {
+			t.Error(err)
+		}
+		found := false
+		for _, ev := range got {
+			found = found || ev.Err == nil && bytes.Equal(ev.Blob, first.Blob)
+			if ev.Err == nil && digest.FromBytes(ev.Document) != ev.Manifest.Digest {
+				t.Errorf("%s is handed over as %q", ev.Manifest.Digest, ev.Document)
+			}
+		}
+		if !found {
+			t.Error("the good signature is hidden")
+		}
+		r.Indexes(t.Context(), one.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, raw []byte) bool {
+			if digest.FromBytes(raw) != d {
+				t.Error("an index is not what its digest says")
+			}
+			return true
+		})
+		r.stop()
+	})
+}

@@ -1,0 +1,559 @@
+package store
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/source/layout"
+)
+
+const (
+	again      = 30 * time.Second // between tries to open, to lock or to write
+	quiet      = 5 * time.Second  // without new evidence before index.json is written
+	imageWait  = 5 * time.Second  // longest that reading one document of an image may take
+	freshEvery = 24 * time.Hour   // how often the time of a signature is written
+	goneFor    = 24 * time.Hour   // longest that listings must not have had an image before its evidence goes
+)
+
+// lockName is the file beside the store of which the process that writes holds the lock.
+const lockName = "store.lock"
+
+var errFull = errors.New("it is full of signatures of images that are on the node")
+
+// A writer is what Run holds.
+type writer struct {
+	*Store
+	state  *os.Root
+	dir    *layout.Dir
+	lock   *os.File
+	loaded bool            // the directory was read
+	dirty  bool            // index.json may not say what there is
+	serial int             // numbers unfinished files
+	moved  map[string]bool // directories in which names have changed that may not last yet
+}
+
+// Run reads the directory and then writes what Keep and Retain ask for, until ctx
+// ends and what waits was written once more. It is called once. What fails is
+// logged and tried again; it returns nil.
+func (s *Store) Run(ctx context.Context) error {
+	w := &writer{Store: s, moved: map[string]bool{}}
+	defer w.close()
+	w.try(ctx)
+	close(s.read)
+	for {
+		pause := again
+		if w.work(ctx) && w.dirty {
+			pause = quiet
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), imageWait)
+			w.work(last)
+			w.index()
+			cancel()
+			return nil
+		case <-s.wake:
+		case <-timer.C:
+			w.index()
+		}
+		timer.Stop()
+	}
+}
+
+func (w *writer) close() {
+	w.mu.Lock()
+	w.files = nil
+	w.mu.Unlock()
+	if w.lock != nil {
+		w.lock.Close()
+	}
+	if w.dir != nil {
+		w.dir.Root.Close()
+		w.state.Close()
+	}
+	w.lock, w.dir, w.state, w.loaded = nil, nil, nil, false
+}
+
+// try opens the directory where it is not open, and takes the lock where it is not
+// held. It reports whether there may be written.
+func (w *writer) try(ctx context.Context) bool {
+	if w.lock != nil {
+		return true
+	}
+	if w.dir == nil {
+		state, root, err := w.open()
+		if err != nil {
+			w.say(err.Error())
+			return false
+		}
+		w.state, w.dir = state, &layout.Dir{Root: root}
+	}
+	lock, err := w.takeLock()
+	if err == nil {
+		if err = w.prepare(); err != nil {
+			lock.Close()
+		}
+	}
+	if err != nil {
+		if !w.loaded {
+			w.load(ctx, w.dir)
+			w.loaded = true
+		}
+		w.say(err.Error())
+		return false
+	}
+	w.lock, w.dirty, w.loaded = lock, true, true
+	// Also where it was read before: who held the lock may have written since.
+	l := w.load(ctx, w.dir)
+	for _, name := range l.left {
+		_ = w.dir.Root.Remove(name)
+	}
+	if !l.partial {
+		w.tidy()
+	}
+	return true
+}
+
+func (w *writer) takeLock() (*os.File, error) {
+	f, err := w.state.OpenFile(lockName, os.O_CREATE|os.O_RDWR|syscall.O_NONBLOCK, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", lockName)
+	}
+	if err == nil && syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) != nil {
+		err = errors.New("another process of this node writes to it")
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// prepare makes what every layout has.
+func (w *writer) prepare() error {
+	for _, name := range []string{ocispec.ImageBlobsDir, path.Join(ocispec.ImageBlobsDir, digest.SHA256.String())} {
+		if err := w.mkdir(name); err != nil {
+			return err
+		}
+	}
+	want, err := json.Marshal(ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion})
+	if err != nil {
+		return err
+	}
+	return w.replace(ocispec.ImageLayoutFile, want)
+}
+
+// work does what is to be done, and reports whether it could.
+func (w *writer) work(ctx context.Context) bool {
+	if !w.try(ctx) {
+		return false
+	}
+	w.mend()
+	w.retain()
+	trouble := ""
+	for {
+		w.mu.Lock()
+		if n := w.dropped; n > 0 {
+			w.dropped = 0
+			w.o.Log.Warn("verified signatures came faster than they could be kept on disk", "store", w.Name(), "signatures", n)
+		}
+		if len(w.waiting) == 0 {
+			w.mu.Unlock()
+			w.say(trouble)
+			return true
+		}
+		e := w.waiting[0]
+		w.mu.Unlock()
+		err := w.write(ctx, e)
+		if err != nil {
+			trouble = err.Error()
+			if !errors.Is(err, errFull) && !errors.Is(err, errUnfit) {
+				w.say(trouble)
+				if errors.Is(err, fs.ErrNotExist) {
+					w.close() // somebody has removed the directory; the next try makes it anew
+				}
+				return false // it has its turn when the disk is better
+			}
+		}
+		w.mu.Lock()
+		w.waiting, w.size = slices.Delete(w.waiting, 0, 1), w.size-int64(len(e.found.Document)+len(e.found.Blob))
+		w.mu.Unlock()
+	}
+}
+
+var errUnfit = errors.New("the evidence is not what it seemed to be")
+
+// A file is one to be written.
+type file struct {
+	*blob
+	raw []byte
+}
+
+// write keeps one signature with the documents of its image.
+func (w *writer) write(ctx context.Context, e evidence) error {
+	ev := e.found
+	envelope, err := verify.EnvelopeIn(ev.Document, e.subject)
+	if err != nil || ev.Manifest.Digest.Validate() != nil || ev.Manifest.Digest.Algorithm().FromBytes(ev.Document) != ev.Manifest.Digest ||
+		envelope.Digest.Algorithm().FromBytes(ev.Blob) != envelope.Digest || len(ev.Document) > maxDocument || len(ev.Blob) > maxDocument {
+		return fmt.Errorf("%w: signature %s", errUnfit, ev.Manifest.Digest)
+	}
+	list := []file{{see(envelope.Digest, ev.Blob), ev.Blob}}
+	for _, d := range []ocispec.Descriptor{e.subject, e.manifest} {
+		if f, ok := w.document(ctx, d); ok {
+			list = append(list, f)
+		}
+	}
+	// What notation reads of a signature besides: the empty config.
+	if c := configOf(ev.Document); c.Digest == ocispec.DescriptorEmptyJSON.Digest {
+		list = append(list, file{see(c.Digest, ocispec.DescriptorEmptyJSON.Data), ocispec.DescriptorEmptyJSON.Data})
+	}
+	list = append(list, file{see(ev.Manifest.Digest, ev.Document), ev.Document})
+	var need int64
+	list = slices.DeleteFunc(list, func(f file) bool {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		there := w.blobs[f.digest] != nil
+		if !there {
+			need += f.size
+		}
+		return there
+	})
+	if !w.room(need) {
+		return errFull
+	}
+	for i, f := range list {
+		if i == len(list)-1 { // the manifest, which the rest is nothing without, comes last
+			if err := w.sync(); err != nil {
+				return err
+			}
+		}
+		if err := w.put(layout.BlobPath(f.digest), f.raw); err != nil {
+			return err
+		}
+	}
+	if err := w.sync(); err != nil {
+		return err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, f := range list {
+		f.seen = w.o.Now().Round(0)
+		w.add(f.blob)
+		w.dirty = true
+	}
+	return nil
+}
+
+func configOf(raw []byte) ocispec.Descriptor {
+	var m struct {
+		Config ocispec.Descriptor `json:"config"`
+	}
+	_ = json.Unmarshal(raw, &m) // EnvelopeIn has read it
+	return m.Config
+}
+
+// document reads a manifest or index of the node's.
+func (w *writer) document(ctx context.Context, d ocispec.Descriptor) (f file, ok bool) {
+	if w.o.Image == nil || d.Digest == "" || d.Digest.Validate() != nil || d.Size > maxDocument {
+		return f, false
+	}
+	ctx, cancel := context.WithTimeout(ctx, imageWait)
+	defer cancel()
+	raw, err := w.o.Image(ctx, d)
+	if err != nil || d.Digest.Algorithm().FromBytes(raw) != d.Digest {
+		return f, false
+	}
+	return file{see(d.Digest, raw), raw}, true
+}
+
+// put writes a file so that it is there whole or not at all.
+func (w *writer) put(name string, raw []byte) error {
+	root := w.dir.Root
+	if err := w.mkdir(path.Dir(name)); err != nil {
+		return err
+	}
+	w.serial++
+	temp := path.Join(path.Dir(name), unfinished+strconv.Itoa(w.serial))
+	if err := root.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	f, err := root.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(raw)
+	if err == nil {
+		err = f.Sync()
+	}
+	if e := f.Close(); err == nil {
+		err = e
+	}
+	if err == nil {
+		w.moved[path.Dir(name)] = true
+		err = root.Rename(temp, name)
+	}
+	if err != nil {
+		_ = root.Remove(temp)
+	}
+	return err
+}
+
+// mkdir makes a directory whose parent is there, where there is none.
+func (w *writer) mkdir(name string) error {
+	if name == "." {
+		return nil
+	}
+	err := w.dir.Root.Mkdir(name, 0o700)
+	if err == nil {
+		w.moved[path.Dir(name)] = true
+	}
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	return err
+}
+
+// sync makes changes of names last.
+func (w *writer) sync() error {
+	for name := range w.moved {
+		f, err := w.dir.Root.Open(name)
+		if err != nil {
+			return err
+		}
+		err = f.Sync()
+		f.Close()
+		if err != nil {
+			return err
+		}
+		delete(w.moved, name)
+	}
+	return nil
+}
+
+// replace writes a file where it does not hold raw already.
+func (w *writer) replace(name string, raw []byte) error {
+	was, err := w.dir.Read(name, func(n int64) error {
+		if n != int64(len(raw)) {
+			return fs.ErrInvalid
+		}
+		return nil
+	})
+	if err == nil && bytes.Equal(was, raw) {
+		return nil
+	}
+	if err := w.put(name, raw); err != nil {
+		return err
+	}
+	return w.sync()
+}
+
+// index writes index.json for other programs.
+func (w *writer) index() {
+	if !w.dirty || w.lock == nil {
+		return
+	}
+	w.mu.Lock()
+	list := []ocispec.Descriptor{}
+	for _, b := range w.blobs {
+		if b.mediaType == "" {
+			continue
+		}
+		d := ocispec.Descriptor{MediaType: b.mediaType, Digest: b.digest, Size: b.size}
+		if b.subject != "" {
+			d.ArtifactType = verify.ArtifactTypeNotation
+		}
+		list = append(list, d)
+	}
+	w.mu.Unlock()
+	slices.SortFunc(list, func(x, y ocispec.Descriptor) int { return strings.Compare(string(x.Digest), string(y.Digest)) })
+	raw, err := json.Marshal(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: list})
+	if err == nil {
+		err = w.replace(ocispec.ImageIndexFile, raw)
+	}
+	if err != nil {
+		w.say(err.Error())
+		return
+	}
+	w.dirty = false
+}
+
+// room makes room for n bytes. What is on the node does not have to go.
+func (w *writer) room(n int64) bool {
+	for {
+		w.mu.Lock()
+		free := w.o.Size - w.used
+		var oldest *blob
+		for _, list := range w.signed {
+			for _, b := range list {
+				if !w.alive(b) && (oldest == nil || b.seen.Before(oldest.seen)) {
+					oldest = b
+				}
+			}
+		}
+		w.mu.Unlock()
+		if n <= free {
+			return true
+		}
+		if n > w.o.Size || oldest == nil || w.remove(oldest) != nil {
+			return false
+		}
+		w.tidy()
+	}
+}
+
+// alive reports whether the last listing had an image that b is a signature for.
+// The lock must be held.
+func (s *Store) alive(b *blob) bool {
+	if s.live[b.subject] {
+		return true
+	}
+	index := s.blobs[b.subject]
+	return index != nil && slices.ContainsFunc(index.lists, func(d digest.Digest) bool { return s.live[d] })
+}
+
+// remove removes a file, and what is known of it.
+func (w *writer) remove(b *blob) error {
+	if err := w.dir.Root.Remove(layout.BlobPath(b.digest)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.forget(b)
+	w.dirty = true
+	return nil
+}
+
+// tidy removes what no signature needs: its envelope, the document that it is over,
+// and where that is an index, the manifests that it lists.
+func (w *writer) tidy() {
+	w.mu.Lock()
+	needed := map[digest.Digest]bool{ocispec.DescriptorEmptyJSON.Digest: true}
+	for _, list := range w.signed {
+		for _, b := range list {
+			needed[b.digest], needed[b.envelope], needed[b.subject] = true, true, true
+			if index := w.blobs[b.subject]; index != nil {
+				for _, d := range index.lists {
+					needed[d] = true
+				}
+			}
+		}
+	}
+	var useless []*blob
+	for d, b := range w.blobs {
+		if !needed[d] {
+			useless = append(useless, b)
+		}
+	}
+	w.mu.Unlock()
+	for _, b := range useless {
+		_ = w.remove(b)
+	}
+}
+
+// mend looks at signatures that could not be read, and removes what is not what its
+// digest says, and a signature that has no envelope: then it can be kept anew.
+func (w *writer) mend() {
+	w.mu.Lock()
+	list := w.suspect
+	w.suspect = nil
+	w.mu.Unlock()
+	for _, d := range list {
+		w.mu.Lock()
+		sig := w.blobs[d]
+		w.mu.Unlock()
+		if sig == nil {
+			continue
+		}
+		lost := false
+		for _, d := range []digest.Digest{sig.digest, sig.envelope} {
+			if d == "" {
+				continue
+			}
+			raw, err := w.dir.Read(layout.BlobPath(d), func(n int64) error {
+				if n > maxDocument {
+					return layout.ErrDamaged
+				}
+				return nil
+			})
+			if err == nil && d.Algorithm().FromBytes(raw) == d || layout.Inconclusive(err) {
+				continue
+			}
+			lost = true
+			w.mu.Lock()
+			b := w.blobs[d]
+			w.mu.Unlock()
+			if b != nil {
+				_ = w.remove(b)
+			}
+		}
+		if lost {
+			w.o.Log.Warn("a signature in the store was damaged and is removed; the mirrors are asked for it again", "store", w.Name(), "signature", d.String())
+			_ = w.remove(sig)
+			w.tidy()
+		}
+	}
+}
+
+// retain looks at a listing of the node's images.
+func (w *writer) retain() {
+	now := w.o.Now()
+	w.mu.Lock()
+	if !w.news {
+		w.mu.Unlock()
+		return
+	}
+	w.news = false
+	var fresh, over []*blob
+	for _, list := range w.signed {
+		for _, b := range list {
+			switch {
+			case w.alive(b):
+				b.gone = time.Time{}
+				if now.Round(0).Sub(b.seen) > min(freshEvery, w.keep/4) {
+					fresh = append(fresh, b)
+				}
+			case b.gone.IsZero():
+				b.gone = now
+			case now.Sub(b.gone) >= min(goneFor, w.keep) && now.Round(0).Sub(b.seen) > w.keep:
+				over = append(over, b)
+			}
+		}
+	}
+	w.mu.Unlock()
+	for _, b := range fresh {
+		if w.dir.Root.Chtimes(layout.BlobPath(b.digest), now, now) == nil {
+			w.mu.Lock()
+			b.seen = now.Round(0)
+			w.mu.Unlock()
+		}
+	}
+	for _, b := range over {
+		_ = w.remove(b)
+	}
+	if len(over) > 0 {
+		w.o.Log.Info("signatures of images that have left the node are removed from the store", "store", w.Name(), "signatures", len(over))
+		w.tidy()
+	}
+}
