@@ -46,16 +46,17 @@ func (e *Engine) Judge(ctx context.Context, q Question) (d Decision) {
 		sources = append([]Source{e.Store}, sources...)
 		q.Image.indexes = e.indexes(ctx, q.Image.Manifest)
 	}
-	for _, src := range sources {
+	for i, src := range sources {
 		a, found, won := e.ask(ctx, src, q)
-		if src == e.Store && a.Seen == 0 && a.Reason == SignatureMissing {
+		stored := e.Store != nil && i == 0
+		if stored && a.Seen == 0 && a.Reason == SignatureMissing {
 			continue // that nothing was kept yet is no news
 		}
 		seen, tried = append(seen, found...), append(tried, a)
 		if won != nil {
 			d := allow(q, found[len(found)-1], e.Now())
 			d.Source, d.Tried = a.Source, tried
-			if d.allowed && e.Store != nil && src != e.Store {
+			if d.allowed && e.Store != nil && !stored {
 				e.keep(q.Image, won)
 			}
 			return d

@@ -24,6 +24,10 @@ type GateOptions struct {
 
 	NodeName string // empty means "test-node"
 
+	// StateDir is what the gate keeps over a restart. Empty means a new directory of
+	// this gate alone, so that it knows nothing of those before.
+	StateDir string
+
 	// Binary is what BuildTidewaiter returned, or another program. Empty builds it.
 	Binary string
 
@@ -85,10 +89,18 @@ func (n *Node) StartGate(ctx context.Context, o GateOptions) (*Gate, error) {
 	if o.NodeName == "" {
 		o.NodeName = "test-node"
 	}
+	if o.StateDir == "" {
+		dir, err := os.MkdirTemp(n.Dir, "state-")
+		if err != nil {
+			return nil, err
+		}
+		o.StateDir = dir
+	}
 	args := append([]string{
 		"run",
 		"--config-dir", o.ConfigDir,
 		"--run-dir", n.RunDir(),
+		"--state-dir", o.StateDir,
 		"--containerd-socket", n.Socket,
 		"--nri-socket", n.NRISocket,
 		"--node", o.NodeName,

@@ -341,11 +341,19 @@ func (s *Store) open() (state, root *os.Root, err error) {
 	if state, err = os.OpenRoot(s.dir); err != nil {
 		return nil, nil, err
 	}
-	// A link that leads out of the state directory is not followed.
-	if root, err = state.OpenRoot("store"); errors.Is(err, fs.ErrNotExist) {
+	// A link that leads out of the state directory is not followed. OpenRoot waits
+	// for whoever writes to a pipe, so that it is looked at before.
+	info, err := state.Stat("store")
+	if errors.Is(err, fs.ErrNotExist) {
 		if err = state.Mkdir("store", 0o700); err == nil {
-			root, err = state.OpenRoot("store")
+			info, err = state.Stat("store")
 		}
+	}
+	if err == nil && !info.IsDir() {
+		err = errors.New("store is not a directory")
+	}
+	if err == nil {
+		root, err = state.OpenRoot("store")
 	}
 	if err != nil {
 		state.Close()

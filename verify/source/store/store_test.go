@@ -343,7 +343,18 @@ func complete(t *testing.T) (was map[string]string, subjects []ocispec.Descripto
 	return files(t, dir), []ocispec.Descriptor{one, two}, []verify.Evidence{first, second}, order
 }
 
-// The power goes at each byte that is written.
+// points are where a file of n bytes is cut: at each byte near the ends, and at some
+// between.
+func points(n int) (list []int) {
+	for i := range n + 1 {
+		if i < 4 || i > n-4 || i%61 == 0 {
+			list = append(list, i)
+		}
+	}
+	return list
+}
+
+// The power goes while each file is written.
 func TestPowerCut(t *testing.T) {
 	t.Parallel()
 	was, subjects, want, order := complete(t)
@@ -356,7 +367,7 @@ func TestPowerCut(t *testing.T) {
 	}
 	cuts := 0
 	for i, name := range order {
-		for n := 0; n <= len(was[name]); n++ {
+		for _, n := range points(len(was[name])) {
 			cuts++
 			dir := t.TempDir()
 			write(t, dir, before)
@@ -398,7 +409,7 @@ func TestDamaged(t *testing.T) {
 	t.Parallel()
 	was, subjects, want, order := complete(t)
 	for i, name := range slices.Concat(order, []string{"store/oci-layout"}) {
-		for n := 0; n <= len(was[name]); n++ {
+		for _, n := range points(len(was[name])) {
 			harm := was[name][:n]
 			if n == len(was[name]) { // or of the same length
 				harm = "X" + harm[1:]
@@ -730,6 +741,7 @@ func TestRetain(t *testing.T) {
 	r.keep(goes, goes, two)
 	r.keep(index, arm, three)
 	r.settled()
+	marks := 0
 	listing := func(live ...ocispec.Descriptor) {
 		t.Helper()
 		m := map[digest.Digest]bool{}
@@ -738,8 +750,8 @@ func TestRetain(t *testing.T) {
 		}
 		r.Retain(m)
 		// Something that is written after it says that it was looked at.
-		mark := c.Image(fmt.Sprint("mark ", clock.now()))
-		ev := c.evidence(mark, fmt.Sprint("mark ", clock.now()))
+		marks++
+		mark, ev := c.image(fmt.Sprint("mark ", marks))
 		r.keep(mark, mark, ev)
 		r.settled()
 	}

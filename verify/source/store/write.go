@@ -43,6 +43,7 @@ type writer struct {
 	dir    *layout.Dir
 	lock   *os.File
 	loaded bool            // the directory was read
+	full   bool            // there was no room for what came last
 	dirty  bool            // index.json may not say what there is
 	serial int             // numbers unfinished files
 	moved  map[string]bool // directories in which names have changed that may not last yet
@@ -171,9 +172,9 @@ func (w *writer) work(ctx context.Context) bool {
 		return false
 	}
 	w.mend()
-	w.retain()
 	trouble := ""
 	for {
+		w.retain()
 		w.mu.Lock()
 		if n := w.dropped; n > 0 {
 			w.dropped = 0
@@ -181,12 +182,16 @@ func (w *writer) work(ctx context.Context) bool {
 		}
 		if len(w.waiting) == 0 {
 			w.mu.Unlock()
+			if trouble == "" && w.full {
+				trouble = errFull.Error()
+			}
 			w.say(trouble)
 			return true
 		}
 		e := w.waiting[0]
 		w.mu.Unlock()
 		err := w.write(ctx, e)
+		w.full = errors.Is(err, errFull)
 		if err != nil {
 			trouble = err.Error()
 			if !errors.Is(err, errFull) && !errors.Is(err, errUnfit) {
