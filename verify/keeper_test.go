@@ -46,7 +46,7 @@ func stored(k keeps, sources ...Source) (*Engine, *[]string) {
 }
 
 func TestStore(t *testing.T) {
-	q := question()
+	q := bound()
 	manifest := q.Image.Manifest
 	short := func(d digest.Digest) string { return fmt.Sprintf("%.12s", d.Encoded()) }
 	index := func(list ...ocispec.Descriptor) []byte {

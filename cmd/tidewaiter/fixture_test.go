@@ -78,7 +78,8 @@ func (i *image) sign(s *notarytest.Signer, subject, payload ocispec.Descriptor, 
 }
 
 type fixtures struct {
-	root   []byte // of the CA that configurations trust
+	root   []byte             // of the CA that configurations trust
+	signer *notarytest.Signer // whom they trust
 	images map[string]*image
 }
 
@@ -108,7 +109,7 @@ var world = sync.OnceValue(func() fixtures {
 	other.Organization = []string{"acme interns"}
 	intern := acme.Leaf(notarytest.CertOptions{Subject: other})
 
-	w := fixtures{root: acme.PEM(), images: map[string]*image{}}
+	w := fixtures{root: acme.PEM(), signer: ours, images: map[string]*image{}}
 	single := func(name string) (*image, ocispec.Descriptor) {
 		i := &image{}
 		i.target = i.manifest(name, digest.SHA256)

@@ -187,7 +187,7 @@ func (w *world) image(ctx context.Context, name string, signed bool) (*node.Imag
 // gate starts `tidewaiter run` with the records of the node's containerd.
 func (b *bench) gate(w *world) (*side, error) {
 	return newSide(b.dir, "v"+w.node.Version, "tidewaiter", b.binary, "run", "--config-dir", w.config,
-		"--containerd-socket", w.node.Socket, "--nri-socket", "SOCKET", "--node", "bench")
+		"--containerd-socket", w.node.Socket, "--nri-socket", "SOCKET", "--state-dir", filepath.Join(b.dir, "state"), "--node", "bench")
 }
 
 func (b *bench) noop(w *world) (*side, error) {

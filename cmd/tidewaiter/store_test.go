@@ -1,0 +1,143 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
+	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/source/store"
+)
+
+// judgeWith judges an image with nothing but the store in dir.
+func judgeWith(t *testing.T, c *config.Config, dir string, img verify.Image) verify.Decision {
+	t.Helper()
+	s := store.New(dir, store.Options{Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: time.Now})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); _ = s.Run(ctx) }()
+	defer func() { cancel(); <-done }()
+	setup, err := c.Setup(func(e *verify.Engine) verify.Judge {
+		e.Store = s
+		e.Sources = func(verify.Name) []verify.Source { return nil }
+		return e
+	}, time.Now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var enforcer verify.Enforcer
+	enforcer.Swap(setup)
+	img.Epoch = setup.Epoch
+	return enforcer.Verify(t.Context(), img)
+}
+
+// TestHostileStore has a state directory that an attacker has filled: whatever is
+// in it, an image is allowed only where the directory holds a signature by a
+// trusted signer of the image, or of an index that lists its manifest.
+func TestHostileStore(t *testing.T) {
+	conf := t.TempDir()
+	write(t, conf, "version: 1\nmode: enforce\n")
+	c, err := config.Load(conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var i image
+	app, evil := i.manifest("app", digest.SHA256), i.manifest("evil", digest.SHA256)
+	both, mine := i.index(app), i.index(evil)
+	lie := evil
+	lie.Size++
+	lies := i.index(lie)
+	stranger := notarytest.SelfSigned(notarytest.CertOptions{Subject: notarytest.Name("release")})
+	artifact := func(by *notarytest.Signer, payload, subject ocispec.Descriptor) notarytest.Artifact {
+		return notarytest.Manifest(notarytest.MustSign(by, payload, notarytest.SignOptions{}), verify.MediaTypeJWS, subject, notarytest.ArtifactType)
+	}
+	// An attacker has all signatures that there are, and can make any other files.
+	var pool [][]byte
+	blobs := func(list ...notarytest.Artifact) {
+		for _, a := range list {
+			pool = append(pool, a.Manifest.Content, a.Envelope.Content, a.Config.Content)
+		}
+	}
+	signer := world().signer
+	good, goodIndex := artifact(signer, app, app), artifact(signer, both, both)
+	blobs(good, goodIndex,
+		artifact(signer, app, evil), artifact(signer, both, evil), artifact(signer, both, mine), artifact(signer, lies, evil), artifact(signer, lies, lies),
+		artifact(stranger, evil, evil), artifact(stranger, mine, mine), artifact(stranger, app, app))
+	for _, raw := range i.content {
+		pool = append(pool, raw)
+	}
+	verdict, err := json.Marshal(map[string]any{"allowed": true, "reason": "VERIFIED", "target": evil.Digest})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool = append(pool, verdict, []byte(`{"manifests":[{"mediaType":"`+evil.MediaType+`","digest":"`+evil.Digest.String()+`","size":1}],"subject":{"digest":"`+evil.Digest.String()+`"}}`))
+
+	ask := func(dir string, d ocispec.Descriptor) verify.Decision {
+		return judgeWith(t, c, dir, verify.Image{
+			Name: verify.Name{Host: "registry.test", Path: "team/app"}, Target: d, Manifest: d, Config: d.Digest,
+			Use: verify.UseAhead, Binding: verify.BoundRecord, // nobody waits
+		})
+	}
+	empty := t.TempDir()
+	for _, d := range []ocispec.Descriptor{app, evil} {
+		if got := ask(empty, d); got.Allowed() {
+			t.Fatalf("an empty store allows %s: %s", d.Digest, got.Reason)
+		}
+	}
+	random := rand.New(rand.NewPCG(1, 2))
+	allowed := 0
+	for round := range 60 {
+		dir := t.TempDir()
+		at := filepath.Join(dir, "store/blobs/sha256")
+		if err := os.MkdirAll(at, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		held := map[digest.Digest]bool{}
+		for _, raw := range pool {
+			if round > 0 && random.IntN(4) == 0 {
+				continue
+			}
+			name := digest.FromBytes(raw)
+			switch {
+			case round == 0:
+			case random.IntN(6) == 0: // content under another's name
+				name = digest.FromBytes(pool[random.IntN(len(pool))])
+			case random.IntN(6) == 0: // content changed
+				raw = append([]byte{}, raw...)
+				raw[random.IntN(len(raw))] ^= 1 << random.IntN(8)
+			}
+			if err := os.WriteFile(filepath.Join(at, name.Encoded()), raw, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			held[name] = digest.FromBytes(raw) == name
+		}
+		has := func(a notarytest.Artifact) bool {
+			return held[a.Manifest.Descriptor.Digest] && held[a.Envelope.Descriptor.Digest]
+		}
+		justified := has(good) || has(goodIndex) && held[both.Digest]
+		got := ask(dir, app)
+		if got.Allowed() != justified {
+			t.Errorf("round %d: app: allowed %v, justified %v: %s %s", round, got.Allowed(), justified, got.Reason, got.Detail)
+		}
+		if got.Allowed() {
+			allowed++
+		}
+		if got := ask(dir, evil); got.Allowed() {
+			t.Errorf("round %d: evil is allowed: %s by %v over %s", round, got.Reason, got.Signers, got.Signed)
+		}
+	}
+	if allowed < 5 || allowed > 55 {
+		t.Errorf("app was allowed %d of 60 times: the rounds say nothing", allowed)
+	}
+}
