@@ -46,7 +46,7 @@ type Artifact struct {
 
 // Evidence is the artifact as a source hands it over.
 func (a Artifact) Evidence() verify.Evidence {
-	return verify.Evidence{Manifest: a.Manifest.Descriptor, MediaType: a.Envelope.Descriptor.MediaType, Blob: a.Envelope.Content}
+	return verify.Evidence{Manifest: a.Manifest.Descriptor, Document: a.Manifest.Content, MediaType: a.Envelope.Descriptor.MediaType, Blob: a.Envelope.Content}
 }
 
 // Manifest stores envelope as a signature of subject. An envelope that does not

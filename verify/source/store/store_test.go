@@ -905,3 +905,26 @@ func FuzzOpen(f *testing.F) {
 		r.stop()
 	})
 }
+
+// BenchmarkOpen reads a store of 500 signatures, as at the start of a node.
+func BenchmarkOpen(b *testing.B) {
+	dir := b.TempDir()
+	var c site
+	r := start(b, dir, store.Options{Image: c.read})
+	for i := range 500 {
+		m := c.Image(fmt.Sprint("image ", i))
+		d := c.index(m)
+		r.keep(d, m, c.evidence(d, fmt.Sprint(i, strings.Repeat("x", 4000))))
+		r.settled()
+	}
+	r.stop()
+	for b.Loop() {
+		r := start(b, dir, store.Options{})
+		if n, _ := r.Signatures(); n != 500 {
+			b.Fatalf("%d signatures", n)
+		}
+		b.StopTimer()
+		r.stop()
+		b.StartTimer()
+	}
+}
