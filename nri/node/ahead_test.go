@@ -15,6 +15,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tidewaiter/tidewaiter/verify"
@@ -477,4 +478,35 @@ func TestSurveySkipsWhatWasInHand(t *testing.T) {
 			t.Errorf("a broken note %.20q: asked about %q", broken, got)
 		}
 	}
+}
+
+// What is on the node is told each time that the list is whole, and not where it
+// cannot be had.
+func TestSurveyListed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := survey(t)
+		var told []map[digest.Digest]bool
+		s.Listed = func(live map[digest.Digest]bool) { told = append(told, live) }
+		a := s.image("a")
+		failing := &failing{guarded: guarded{s.rec, &s.mu}}
+		failing.err.Store(true)
+		s.Resolver.records = failing
+		s.start()
+		defer s.end()
+		if len(told) != 0 {
+			t.Errorf("told %v of a list that could not be had", told)
+		}
+		failing.err.Store(false)
+		s.settle()
+		if len(told) == 0 || len(told[0]) != 1 || !told[0][a.manifest.Digest] {
+			t.Fatalf("told %v, want %s", told, a.manifest.Digest)
+		}
+		b := s.image("b")
+		s.Resolver.look()
+		s.settle()
+		last := told[len(told)-1]
+		if len(last) != 2 || !last[a.manifest.Digest] || !last[b.manifest.Digest] {
+			t.Errorf("told %v at last", last)
+		}
+	})
 }

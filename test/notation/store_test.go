@@ -96,6 +96,17 @@ func TestStore(t *testing.T) {
 	if status != 0 {
 		t.Errorf("notation: exit status %d\n%s%s", status, stdout, stderr)
 	}
+	// Tidewaiter itself reads it as any layout.
+	bin, err := node.BuildTidewaiter(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for style, image := range kept {
+		stdout, stderr, status := run(t.Context(), env, bin, "verify", "--config-dir", config, "--layout", dir, scope+"@"+image.Digest.String())
+		if status != 0 {
+			t.Errorf("tidewaiter verify --layout, style %v: exit status %d\n%s%s", style, status, stdout, stderr)
+		}
+	}
 	other := c.Image("other")
 	if _, _, status := run(t.Context(), env, program, "verify", "--oci-layout", dir+"@"+other.Digest.String(), "--scope", scope); status == 0 {
 		t.Error("notation verifies what is not there")

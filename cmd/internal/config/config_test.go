@@ -187,7 +187,7 @@ func TestDocumentation(t *testing.T) {
 		t.Errorf("warnings %v", c.Warnings)
 	}
 	for _, key := range []string{
-		"version", "mode", "sources.mirrors", "….host", "….url", "….ca", "….cert`, `….key", "….realm", "….ns", "….rewrite", "sources.network", "sources.hosts", "aliases", "sources.credentials", "sources.helpers", "sources.layouts",
+		"version", "mode", "sources.mirrors", "….host", "….url", "….ca", "….cert`, `….key", "….realm", "….ns", "….rewrite", "sources.network", "sources.hosts", "aliases", "sources.credentials", "sources.helpers", "sources.layouts", "sources.keep` | 720h |",
 		"limits.pages` | 24 |", "limits.referrers` | 200 |", "limits.signatures` | 100 |", "limits.certificates` | 10 |",
 		"limits.manifestBytes` | 4194304 |", "limits.envelopeBytes` | 262144 |", "limits.totalBytes` | 16777216 |", "limits.wall` | 10s |",
 		"gate.wait` | 50ms |", "gate.snapshotters", "gate.runtimes", "floor", "running", "metrics.listen", "metrics.file",
@@ -323,6 +323,8 @@ func TestConfigErrors(t *testing.T) {
 		"layouts text":       {minimal + "sources:\n  layouts: /a\n", ":4: sources.layouts: must be a list"},
 		"layout relative":    {minimal + "sources:\n  layouts: [a]\n", ":4: sources.layouts[0]: must be the absolute path"},
 		"layout number":      {minimal + "sources:\n  layouts: [1]\n", ":4: sources.layouts[0]: must be text"},
+		"keep too short":     {minimal + "sources:\n  keep: 59m\n", ":4: sources.keep: must be from 1h0m0s to "},
+		"keep in days":       {minimal + "sources:\n  keep: 30d\n", ":4: sources.keep: must be a duration"},
 		"layout twice":       {minimal + "sources:\n  layouts: [/a, /b/../a/]\n", ":4: sources.layouts[1]: is listed twice"},
 		"limits unknown":     {minimal + "limits:\n  referers: 1\n", ":4: limits.referers: unknown key; known are pages, referrers"},
 		"limits zero":        {minimal + "limits: {pages: 0}\n", ":3: limits.pages: must be from 1 to 100"},
@@ -511,7 +513,11 @@ func TestSources(t *testing.T) {
     - {host: "[2001:DB8:0::1]:5000", url: "https://[2001:db8::2]"}
     - {host: "*", url: "https://rest.site"}
   layouts: [/media/usb]
+  keep: 48h
 `)))
+	if c.Keep != 48*time.Hour {
+		t.Errorf("keep is %v", c.Keep)
+	}
 	names := func(c *Config, host string) string {
 		var list []string
 		for _, s := range c.Sources()(verify.Name{Host: host, Path: "a"}) {
