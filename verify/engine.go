@@ -44,7 +44,9 @@ func (e *Engine) Judge(ctx context.Context, q Question) (d Decision) {
 	sources := e.Sources(q.Image.Name)
 	if e.Store != nil {
 		sources = append([]Source{e.Store}, sources...)
-		q.Image.indexes = e.indexes(ctx, q.Image.Manifest)
+		if q.Image.Vouched { // else only what was resolved counts, see Question.Takes
+			q.Image.indexes = e.indexes(ctx, q.Image.Manifest)
+		}
 	}
 	for i, src := range sources {
 		a, found, won := e.ask(ctx, src, q)

@@ -46,7 +46,7 @@ func stored(k keeps, sources ...Source) (*Engine, *[]string) {
 }
 
 func TestStore(t *testing.T) {
-	q := bound()
+	q := with(func(q *Question) { q.Image.Vouched = true })
 	manifest := q.Image.Manifest
 	short := func(d digest.Digest) string { return fmt.Sprintf("%.12s", d.Encoded()) }
 	index := func(list ...ocispec.Descriptor) []byte {
@@ -100,6 +100,12 @@ func TestStore(t *testing.T) {
 				t.Errorf("kept %q, want %q", got, tt.kept)
 			}
 		})
+	}
+	unvouched := q
+	unvouched.Image.Vouched = false
+	e, _ := stored(keeps{holds: holds{name: "store", evidence: of(signed)}, documents: map[digest.Digest][]byte{signed: lists}}, on("a"))
+	if d := e.Judge(t.Context(), unvouched); d.Allowed() || d.Reason != SignatureMissing {
+		t.Errorf("by an index, where nobody vouches for the layers: %v %s", d.Allowed(), d.Reason)
 	}
 	for name, raw := range map[string][]byte{
 		"another manifest": index(other), "another size": index(wider), "another type": index(nested), "none": index(),

@@ -86,7 +86,7 @@ func TestHostileStore(t *testing.T) {
 	ask := func(dir string, d ocispec.Descriptor) verify.Decision {
 		return judgeWith(t, c, dir, verify.Image{
 			Name: verify.Name{Host: "registry.test", Path: "team/app"}, Target: d, Manifest: d, Config: d.Digest,
-			Use: verify.UseAhead, Binding: verify.BoundRecord, // nobody waits
+			Vouched: true, Use: verify.UseAhead, Binding: verify.BoundRecord, // nobody waits
 		})
 	}
 	empty := t.TempDir()
