@@ -238,7 +238,7 @@ func (s *Session) once(ctx context.Context) error {
 	select {
 	case <-p.synced:
 	case <-closed:
-		return fmt.Errorf("the runtime closed the connection before it was synchronised%s", p.hint())
+		return fmt.Errorf("the runtime closed the connection before it was synchronised (where eight containers have more than 4 MiB of environment together, NRI cannot list them, and the runtime's log says so)%s", p.hint())
 	case <-timeout.C:
 		return errors.New("the runtime did not synchronise the plugin in time")
 	case <-ctx.Done():
