@@ -9,3 +9,10 @@ func (s *Store) Waiting() int {
 	defer s.mu.Unlock()
 	return len(s.waiting)
 }
+
+// Most sets how many files there may be.
+func (s *Store) Most(files int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.most = files
+}

@@ -54,10 +54,11 @@ const (
 
 // Bounds.
 const (
-	maxFiles    = 32768           // files looked at in the directory
-	maxDocument = 4 << 20         // bytes of one file
-	maxWaiting  = 4 << 20         // bytes of evidence that waits to be written
-	patience    = 2 * time.Second // longest that a question waits for the store to be read at the start
+	maxFiles    = 32768            // files looked at in the directory
+	maxDocument = 4 << 20          // bytes of one file
+	maxKept     = maxFiles / 4 * 3 // files written to it: all are read at the next start
+	maxWaiting  = 4 << 20          // bytes of evidence that waits to be written
+	patience    = 2 * time.Second  // longest that a question waits for the store to be read at the start
 )
 
 // Options of a Store. Log and Now are required.
@@ -88,6 +89,7 @@ type Store struct {
 	signed  map[digest.Digest][]*blob // subject to signatures
 	listed  map[digest.Digest][]*blob // manifest to indexes
 	used    int64                     // bytes of blobs
+	most    int                       // maxKept; fewer in a test
 	waiting []evidence
 	size    int64                  // bytes of waiting
 	dropped int                    // evidence that waiting had no room for
@@ -128,7 +130,7 @@ func New(dir string, o Options) *Store {
 	if o.Size == 0 {
 		o.Size = DefaultSize
 	}
-	s := &Store{dir: dir, o: o, keep: DefaultKeep, wake: make(chan struct{}, 1), read: make(chan struct{})}
+	s := &Store{dir: dir, o: o, most: maxKept, keep: DefaultKeep, wake: make(chan struct{}, 1), read: make(chan struct{})}
 	s.reset()
 	return s
 }

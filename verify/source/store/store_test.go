@@ -726,6 +726,103 @@ func TestSize(t *testing.T) {
 	r.eventually("it says so", func() bool { return strings.Contains(r.Trouble(), "full") })
 }
 
+// A bound on the files that is below what the next start reads.
+func TestFiles(t *testing.T) {
+	t.Parallel()
+	clock := newClock()
+	var c site
+	dir := t.TempDir()
+	r := start(t, dir, store.Options{Now: clock.now})
+	r.Most(10)
+	var all []ocispec.Descriptor
+	for i := range 9 {
+		d, ev := c.image(fmt.Sprint("image ", i))
+		all = append(all, d)
+		r.keep(d, d, ev)
+		r.settled()
+		clock.pass(time.Minute)
+		r.has(d, ev)
+	}
+	n := 0
+	for name := range files(t, inside(dir)) {
+		if strings.HasPrefix(name, "blobs/") {
+			n++
+		}
+	}
+	if n > 10 || n < 7 {
+		t.Errorf("%d files", n)
+	}
+	r.has(all[0])
+}
+
+// What makes room does not take with it what the new signature shares with it.
+func TestRoomShared(t *testing.T) {
+	t.Parallel()
+	clock := newClock()
+	var c site
+	arm := c.Image("arm")
+	index := c.index(arm)
+	r := start(t, t.TempDir(), store.Options{Now: clock.now, Image: c.read, Size: 8 << 10})
+	r.keep(index, arm, c.evidence(index, strings.Repeat("a", 4000))) // has expired, say
+	r.settled()
+	clock.pass(time.Minute)
+	renewed := c.evidence(index, strings.Repeat("b", 4000))
+	r.keep(index, arm, renewed)
+	r.settled()
+	r.has(index, renewed)
+	var got []digest.Digest
+	r.Indexes(t.Context(), arm.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, _ []byte) bool {
+		got = append(got, d)
+		return true
+	})
+	if len(got) != 1 || got[0] != index.Digest {
+		t.Errorf("indexes %v, want %s", got, index.Digest)
+	}
+}
+
+// A file that cannot be read for once does not cost what it needs.
+func TestPartial(t *testing.T) {
+	t.Parallel()
+	clock := newClock()
+	var c site
+	size := int64(12 << 10)
+	dir := t.TempDir()
+	r := start(t, dir, store.Options{Now: clock.now, Size: size})
+	hidden, one := c.image("hidden")
+	other, two := c.image("other")
+	r.keep(hidden, hidden, one)
+	r.keep(other, other, two)
+	r.settled()
+	r.stop()
+
+	manifest := blob(dir, one.Manifest.Digest)
+	raw, err := os.ReadFile(manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(manifest, make([]byte, 2*size+1), 0o600); err != nil { // is not read
+		t.Fatal(err)
+	}
+	r = start(t, dir, store.Options{Now: clock.now, Size: size})
+	r.has(hidden)
+	big := c.Image("big")
+	three := c.evidence(big, strings.Repeat("z", 11<<10))
+	r.keep(big, big, three)
+	r.settled()
+	r.has(big, three)
+	r.has(other) // made room
+	if _, err := os.Stat(blob(dir, digest.FromBytes(two.Blob))); !errors.Is(err, fs.ErrNotExist) {
+		t.Error("its envelope is left:", err)
+	}
+	r.stop()
+
+	if err := os.WriteFile(manifest, raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r = start(t, dir, store.Options{Now: clock.now})
+	r.has(hidden, one)
+}
+
 func TestRetain(t *testing.T) {
 	t.Parallel()
 	clock := newClock()

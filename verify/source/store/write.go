@@ -39,14 +39,15 @@ var errFull = errors.New("it is full of signatures of images that are on the nod
 // A writer is what Run holds.
 type writer struct {
 	*Store
-	state  *os.Root
-	dir    *layout.Dir
-	lock   *os.File
-	loaded bool            // the directory was read
-	full   bool            // there was no room for what came last
-	dirty  bool            // index.json may not say what there is
-	serial int             // numbers unfinished files
-	moved  map[string]bool // directories in which names have changed that may not last yet
+	state   *os.Root
+	dir     *layout.Dir
+	lock    *os.File
+	loaded  bool            // the directory was read
+	partial bool            // but not all of it
+	full    bool            // there was no room for what came last
+	dirty   bool            // index.json may not say what there is
+	serial  int             // numbers unfinished files
+	moved   map[string]bool // directories in which names have changed that may not last yet
 }
 
 // Run reads the directory and then writes what Keep and Retain ask for, until ctx
@@ -127,9 +128,8 @@ func (w *writer) try(ctx context.Context) bool {
 	for _, name := range l.left {
 		_ = w.dir.Root.Remove(name)
 	}
-	if !l.partial {
-		w.tidy()
-	}
+	w.partial = l.partial
+	w.tidy()
 	return true
 }
 
@@ -235,17 +235,8 @@ func (w *writer) write(ctx context.Context, e evidence) error {
 		list = append(list, file{see(c.Digest, ocispec.DescriptorEmptyJSON.Data), ocispec.DescriptorEmptyJSON.Data})
 	}
 	list = append(list, file{see(ev.Manifest.Digest, ev.Document), ev.Document})
-	var need int64
-	list = slices.DeleteFunc(list, func(f file) bool {
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		there := w.blobs[f.digest] != nil
-		if !there {
-			need += f.size
-		}
-		return there
-	})
-	if !w.room(need) {
+	list, ok := w.room(list)
+	if !ok {
 		return errFull
 	}
 	for i, f := range list {
@@ -404,27 +395,35 @@ func (w *writer) index() {
 	w.dirty = false
 }
 
-// room makes room for n bytes. What is on the node does not have to go.
-func (w *writer) room(n int64) bool {
+// room makes room for those of list that are not there yet, and returns them. What is
+// on the node does not have to go. What goes may take with it what list was to share.
+func (w *writer) room(list []file) (missing []file, ok bool) {
 	for {
+		missing = nil
+		var need int64
 		w.mu.Lock()
-		free := w.o.Size - w.used
+		for _, f := range list {
+			if w.blobs[f.digest] == nil {
+				missing, need = append(missing, f), need+f.size
+			}
+		}
+		fits := need <= w.o.Size-w.used && len(missing) <= w.most-len(w.blobs)
 		var oldest *blob
 		for _, list := range w.signed {
 			for _, b := range list {
-				if !w.alive(b) && (oldest == nil || b.seen.Before(oldest.seen)) {
+				if !fits && !w.alive(b) && (oldest == nil || b.seen.Before(oldest.seen)) {
 					oldest = b
 				}
 			}
 		}
 		w.mu.Unlock()
-		if n <= free {
-			return true
+		if fits {
+			return missing, true
 		}
-		if n > w.o.Size || oldest == nil || w.remove(oldest) != nil {
-			return false
+		if need > w.o.Size || oldest == nil || w.remove(oldest) != nil {
+			return nil, false
 		}
-		w.tidy()
+		w.tidy(oldest)
 	}
 }
 
@@ -451,29 +450,37 @@ func (w *writer) remove(b *blob) error {
 }
 
 // tidy removes what no signature needs: its envelope, the document that it is over,
-// and where that is an index, the manifests that it lists.
-func (w *writer) tidy() {
+// and where that is an index, the manifests that it lists. Where not every file could
+// be read nobody knows what those need, and only what belonged to gone is removed.
+func (w *writer) tidy(gone ...*blob) {
 	w.mu.Lock()
 	needed := map[digest.Digest]bool{ocispec.DescriptorEmptyJSON.Digest: true}
 	for _, list := range w.signed {
-		for _, b := range list {
-			needed[b.digest], needed[b.envelope], needed[b.subject] = true, true, true
-			if index := w.blobs[b.subject]; index != nil {
-				for _, d := range index.lists {
-					needed[d] = true
-				}
-			}
-		}
+		w.needs(needed, list)
 	}
+	theirs := map[digest.Digest]bool{}
+	w.needs(theirs, gone)
 	var useless []*blob
 	for d, b := range w.blobs {
-		if !needed[d] {
+		if !needed[d] && (!w.partial || theirs[d]) {
 			useless = append(useless, b)
 		}
 	}
 	w.mu.Unlock()
 	for _, b := range useless {
 		_ = w.remove(b)
+	}
+}
+
+// needs adds the files of signatures to set. The lock must be held.
+func (s *Store) needs(set map[digest.Digest]bool, signatures []*blob) {
+	for _, b := range signatures {
+		set[b.digest], set[b.envelope], set[b.subject] = true, true, true
+		if index := s.blobs[b.subject]; index != nil {
+			for _, d := range index.lists {
+				set[d] = true
+			}
+		}
 	}
 }
 
@@ -516,7 +523,7 @@ func (w *writer) mend() {
 		if lost {
 			w.o.Log.Warn("a signature in the store was damaged and is removed; the mirrors are asked for it again", "store", w.Name(), "signature", d.String())
 			_ = w.remove(sig)
-			w.tidy()
+			w.tidy(sig)
 		}
 	}
 }
@@ -559,6 +566,6 @@ func (w *writer) retain() {
 	}
 	if len(over) > 0 {
 		w.o.Log.Info("signatures of images that have left the node are removed from the store", "store", w.Name(), "signatures", len(over))
-		w.tidy()
+		w.tidy(over...)
 	}
 }
