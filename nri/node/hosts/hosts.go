@@ -136,7 +136,7 @@ func (e *Error) Error() string {
 // it is not used. For a host that no Registry names, that of _default counts, if
 // there is one (Lookup). Where two directories name one host the one whose name ends
 // in _ counts, as for containerd. Errors are [*Error]; one file that is broken is an
-// error, since nobody knows what it says.
+// error, since nobody knows what it says, and so is a link that leads nowhere.
 func Read(dir string, files Files) ([]Registry, []*Error, error) {
 	r := &reader{files: files, left: maxTotal}
 	names, err := files.List(dir)
@@ -154,7 +154,7 @@ func Read(dir string, files Files) ([]Registry, []*Error, error) {
 			continue
 		}
 		in, err := files.List(reg.Dir)
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrNotDirectory) {
+		if errors.Is(err, ErrNotDirectory) {
 			continue
 		}
 		if err != nil {
@@ -214,6 +214,9 @@ func (r *reader) registry(reg *Registry, in []string) error {
 		}
 	}
 	if len(raw) == 0 {
+		if raw != nil { // perhaps it is being written
+			r.warnings = append(r.warnings, &Error{File: file, Text: "is empty: read as if it were not there, as containerd does"})
+		}
 		return r.certificates(reg, in)
 	}
 	f, err := parse(raw)

@@ -162,7 +162,7 @@ func TestRead(t *testing.T) {
 		warn  string
 	}{
 		"nothing in it": {tree{"/c/docker.io/readme": "x"}, "docker.io\n  itself - /v2\n", ""},
-		"empty":         {tree{"/c/docker.io/hosts.toml": ""}, "docker.io\n  itself - /v2\n", ""},
+		"empty":         {tree{"/c/docker.io/hosts.toml": ""}, "docker.io\n  itself - /v2\n", "/c/docker.io/hosts.toml: is empty: read as if it were not there, as containerd does"},
 		"order and doubles": {tree{"/c/r.test/hosts.toml": `
 [host."https://b.test"]
 [host."https://a.test"]
@@ -224,10 +224,11 @@ client = ["both.pem"]
 			"r.test\n  itself - /v2 tls(ca true, certs 2, skip false)\n", ""},
 		"two directories": {tree{"/c/r.test:5000/hosts.toml": "[host.'https://a.test']", "/c/r.test_5000_/hosts.toml": "[host.'https://b.test']"},
 			"r.test:5000\n  https://b.test /v2\n  itself - /v2\n", ""},
-		"a file":          {tree{"/c/notes": "", "/c/.git/hosts.toml": "!", "/c/r.test/hosts.toml": "#"}, "r.test\n  itself - /v2\n", ""},
-		"unknown":         {tree{"/c/r.test/hosts.toml": "\ncolour = 1\n[host.'https://a.test']\nserver = 'https://a.test'\n"}, "r.test\n  https://a.test /v2\n  itself - /v2\n", "/c/r.test/hosts.toml:2: unknown key \"colour\" is not used"},
-		"rewrite of root": {tree{"/c/r.test/hosts.toml": "[rewrite]\n'^a' = 'b'\n"}, "r.test\n  itself - /v2\n", "/c/r.test/hosts.toml:2: rewrite is used in the table of a host alone"},
-		"not a table":     {tree{"/c/r.test/hosts.toml": "[host]\n'https://a.test' = {capabilities = ['pull']}\n"}, "r.test\n  itself - /v2\n", `/c/r.test/hosts.toml:2: host "https://a.test" has no table of its own and is not used, as containerd does not use it`},
+		"a file":           {tree{"/c/notes": "", "/c/.git/hosts.toml": "!", "/c/r.test/hosts.toml": "#"}, "r.test\n  itself - /v2\n", ""},
+		"unknown":          {tree{"/c/r.test/hosts.toml": "\ncolour = 1\n[host.'https://a.test']\nserver = 'https://a.test'\n"}, "r.test\n  https://a.test /v2\n  itself - /v2\n", "/c/r.test/hosts.toml:2: unknown key \"colour\" is not used"},
+		"rewrite of root":  {tree{"/c/r.test/hosts.toml": "[rewrite]\n'^a' = 'b'\n"}, "r.test\n  itself - /v2\n", "/c/r.test/hosts.toml:2: rewrite is used in the table of a host alone"},
+		"empty and inline": {tree{"/c/r.test/hosts.toml": "host = {'https://a.test' = {}}\n"}, "r.test\n  itself - /v2\n", `/c/r.test/hosts.toml:1: host "https://a.test" has no table of its own and is not used, as containerd does not use it`},
+		"not a table":      {tree{"/c/r.test/hosts.toml": "[host]\n'https://a.test' = {capabilities = ['pull']}\n"}, "r.test\n  itself - /v2\n", `/c/r.test/hosts.toml:2: host "https://a.test" has no table of its own and is not used, as containerd does not use it`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -243,6 +244,27 @@ client = ["both.pem"]
 			}
 		})
 	}
+}
+
+// Whoever has a host's images come from mirrors has not the host itself asked because
+// a link to them is broken.
+func TestLinkToNowhere(t *testing.T) {
+	t.Parallel()
+	dir := dangling{tree{"/c/r.test/hosts.toml": "#"}}
+	if list, _, err := Read("/c", dir); err == nil || list != nil || err.Error() != "/c/docker.io: file does not exist" {
+		t.Error(list, err)
+	}
+}
+
+// dangling has a directory more in /c, which is not there.
+type dangling struct{ tree }
+
+func (d dangling) List(dir string) ([]string, error) {
+	names, err := d.tree.List(dir)
+	if dir == "/c" {
+		names = append(names, "docker.io")
+	}
+	return names, err
 }
 
 func TestBroken(t *testing.T) {

@@ -159,6 +159,8 @@ func (p *parser) host(name string) *entry {
 	return nil
 }
 
+const notUsed = "host %s has no table of its own and is not used, as containerd does not use it"
+
 // value takes one value; key is its full name, of which the first depth parts are
 // those of its table.
 func (p *parser) value(key []string, v *unstable.Node, depth int) {
@@ -173,6 +175,10 @@ func (p *parser) value(key []string, v *unstable.Node, depth int) {
 	}
 	p.seen[full] = true
 	if v.Kind == unstable.InlineTable {
+		if key[0] == "host" && len(key) == 2 && depth < 2 {
+			p.warn(notUsed, quoteHost(key[1]))
+			return
+		}
 		for it := v.Children(); it.Next() && p.err == nil; {
 			pair := it.Node()
 			if pair.Kind != unstable.KeyValue {
@@ -196,7 +202,7 @@ func (p *parser) value(key []string, v *unstable.Node, depth int) {
 	}
 	e := p.host(key[1])
 	if e == nil || depth < 2 {
-		p.warn("host %s has no table of its own and is not used, as containerd does not use it", quoteHost(key[1]))
+		p.warn(notUsed, quoteHost(key[1]))
 		return
 	}
 	p.field(e, key[2:], v)
