@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
@@ -39,6 +40,7 @@ type Registry struct {
 	handler     http.Handler
 	log         *log.Logger
 	noReferrers bool
+	busy        atomic.Int64 // requests that are being answered
 
 	mu       sync.Mutex
 	server   *http.Server // nil while stopped
@@ -139,6 +141,10 @@ func (r *Registry) Stop() error {
 	}
 	err := s.Close()
 	<-served
+	// What it was answering notices soon that nobody listens any more.
+	for end := time.Now().Add(5 * time.Second); r.busy.Load() > 0 && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond)
+	}
 	return err
 }
 
@@ -166,6 +172,8 @@ func (r *Registry) Forget() {
 }
 
 func (r *Registry) serve(w http.ResponseWriter, req *http.Request) {
+	r.busy.Add(1)
+	defer r.busy.Add(-1)
 	r.mu.Lock()
 	h, fault := r.handler, r.fault
 	r.mu.Unlock()
