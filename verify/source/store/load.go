@@ -34,6 +34,7 @@ type look struct {
 	foreign int      // files that do not belong there
 	first   string   // one of these
 	partial bool     // not everything could be read
+	links   int      // manifests that indexes list
 }
 
 // scan reads the files below blobs. Nothing of them is believed: their digests are
@@ -107,6 +108,10 @@ func (s *Store) look(dir *layout.Dir, l *look, alg digest.Algorithm, e fs.DirEnt
 		return 0
 	}
 	b := see(d, raw)
+	if l.links+len(b.lists) > maxListed {
+		b.lists = nil
+	}
+	l.links += len(b.lists)
 	b.seen = info.ModTime()
 	l.blobs = append(l.blobs, b)
 	return info.Size()
@@ -203,6 +208,10 @@ func (s *Store) add(b *blob) {
 	if b.subject != "" {
 		s.signed[b.subject] = append(s.signed[b.subject], b)
 	}
+	if s.links+len(b.lists) > maxListed {
+		b.lists = nil
+	}
+	s.links += len(b.lists)
 	for _, d := range b.lists {
 		s.listed[d] = append(s.listed[d], b)
 	}
@@ -215,6 +224,7 @@ func (s *Store) forget(b *blob) {
 	}
 	delete(s.blobs, b.digest)
 	s.used -= b.size
+	s.links -= len(b.lists)
 	without(s.signed, b.subject, b)
 	for _, d := range b.lists {
 		without(s.listed, d, b)

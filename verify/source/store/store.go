@@ -56,6 +56,7 @@ const (
 const (
 	maxFiles    = 32768            // files looked at in the directory
 	maxDocument = 4 << 20          // bytes of one file
+	maxListed   = 1 << 16          // manifests that all indexes list; an index beyond shows nothing
 	maxKept     = maxFiles / 4 * 3 // files written to it: all are read at the next start
 	maxWaiting  = 4 << 20          // bytes of evidence that waits to be written
 	patience    = 2 * time.Second  // longest that a question waits for the store to be read at the start
@@ -88,6 +89,7 @@ type Store struct {
 	blobs   map[digest.Digest]*blob
 	signed  map[digest.Digest][]*blob // subject to signatures
 	listed  map[digest.Digest][]*blob // manifest to indexes
+	links   int                       // entries of listed
 	used    int64                     // bytes of blobs
 	most    int                       // maxKept; fewer in a test
 	waiting []evidence
@@ -136,7 +138,7 @@ func New(dir string, o Options) *Store {
 }
 
 func (s *Store) reset() {
-	s.blobs, s.used = map[digest.Digest]*blob{}, 0
+	s.blobs, s.used, s.links = map[digest.Digest]*blob{}, 0, 0
 	s.signed, s.listed = map[digest.Digest][]*blob{}, map[digest.Digest][]*blob{}
 }
 

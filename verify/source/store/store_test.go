@@ -755,6 +755,35 @@ func TestFiles(t *testing.T) {
 	r.has(all[0])
 }
 
+// Indexes that list a great many manifests do not fill the memory.
+func TestManyListed(t *testing.T) {
+	t.Parallel()
+	var c site
+	dir := t.TempDir()
+	one := digest.FromString("one")
+	entries := strings.Repeat(`{"digest":"`+one.String()+`"},`, 40000)
+	for i := range 2 { // more than all may list together
+		raw := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"manifests":[%s{"digest":%q}]}`, ocispec.MediaTypeImageIndex, entries, digest.FromString(fmt.Sprint(i)))
+		c.evidence(c.Add(ocispec.MediaTypeImageIndex, []byte(raw)), fmt.Sprint("index ", i))
+	}
+	m := map[string]string{}
+	for d, raw := range c.Blobs {
+		m["store/blobs/sha256/"+d.Encoded()] = string(raw)
+	}
+	write(t, dir, m)
+	r := start(t, dir, store.Options{})
+	shown := 0
+	for i := range 2 {
+		r.Indexes(t.Context(), digest.FromString(fmt.Sprint(i)), verify.NewBudget(verify.Limits{}), func(digest.Digest, []byte) bool { shown++; return true })
+	}
+	if shown != 1 {
+		t.Errorf("%d indexes, want 1 of 2", shown)
+	}
+	if n, _ := r.Signatures(); n != 2 {
+		t.Errorf("%d signatures", n)
+	}
+}
+
 // What makes room does not take with it what the new signature shares with it.
 func TestRoomShared(t *testing.T) {
 	t.Parallel()
