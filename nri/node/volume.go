@@ -118,14 +118,14 @@ func (r *Resolver) volume(ctx context.Context, dir, encoded string, list func() 
 		}
 		// A name of other content with the same layers is one of the volume as well, but
 		// not of the config that the key of the answer has.
-		if l.config == found.config && !slices.ContainsFunc(names, func(n verify.Name) bool { return n.Repository() == name.Repository() }) {
+		if len(names) <= verify.MaxNames && l.config == found.config && !slices.ContainsFunc(names, func(n verify.Name) bool { return n.Repository() == name.Repository() }) {
 			names = append(names, name)
 		}
 	}
 	if len(names) == 0 {
 		return unverified("no named image on this node leads to the root filesystem that is mounted as a volume (%s)", verify.Clean(snapshot.Parent, 96))
 	}
-	img.Name, img.Names = names[0], names[1:min(len(names), 1+verify.MaxNames)]
+	img.Name, img.Names = names[0], names[1:]
 	if slices.Contains(Snapshotters, snapshotter) {
 		img.Vouched = true
 		img.Others = r.kin.of(img.Config, img.Target.Digest, img.Manifest.Digest)
