@@ -279,8 +279,10 @@ func TestConfiguration(t *testing.T) {
 		mark = s.gate.Mark()
 		s.must(s.gate.Signal(syscall.SIGHUP))
 		s.allowed(good.Name, "configured", node.ContainerOptions{})
+		// What the gate finds on the node ahead of time is said whenever it is found,
+		// and is not about this.
 		for _, l := range s.gate.Lines()[mark:] {
-			if l.Level != "INFO" {
+			if strings.HasPrefix(l.Msg, "configuration") && l.Level != "INFO" {
 				s.Errorf("after SIGHUP with a good configuration: %s", l.Raw)
 			}
 		}
