@@ -44,14 +44,12 @@ func (e *Engine) Judge(ctx context.Context, q Question) (d Decision) {
 	sources := e.Sources(q.Image.Name)
 	if e.Store != nil {
 		sources = append([]Source{e.Store}, sources...)
-		if q.Image.Vouched { // else only what was resolved counts, see Question.Takes
-			q.Image.indexes = e.indexes(ctx, q.Image.Manifest)
-		}
+		q.Image.links = e.links(ctx, q.Image)
 	}
 	for i, src := range sources {
-		a, found, won := e.ask(ctx, src, q)
+		a, found, won := e.ask(ctx, src, q, nil)
 		stored := e.Store != nil && i == 0
-		if stored && a.Seen == 0 && a.Reason == SignatureMissing {
+		if stored && a.Seen == 0 && a.Reason == SignatureMissing && len(sources) > 1 {
 			continue // that nothing was kept yet is no news
 		}
 		seen, tried = append(seen, found...), append(tried, a)
@@ -67,21 +65,53 @@ func (e *Engine) Judge(ctx context.Context, q Question) (d Decision) {
 	return refuse(seen, tried, e.Now())
 }
 
-// maxIndexes bounds how many indexes that the store knows to list a manifest are
-// asked for signatures of. There are more only where an image was built again and
-// again with one platform unchanged.
-const maxIndexes = 4
+// Refresh asks every source but the store for all signatures of the image, and gives
+// the store those that meet the rule: new ones join the old, so that keys can be
+// exchanged. It returns how many it gave and what each source said. It decides nothing.
+func (e *Engine) Refresh(ctx context.Context, q Question) (given int, tried []Attempt) {
+	defer func() { _ = recover() }() // ask has its own: this is for Sources
+	if e.Store == nil || q.Unfit() != nil {
+		return 0, nil
+	}
+	q.Image.links = e.links(ctx, q.Image)
+	for _, src := range e.Sources(q.Image.Name) {
+		a, _, _ := e.ask(ctx, src, q, func(p *proof) {
+			e.keep(q.Image, p)
+			given++
+		})
+		tried = append(tried, a)
+	}
+	return given, tried
+}
 
-// indexes returns the indexes in the store that list manifest. The image may run by
-// its manifest, imported or named by digest, and be signed by its index.
-func (e *Engine) indexes(ctx context.Context, manifest ocispec.Descriptor) (list []ocispec.Descriptor) {
+// maxLinks bounds how many documents of the store are asked for signatures of. There
+// are more only where an image was built again and again with one part unchanged.
+const maxLinks = 6
+
+// links returns the documents in the store that lead to what runs: indexes that list
+// the manifest, manifests with the same config, and indexes that list those. The
+// image may run by its manifest alone, or from an archive, of which the runtime has
+// made a manifest that nobody signed. None where only what was resolved counts.
+func (e *Engine) links(ctx context.Context, img Image) (list []ocispec.Descriptor) {
 	defer func() { _ = recover() }() // one source less
-	e.Store.Indexes(ctx, manifest.Digest, NewBudget(e.Limits), func(d digest.Digest, raw []byte) bool {
-		if index, ok := listing(d, raw, manifest); ok {
-			list = append(list, index)
-		}
-		return len(list) < maxIndexes
-	})
+	if !img.Vouched {
+		return nil
+	}
+	b := NewBudget(e.Limits)
+	climb := func(child ocispec.Descriptor) {
+		e.Store.Parents(ctx, child.Digest, b, func(d digest.Digest, raw []byte) bool {
+			p, ok := naming(d, raw, child)
+			if ok && !slices.ContainsFunc(list, func(x ocispec.Descriptor) bool { return x.Digest == d }) {
+				list = append(list, p)
+			}
+			return len(list) < maxLinks
+		})
+	}
+	climb(img.Manifest)
+	climb(ocispec.Descriptor{Digest: img.Config})
+	for _, d := range list[:len(list):len(list)] {
+		climb(d)
+	}
 	return list
 }
 
@@ -98,8 +128,9 @@ type proof struct {
 }
 
 // ask asks one source for signatures of each subject and checks what it hands
-// over. Where won is not nil the last finding meets the rule. A panic costs only that source.
-func (e *Engine) ask(ctx context.Context, src Source, q Question) (a Attempt, found []Finding, won *proof) {
+// over. Where won is not nil the last finding meets the rule; with all, which is given
+// each proof, the source is asked to the end. A panic costs only that source.
+func (e *Engine) ask(ctx context.Context, src Source, q Question, all func(*proof)) (a Attempt, found []Finding, won *proof) {
 	defer func() {
 		if p := recover(); p != nil {
 			a.Reason, a.Detail, won = Internal, clip(fmt.Sprintf("panic while asking a source: %v", p)), nil
@@ -120,7 +151,9 @@ func (e *Engine) ask(ctx context.Context, src Source, q Question) (a Attempt, fo
 				return false // the source was told to stop
 			}
 			f := e.check(ctx, ev, subject, q.Rule.Statement)
-			if f.Reason == Verified {
+			if f.Reason == Verified && all != nil {
+				all(&proof{subject, ev})
+			} else if f.Reason == Verified {
 				won = &proof{subject, ev}
 			}
 			found = append(found, f)

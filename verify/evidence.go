@@ -41,10 +41,10 @@ type Keeper interface {
 	// returns at once and keeps it later, or not at all. Nobody changes ev after.
 	Keep(img Image, subject ocispec.Descriptor, ev Evidence)
 
-	// Indexes hands over documents that may be image indexes which list the manifest
-	// d, until yield returns false or b is spent. The caller believes neither the
-	// digest nor the bytes.
-	Indexes(ctx context.Context, d digest.Digest, b *Budget, yield func(index digest.Digest, raw []byte) bool)
+	// Parents hands over documents that may name d, image indexes which list it and
+	// image manifests whose config it is, until yield returns false or b is spent. The
+	// caller believes neither the digest nor the bytes.
+	Parents(ctx context.Context, d digest.Digest, b *Budget, yield func(parent digest.Digest, raw []byte) bool)
 }
 
 // What a Source could not do. Anything else that it returns counts as ErrUnreachable.
@@ -123,20 +123,29 @@ func EnvelopeIn(raw []byte, subject ocispec.Descriptor) (ocispec.Descriptor, err
 	return ocispec.Descriptor{MediaType: l.MediaType, Digest: l.Digest, Size: l.Size}, nil
 }
 
-// listing returns the descriptor of the image index raw where that is what its
-// digest says and lists manifest with its size and media type: then whoever signed
-// the index signed the manifest too.
-func listing(d digest.Digest, raw []byte, manifest ocispec.Descriptor) (index ocispec.Descriptor, ok bool) {
+// naming returns the descriptor of raw where that is what its digest says and names
+// child: an image index that lists it with its size and media type, or, for a child of
+// which only the digest is known, an image manifest whose config it is. Then whoever
+// signed the document signed child too.
+func naming(d digest.Digest, raw []byte, child ocispec.Descriptor) (parent ocispec.Descriptor, ok bool) {
 	if d.Validate() != nil || d.Algorithm().FromBytes(raw) != d || Bounded(raw) != nil {
-		return index, false
+		return parent, false
 	}
 	mediaType, err := MediaTypeOf(raw, "")
-	var doc ocispec.Index
-	if err != nil || json.Unmarshal(raw, &doc) != nil {
-		return index, false
+	var doc struct {
+		Manifests []ocispec.Descriptor `json:"manifests"`
+		Config    ocispec.Descriptor   `json:"config"`
 	}
-	listed := slices.ContainsFunc(doc.Manifests, func(m ocispec.Descriptor) bool { return plain(m) == plain(manifest) })
-	return ocispec.Descriptor{MediaType: mediaType, Digest: d, Size: int64(len(raw))}, listed
+	if err != nil || child.Digest == "" || json.Unmarshal(raw, &doc) != nil {
+		return parent, false
+	}
+	if child.MediaType == "" {
+		t := doc.Config.MediaType
+		ok = doc.Config.Digest == child.Digest && (t == ocispec.MediaTypeImageConfig || t == dockerConfig)
+	} else {
+		ok = slices.ContainsFunc(doc.Manifests, func(m ocispec.Descriptor) bool { return plain(m) == plain(child) })
+	}
+	return ocispec.Descriptor{MediaType: mediaType, Digest: d, Size: int64(len(raw))}, ok
 }
 
 // maxElements bounds the elements of a JSON document. An index of 13,000
@@ -158,6 +167,7 @@ func Bounded(raw []byte) error {
 // Media types of Docker's images. Its signatures have OCI types.
 const (
 	dockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
+	dockerConfig   = "application/vnd.docker.container.image.v1+json"
 	dockerList     = "application/vnd.docker.distribution.manifest.list.v2+json"
 )
 

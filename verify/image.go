@@ -113,7 +113,7 @@ type Image struct {
 	Pod     Pod
 	Fault   *Fault
 
-	indexes []ocispec.Descriptor // that list Manifest; set by the Engine, which has seen that they do
+	links []ocispec.Descriptor // that lead to Config; set by the Engine, which has seen that they do
 }
 
 // maxName bounds host and path of a name together; longer ones cannot be pulled
@@ -157,9 +157,9 @@ func (i Image) subjects() []ocispec.Descriptor {
 	if i.Manifest.Digest != i.Target.Digest {
 		list = append(list, i.Manifest)
 	}
-	for _, index := range i.indexes {
-		if index.Digest != i.Target.Digest {
-			list = append(list, index)
+	for _, link := range i.links {
+		if link.Digest != i.Target.Digest && link.Digest != i.Manifest.Digest {
+			list = append(list, link)
 		}
 	}
 	return append(list, i.Others[:min(len(i.Others), MaxOthers)]...)

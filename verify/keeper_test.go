@@ -26,11 +26,11 @@ func (k keeps) Keep(_ Image, subject ocispec.Descriptor, ev Evidence) {
 	*k.kept = append(*k.kept, fmt.Sprintf("%.12s %s", subject.Digest.Encoded(), ev.Blob))
 }
 
-func (k keeps) Indexes(_ context.Context, _ digest.Digest, _ *Budget, yield func(digest.Digest, []byte) bool) {
+func (k keeps) Parents(_ context.Context, _ digest.Digest, _ *Budget, yield func(digest.Digest, []byte) bool) {
 	if k.panics {
 		panic("a disk")
 	}
-	for d, raw := range k.documents {
+	for d, raw := range k.documents { // also those that do not name it
 		if !yield(d, raw) {
 			return
 		}
@@ -116,5 +116,97 @@ func TestStore(t *testing.T) {
 		if d := e.Judge(t.Context(), q); d.Allowed() || d.Reason != SignatureMissing {
 			t.Errorf("an index of %s: %v %s", name, d.Allowed(), d.Reason)
 		}
+	}
+
+	// The image came in an archive: the runtime made a manifest of its own for it, and
+	// the one that is signed has the same config.
+	config := func(mediaType string, d digest.Digest) []byte {
+		raw, err := json.Marshal(ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Config: ocispec.Descriptor{MediaType: mediaType, Digest: d, Size: 7}, Layers: []ocispec.Descriptor{}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return raw
+	}
+	same := config(ocispec.MediaTypeImageConfig, q.Image.Config)
+	sub := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromBytes(same), Size: int64(len(same))}
+	above := index(sub)
+	for _, tt := range []struct {
+		name    string
+		signed  []byte
+		store   [][]byte
+		vouched bool
+		want    Reason
+	}{
+		{"a manifest with the same config", same, [][]byte{same}, true, Verified},
+		{"Docker's", config(dockerConfig, q.Image.Config), nil, true, Verified},
+		{"an index that lists it", above, [][]byte{above, same}, true, Verified},
+		{"an index, and nothing shows what is in it", above, [][]byte{above}, true, SignatureMissing},
+		{"nobody vouches for the layers", same, [][]byte{same}, false, SignatureMissing},
+		{"another config", config(ocispec.MediaTypeImageConfig, other.Digest), nil, true, SignatureMissing},
+		{"a config that is none of an image", config("application/vnd.example+json", q.Image.Config), nil, true, SignatureMissing},
+		{"no config", index(ocispec.Descriptor{Digest: q.Image.Config}), nil, true, SignatureMissing},
+		{"two ways to read it", []byte(strings.Replace(string(same), "{", `{"manifests":[],`, 1)), nil, true, SignatureMissing},
+	} {
+		if tt.store == nil {
+			tt.store = [][]byte{tt.signed}
+		}
+		d := digest.FromBytes(tt.signed)
+		k := keeps{holds: holds{name: "store", evidence: of(d)}, documents: map[digest.Digest][]byte{}}
+		for _, raw := range tt.store {
+			k.documents[digest.FromBytes(raw)] = raw
+		}
+		e, kept := stored(k)
+		asked := with(func(q *Question) { q.Image.Vouched = tt.vouched })
+		if got := e.Judge(t.Context(), asked); got.Allowed() != (tt.want == Verified) || got.Reason != tt.want || tt.want == Verified && got.Signed != d || len(*kept) != 0 {
+			t.Errorf("%s: %v %s, signed %s: %s", tt.name, got.Allowed(), got.Reason, got.Signed, got.Detail)
+		}
+	}
+	empty, _ := stored(keeps{})
+	if d := empty.Judge(t.Context(), q); d.Allowed() || d.Reason != SignatureMissing || len(d.Tried) != 1 {
+		t.Errorf("nothing but a store: %s %s", d.Reason, d.Detail)
+	}
+}
+
+func TestRefresh(t *testing.T) {
+	q := bound()
+	target := fmt.Sprintf("%.12s", q.Image.Target.Digest.Encoded())
+	for _, tt := range []struct {
+		name    string
+		store   keeps
+		sources []Source
+		kept    string
+		tried   string
+	}{
+		{"all that verify, of all sources", keeps{holds: on("store", "good")},
+			[]Source{on("a", "good", "SIGNER_UNTRUSTED", "unreadable", "panic", "good"), failing("b", ErrUnreachable), on("c", "good"), on("d"), on("e", "SIGNATURE_EXPIRED")},
+			strings.Repeat("; "+target+" good", 3), "VERIFIED SOURCE_UNREACHABLE VERIFIED SIGNATURE_MISSING SIGNATURE_EXPIRED"},
+		{"a signature of something else", keeps{}, []Source{on("a", "lie")}, "", "INTERNAL"},
+		{"the store is not asked", keeps{holds: on("store", "good")}, []Source{on("a")}, "", "SIGNATURE_MISSING"},
+		{"the store panics", keeps{panics: true}, []Source{on("a", "good")}, "", "VERIFIED"},
+	} {
+		e, kept := stored(tt.store, tt.sources...)
+		given, tried := e.Refresh(t.Context(), q)
+		said := make([]string, len(tried))
+		for i, a := range tried {
+			said[i] = a.Reason.String()
+		}
+		if got := strings.Join(append([]string{""}, *kept...), "; "); got != tt.kept || strings.Join(said, " ") != tt.tried || !tt.store.panics && given != len(*kept) {
+			t.Errorf("%s: kept %q, said %d, tried %q", tt.name, got, given, said)
+		}
+	}
+	e, kept := stored(keeps{}, on("a", "good"))
+	for _, w := range weakened {
+		q := bound()
+		w.weaken(&q)
+		if n, tried := e.Refresh(t.Context(), q); q.Unfit() != nil && (n != 0 || tried != nil) {
+			t.Errorf("%s: refreshed", w.name)
+		}
+	}
+	if len(*kept) != 0 {
+		t.Errorf("kept %q", *kept)
+	}
+	e.Store = nil
+	if n, tried := e.Refresh(t.Context(), q); n != 0 || tried != nil {
+		t.Error("refreshed without a store")
 	}
 }

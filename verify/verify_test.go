@@ -195,7 +195,7 @@ func TestKey(t *testing.T) {
 			t.Errorf("%s: in the key's bytes otherwise than in the key", tt.field)
 		}
 	}
-	if n, m := reflect.TypeFor[Image]().NumField(), reflect.TypeFor[Rule]().NumField(); n != 14 || m != 6 { // indexes follows from Manifest and the store
+	if n, m := reflect.TypeFor[Image]().NumField(), reflect.TypeFor[Rule]().NumField(); n != 14 || m != 6 { // links follow from Manifest, Config and the store
 		t.Errorf("Image has %d fields and Rule %d: extend the table above", n, m)
 	}
 	if (Question{}).Key() != (Key{}) {

@@ -232,8 +232,8 @@ func (s *Store) Find(ctx context.Context, _ verify.Name, subject ocispec.Descrip
 	return failed
 }
 
-// Indexes implements [verify.Keeper].
-func (s *Store) Indexes(ctx context.Context, d digest.Digest, b *verify.Budget, yield func(digest.Digest, []byte) bool) {
+// Parents implements [verify.Keeper].
+func (s *Store) Parents(ctx context.Context, d digest.Digest, b *verify.Budget, yield func(digest.Digest, []byte) bool) {
 	dir, _ := s.ready(ctx)
 	if dir == nil {
 		return

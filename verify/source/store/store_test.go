@@ -301,7 +301,7 @@ func TestIndexes(t *testing.T) {
 	for range 2 {
 		for _, m := range []ocispec.Descriptor{arm, amd} {
 			n := 0
-			r.Indexes(t.Context(), m.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, raw []byte) bool {
+			r.Parents(t.Context(), m.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, raw []byte) bool {
 				n++
 				if d != index.Digest || digest.FromBytes(raw) != d {
 					t.Error(d, string(raw))
@@ -312,11 +312,11 @@ func TestIndexes(t *testing.T) {
 				t.Errorf("%d indexes list it", n)
 			}
 		}
-		r.Indexes(t.Context(), index.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, _ []byte) bool {
+		r.Parents(t.Context(), index.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, _ []byte) bool {
 			t.Error("the index is listed by", d)
 			return true
 		})
-		r.Indexes(t.Context(), arm.Digest, &verify.Budget{}, func(digest.Digest, []byte) bool {
+		r.Parents(t.Context(), arm.Digest, &verify.Budget{}, func(digest.Digest, []byte) bool {
 			t.Error("without a budget")
 			return true
 		})
@@ -774,7 +774,7 @@ func TestManyListed(t *testing.T) {
 	r := start(t, dir, store.Options{})
 	shown := 0
 	for i := range 2 {
-		r.Indexes(t.Context(), digest.FromString(fmt.Sprint(i)), verify.NewBudget(verify.Limits{}), func(digest.Digest, []byte) bool { shown++; return true })
+		r.Parents(t.Context(), digest.FromString(fmt.Sprint(i)), verify.NewBudget(verify.Limits{}), func(digest.Digest, []byte) bool { shown++; return true })
 	}
 	if shown != 1 {
 		t.Errorf("%d indexes, want 1 of 2", shown)
@@ -800,7 +800,7 @@ func TestRoomShared(t *testing.T) {
 	r.settled()
 	r.has(index, renewed)
 	var got []digest.Digest
-	r.Indexes(t.Context(), arm.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, _ []byte) bool {
+	r.Parents(t.Context(), arm.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, _ []byte) bool {
 		got = append(got, d)
 		return true
 	})
@@ -1022,7 +1022,7 @@ func FuzzOpen(f *testing.F) {
 		if !found {
 			t.Error("the good signature is hidden")
 		}
-		r.Indexes(t.Context(), one.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, raw []byte) bool {
+		r.Parents(t.Context(), one.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, raw []byte) bool {
 			if digest.FromBytes(raw) != d {
 				t.Error("an index is not what its digest says")
 			}
