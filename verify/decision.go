@@ -42,6 +42,7 @@ type Decision struct {
 	Detail string // one clause for a person
 	Made   time.Time
 	Until  time.Time // when the answer ends; zero: good for this once
+	Ends   string    // what it is that ends then, see Finding.Ends
 }
 
 // An Attempt is what one source said.
@@ -85,7 +86,7 @@ func allow(q Question, f Finding, now time.Time) Decision {
 	}
 	d := Decision{
 		allowed: true, Reason: f.Reason, Signed: f.Signed, Metadata: f.Metadata,
-		Warnings: f.Warnings, Detail: f.Detail, Made: now, Until: f.Until,
+		Warnings: f.Warnings, Detail: f.Detail, Made: now, Until: f.Until, Ends: f.Ends,
 	}
 	if f.Signer != (Signer{}) {
 		d.Signers = []Signer{f.Signer}
@@ -240,6 +241,7 @@ type Report struct {
 	Detail   string            `json:"detail,omitempty"`
 	Made     time.Time         `json:"made"`
 	Until    *time.Time        `json:"until,omitempty"`
+	Ends     string            `json:"ends,omitempty"` // what it is that ends then
 }
 
 // Report makes the report of d about img on node.
@@ -256,12 +258,10 @@ func (d Decision) Report(img Image, node string) Report {
 		r.Image = Clean(img.Asked, 512)
 	}
 	if img.Pod != (Pod{}) {
-		p := img.Pod
-		r.Pod = &p
+		r.Pod = new(img.Pod)
 	}
 	if !d.Until.IsZero() {
-		u := d.Until.UTC()
-		r.Until = &u
+		r.Until, r.Ends = new(d.Until.UTC()), d.Ends
 	}
 	return r
 }

@@ -369,6 +369,7 @@ func TestReport(t *testing.T) {
 	f := good(q)
 	f.Signer = Signer{Subject: "CN=build,O=Acme", Thumbprint: "ab12", Anchor: "ca:acme/root.crt"}
 	f.Warnings = []Reason{RevocationUnknown}
+	f.Ends = "certificate"
 	yes := allow(q, f, start)
 	yes.Rule, yes.Key, yes.Binding, yes.Epoch = "prod", q.Key(), BoundRuntime, Epoch{0xab}
 	yes.Source, yes.Tried = "mirror http://10.0.0.5:5000", []Attempt{

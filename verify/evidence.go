@@ -321,6 +321,7 @@ type Finding struct {
 	Metadata map[string]string // annotations that are signed with it; see Decision.Metadata
 	Warnings []Reason          // checks that failed and that the statement only logs
 	Until    time.Time         // first end among what the answer rests on; zero: no end known, not kept
+	Ends     string            // what it is that ends then: of a small set, "signature" or "certificate"
 	Detail   string            // one clause for a person; no image name, no secret
 }
 

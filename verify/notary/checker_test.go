@@ -431,13 +431,13 @@ func TestLevels(t *testing.T) {
 func TestUntil(t *testing.T) {
 	end := year(2028)
 	for name, blob := range map[string][]byte{
-		"expiry": notarytest.MustSign(signer, image, notarytest.SignOptions{Expiry: end}),
-		"leaf":   notarytest.MustSign(acme.Leaf(notarytest.CertOptions{NotAfter: end}), image, notarytest.SignOptions{Expiry: end.Add(time.Hour)}),
+		EndsSignature:   notarytest.MustSign(signer, image, notarytest.SignOptions{Expiry: end}),
+		EndsCertificate: notarytest.MustSign(acme.Leaf(notarytest.CertOptions{NotAfter: end}), image, notarytest.SignOptions{Expiry: end.Add(time.Hour)}),
 	} {
 		for _, now := range []time.Time{notarytest.Begin, noon, end.Add(-1)} {
 			f := check(newChecker(t, acmeStore(t), now, notarytest.Statement("prod")), verify.MediaTypeJWS, blob, image)
-			if f.Reason != verify.Verified || !f.Until.Equal(end) {
-				t.Errorf("%s at %v: %s until %v", name, now, f.Reason, f.Until)
+			if f.Reason != verify.Verified || !f.Until.Equal(end) || f.Ends != name {
+				t.Errorf("%s at %v: %s until %v, when %q ends", name, now, f.Reason, f.Until, f.Ends)
 			}
 		}
 		for _, now := range []time.Time{{}, time.Unix(0, 0), notarytest.Begin.Add(-1), end, end.Add(1), year(2074), year(3000)} {

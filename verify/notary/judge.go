@@ -48,7 +48,7 @@ func (st *statement) judge(info *signature.SignerInfo, now time.Time, maxCertifi
 				return refuse(verify.SignatureExpired, "the signature expired at "+date(end))
 			}
 		} else {
-			f.Until = earlier(f.Until, end)
+			f.Until, f.Ends = end, EndsSignature
 		}
 	}
 
@@ -63,8 +63,8 @@ func (st *statement) judge(info *signature.SignerInfo, now time.Time, maxCertifi
 	}
 	if st.restsOnNow(info, now) {
 		for _, c := range chain {
-			if now.Before(c.NotAfter) {
-				f.Until = earlier(f.Until, c.NotAfter)
+			if now.Before(c.NotAfter) && (f.Until.IsZero() || c.NotAfter.Before(f.Until)) {
+				f.Until, f.Ends = c.NotAfter, EndsCertificate
 			}
 		}
 	}
@@ -75,11 +75,18 @@ func (st *statement) judge(info *signature.SignerInfo, now time.Time, maxCertifi
 	if f.Until.IsZero() {
 		// A timestamp, and a signing authority's word, do not end. An answer without
 		// an end is not kept, so that no container would ever find it.
-		f.Until = now.Add(again)
+		f.Until, f.Ends = now.Add(again), EndsNothing
 	}
 	f.Reason = verify.Verified
 	return f
 }
+
+// What ends a finding, for Finding.Ends.
+const (
+	EndsSignature   = "signature"   // its own expiry
+	EndsCertificate = "certificate" // NotAfter of a certificate of the signer's chain
+	EndsNothing     = "nothing"     // it is only looked at again then
+)
 
 // again is when a finding that rests on nothing that ends is made anew.
 const again = 24 * time.Hour
@@ -175,14 +182,6 @@ func revocable(c *x509.Certificate) bool {
 		}
 	}
 	return false
-}
-
-// earlier is the earlier of two times, of which a may be zero: none.
-func earlier(a, b time.Time) time.Time {
-	if a.IsZero() || b.Before(a) {
-		return b
-	}
-	return a
 }
 
 func date(t time.Time) string { return t.UTC().Format(time.RFC3339) }
