@@ -1,6 +1,7 @@
 package main
 
 import (
+	"archive/tar"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -183,6 +184,7 @@ var world = sync.OnceValue(func() fixtures {
 //
 //	fixture config DIR [mode=audit] [wall=300ms] [level=skip] [scope=host/path] [mirror=HOST=URL] [layout=DIR]
 //	fixture layout DIR IMAGE... [without=images|signatures|manifests]
+//	fixture tar FILE DIR
 //	fixture break DIR DIGEST other|pipe|link|huge
 //	fixture mirror VAR IMAGE... [without=...] [as=team/app] [does=tags|notags|refuses|hangs|floods|drips]
 //
@@ -191,7 +193,7 @@ var world = sync.OnceValue(func() fixtures {
 // writes down; "fixture started VAR" waits until it was asked. A configuration trusts signatures of identity for every image.
 func fixture(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) < 2 {
-		ts.Fatalf("usage: fixture config|layout|mirror|requests NAME ...")
+		ts.Fatalf("usage: fixture config|layout|tar|mirror|requests NAME ...")
 	}
 	option := map[string]string{}
 	var names []string
@@ -209,6 +211,13 @@ func fixture(ts *testscript.TestScript, neg bool, args []string) {
 		c, err := content(names, option["without"])
 		ts.Check(err)
 		ts.Check(writeLayout(ts.MkAbs(args[1]), c))
+	case "tar":
+		f, err := os.Create(ts.MkAbs(args[1]))
+		ts.Check(err)
+		w := tar.NewWriter(f)
+		ts.Check(w.AddFS(os.DirFS(ts.MkAbs(names[0]))))
+		ts.Check(w.Close())
+		ts.Check(f.Close())
 	case "mirror":
 		c, err := content(names, option["without"])
 		ts.Check(err)

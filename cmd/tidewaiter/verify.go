@@ -61,7 +61,7 @@ Exit status: 0 allowed, 1 denied, 2 it could not be found out.`,
 		},
 	}
 	configDir(cmd, &o.configDir)
-	cmd.Flags().StringArrayVar(&o.layouts, "layout", nil, "OCI image layout `DIR` with signatures; may be given several times")
+	cmd.Flags().StringArrayVar(&o.layouts, "layout", nil, "OCI image layout `PATH`, directory or tar file, with signatures; may be given several times")
 	cmd.Flags().StringArrayVar(&o.mirrors, "mirror", nil, "`HOST=URL` of a registry with the signatures of HOST's images; HOST * serves every host without a mirror of its own; may be given several times")
 	cmd.Flags().StringVar(&o.namespace, "namespace", "", "`NAME` of the pod's namespace, for floor files and the report")
 	outputFlag(cmd, &o.output)
@@ -146,7 +146,7 @@ func (o verifyOptions) listed(c *config.Config) error {
 	var mirrors []config.Mirror
 	for _, l := range o.layouts {
 		if l == "" {
-			return unknown(errors.New("--layout: no directory is named"), "")
+			return unknown(errors.New("--layout: no directory or file is named"), "")
 		}
 		dir, err := filepath.Abs(l)
 		if err != nil {

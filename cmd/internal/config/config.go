@@ -34,7 +34,7 @@ type Config struct {
 	Dir         string // that it was read from
 	Mode        verify.Mode
 	Mirrors     []Mirror
-	Layouts     []string      // directories, absolute
+	Layouts     []string      // directories and tar files, absolute
 	Keep        time.Duration // how long the node's store keeps signatures after their image left; 0: store.DefaultKeep
 	Limits      verify.Limits // zero fields mean verify.DefaultLimits
 	Credentials string        // docker config.json with what registries know this node by; empty: none

@@ -193,7 +193,7 @@ func (r *reader) sources(n *yaml.Node, c *Config) (hosts string) {
 		path := index("sources.layouts", i)
 		s := r.text(v, path)
 		if !strings.HasPrefix(s, "/") || printable(s) != nil {
-			r.fail(v, path, "must be the absolute path of a directory")
+			r.fail(v, path, "must be the absolute path of a directory or tar file")
 		}
 		s = absolute("/", s)
 		if slices.Contains(c.Layouts, s) {

@@ -1,6 +1,7 @@
 package layout
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -15,10 +16,58 @@ import (
 	"github.com/tidewaiter/tidewaiter/verify"
 )
 
-// A Dir reads the files of a layout directory, for this package and for the node's
-// store. What it returns is what its digest says, or an error. It is safe for
-// concurrent use.
-type Dir struct{ Root *os.Root }
+// A Dir reads the files of a layout, for this package and for the node's store. What
+// it returns is what its digest says, or an error. It is safe for concurrent use.
+type Dir struct {
+	Root *os.Root // of a directory; nil: it is a tar file
+
+	file *os.File // tar file
+	tar  *Tar     // what is in it
+}
+
+// Open opens the layout at name, a directory or an uncompressed tar file. Of a tar
+// file it reads all headers, at most 32,768 of at most 64 MiB, unless seen, which
+// Tar returned before and may be nil, is of the same file with the same size and time.
+// Errors wrap verify.ErrUnreachable or verify.ErrBudget.
+func Open(ctx context.Context, name string, seen *Tar) (*Dir, error) {
+	// Without waiting for whoever writes to a pipe.
+	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
+	}
+	info, err := f.Stat()
+	if err == nil && info.Mode().IsRegular() {
+		if !seen.still(info) {
+			seen, err = scan(ctx, f, info)
+		}
+		if err == nil {
+			return &Dir{file: f, tar: seen}, nil
+		}
+	}
+	f.Close()
+	if err == nil && !info.IsDir() {
+		err = fmt.Errorf("%s is neither a directory nor a regular file", name)
+	}
+	var root *os.Root
+	if err == nil {
+		root, err = os.OpenRoot(name)
+	}
+	if err != nil {
+		return nil, unreachable(err)
+	}
+	return &Dir{Root: root}, nil
+}
+
+// Close closes it.
+func (r *Dir) Close() error {
+	if r.file != nil {
+		return r.file.Close()
+	}
+	return r.Root.Close()
+}
+
+// Tar is what was read of a tar file, for the next Open; nil of a directory.
+func (r *Dir) Tar() *Tar { return r.tar }
 
 // BlobPath is where the blob with a valid digest lies.
 func BlobPath(d digest.Digest) string {
@@ -26,33 +75,57 @@ func BlobPath(d digest.Digest) string {
 }
 
 // Read reads a regular file after admit, told its size, has agreed. Links that
-// lead out of the directory are refused (os.Root); a FIFO or a device is opened
-// without waiting and then refused. A file that is not there is fs.ErrNotExist;
-// what else keeps it from being read is verify.ErrUnreachable.
+// lead out of the directory are refused (os.Root), and any link in a tar file; a
+// FIFO or a device is opened without waiting and then refused. A file that is not
+// there is fs.ErrNotExist; what else keeps it from being read is
+// verify.ErrUnreachable.
 func (r *Dir) Read(name string, admit func(int64) error) ([]byte, error) {
-	f, err := r.Root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%s: %w", name, fs.ErrNotExist)
-	}
+	f, size, err := r.open(name)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
+		return nil, err
 	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
+	if c, ok := f.(io.Closer); ok {
+		defer c.Close()
 	}
-	if !info.Mode().IsRegular() {
+	if size < 0 {
 		return nil, fmt.Errorf("%w: %s is not a regular file", verify.ErrUnreachable, name)
 	}
-	if err := admit(info.Size()); err != nil {
+	if err := admit(size); err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
-	raw := make([]byte, info.Size())
+	raw := make([]byte, size)
 	if _, err := io.ReadFull(f, raw); err != nil {
 		return nil, fmt.Errorf("%w: %s: %w", verify.ErrUnreachable, name, err)
 	}
 	return raw, nil
+}
+
+// open opens a file and returns its size, below 0 where it is no regular one.
+func (r *Dir) open(name string) (io.Reader, int64, error) {
+	missing := fmt.Errorf("%s: %w", name, fs.ErrNotExist)
+	if r.tar != nil {
+		e, ok := r.tar.files[name]
+		if !ok {
+			return nil, 0, missing
+		}
+		return io.NewSectionReader(r.file, e.offset, e.size), e.size, nil
+	}
+	f, err := r.Root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, 0, missing
+	}
+	if err != nil {
+		return nil, 0, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
+	}
+	info, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, 0, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
+	}
+	if !info.Mode().IsRegular() {
+		return f, -1, nil
+	}
+	return f, info.Size(), nil
 }
 
 // ErrDamaged is wrapped where a file is not what its descriptor says.

@@ -1,12 +1,14 @@
-// Package layout finds signatures in an OCI image layout directory: a bundle on
-// a USB stick, what `oras copy --to-oci-layout` or `notation sign --oci-layout`
-// wrote, a directory that configuration management keeps up to date.
+// Package layout finds signatures in an OCI image layout, a directory or an
+// uncompressed tar file: a bundle on a USB stick, what `oras copy --to-oci-layout`,
+// `notation sign --oci-layout`, `ctr images export` or `docker save` wrote, a
+// directory that configuration management keeps up to date.
 //
-// The directory is read anew for every question, so that new signatures count at
-// once, and nothing in it is ever written: read-only media work. Nothing in it is
-// trusted. Every blob is checked against its digest and size, everything read is
-// counted against the budget of the question, and no file outside the directory
-// is opened, whatever links lie in it.
+// It is read anew for every question, so that new signatures count at once, and
+// nothing in it is ever written: read-only media work. Nothing in it is trusted.
+// Every blob is checked against its digest and size, everything read is counted
+// against the budget of the question, and no file outside the directory is opened,
+// whatever links lie in it. Of a tar file only where its files lie is remembered,
+// for as long as it does not change; what it holds of layers is never read.
 //
 // The format is that of image-spec v1.1, image-layout.md.
 package layout
@@ -17,7 +19,6 @@ import (
 	_ "crypto/sha512"
 	"encoding/json"
 	"fmt"
-	"os"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -29,18 +30,22 @@ import (
 // Signatures lie at the first level, or at the second below a referrers tag.
 const maxDepth = 4
 
-// A Source is one layout directory. It holds no open file and no state, and is
-// safe for concurrent use.
-type Source struct{ dir string }
+// A Source is one layout. It holds no open file, and is safe for concurrent use.
+type Source struct {
+	path string
+	turn chan struct{} // filled by who opens it, so that one at a time scans a tar file
+	tar  *Tar          // that was scanned last; nil: none
+}
 
 var _ verify.Source = (*Source)(nil)
 
-// New returns the source for the layout at dir. The directory need not exist
-// yet: whether it does is asked each time.
-func New(dir string) *Source { return &Source{dir} }
+// New returns the source for the layout at path, a directory or an uncompressed tar
+// file. It need not exist yet: whether it does, and which of the two it is, is asked
+// each time.
+func New(path string) *Source { return &Source{path: path, turn: make(chan struct{}, 1)} }
 
 // Name implements [verify.Source].
-func (s *Source) Name() string { return "layout " + s.dir }
+func (s *Source) Name() string { return "layout " + s.path }
 
 // Find implements [verify.Source]. Signatures that a referrers tag of the
 // subject lists (distribution-spec v1.1, "Referrers Tag Schema") come first,
@@ -55,11 +60,11 @@ func (s *Source) Find(ctx context.Context, _ verify.Name, subject ocispec.Descri
 	if err := subject.Digest.Validate(); err != nil {
 		return fmt.Errorf("%w: subject %q: %w", verify.ErrUnreachable, subject.Digest, err)
 	}
-	l, entries, err := open(s.dir, b)
+	l, entries, err := s.open(ctx, b)
 	if err != nil {
 		return err
 	}
-	defer l.dir.Root.Close()
+	defer l.dir.Close()
 	w := &walk{layout: l, subject: subject, yield: yield, seen: map[verify.Target]bool{}}
 	w.run(ctx, entries)
 	return w.failed
@@ -81,11 +86,11 @@ func (s *Source) Manifest(ctx context.Context, d digest.Digest) (ocispec.Descrip
 		return none, nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
 	}
 	b := verify.NewBudget(verify.Limits{})
-	l, entries, err := open(s.dir, b)
+	l, entries, err := s.open(ctx, b)
 	if err != nil {
 		return none, nil, err
 	}
-	defer l.dir.Root.Close()
+	defer l.dir.Close()
 	raw, err := l.dir.Read(BlobPath(d), func(n int64) error { return b.Manifest(n) })
 	if err != nil {
 		return none, nil, err
@@ -106,22 +111,31 @@ func (s *Source) Manifest(ctx context.Context, d digest.Digest) (ocispec.Descrip
 	return ocispec.Descriptor{MediaType: mediaType, Digest: d, Size: int64(len(raw))}, raw, nil
 }
 
-// A layout is an open directory.
+// A layout is one that is open.
 type layout struct {
 	dir *Dir
 	b   *verify.Budget
 }
 
-// open opens the layout at dir and returns the entries of its index.json.
-func open(dir string, b *verify.Budget) (*layout, []ocispec.Descriptor, error) {
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return nil, nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
+// open opens the layout and returns the entries of its index.json.
+func (s *Source) open(ctx context.Context, b *verify.Budget) (*layout, []ocispec.Descriptor, error) {
+	select {
+	case s.turn <- struct{}{}:
+	case <-ctx.Done():
+		return nil, nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, ctx.Err())
 	}
-	l := &layout{&Dir{root}, b}
+	dir, err := Open(ctx, s.path, s.tar)
+	if err == nil {
+		s.tar = dir.Tar()
+	}
+	<-s.turn
+	if err != nil {
+		return nil, nil, err
+	}
+	l := &layout{dir, b}
 	entries, err := l.start()
 	if err != nil {
-		root.Close()
+		dir.Close()
 		return nil, nil, err
 	}
 	return l, entries, nil

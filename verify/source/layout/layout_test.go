@@ -25,14 +25,19 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func TestSource(t *testing.T) {
 	t.Parallel()
 	for name, tagged := range map[string]bool{"entries of index.json": false, "referrers tag": true} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			sourcetest.Run(t, func(t *testing.T, c sourcetest.Content) verify.Source {
-				dir := t.TempDir()
-				sourcetest.Layout(t, dir, c, tagged)
-				return layout.New(dir)
+		for form, pack := range map[string]func(*testing.T, string) string{
+			"directory": func(_ *testing.T, dir string) string { return dir },
+			"tar file":  packed,
+		} {
+			t.Run(name+" of a "+form, func(t *testing.T) {
+				t.Parallel()
+				sourcetest.Run(t, func(t *testing.T, c sourcetest.Content) verify.Source {
+					dir := t.TempDir()
+					sourcetest.Layout(t, dir, c, tagged)
+					return layout.New(pack(t, dir))
+				})
 			})
-		})
+		}
 	}
 }
 

@@ -1,10 +1,11 @@
 // Package sourcetest is for the tests of sources of signatures: what every
-// [verify.Source] has to do (Run), and a registry and a layout directory to do it
-// on, both made from the same Content. Envelopes are any bytes: no source looks
+// [verify.Source] has to do (Run), and a registry and a layout, directory or tar
+// file, to do it on, both made from the same Content. Envelopes are any bytes: no source looks
 // into one.
 package sourcetest
 
 import (
+	"archive/tar"
 	"crypto/sha256"
 	_ "crypto/sha512"
 	"encoding/hex"
@@ -169,4 +170,24 @@ func Layout(t testing.TB, dir string, c Content, tagged bool) {
 	}
 	write(ocispec.ImageIndexFile, index(entries))
 	write(ocispec.ImageLayoutFile, []byte(`{"imageLayoutVersion":"1.0.0"}`))
+}
+
+// Tar packs the layout directory dir, as Layout writes it, into a tar file.
+func Tar(t testing.TB, dir, file string) {
+	t.Helper()
+	f, err := os.Create(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := tar.NewWriter(f)
+	err = w.AddFS(os.DirFS(dir))
+	if err == nil {
+		err = w.Close()
+	}
+	if err == nil {
+		err = f.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 }
