@@ -59,6 +59,9 @@ func scan(ctx context.Context, f *os.File, of os.FileInfo) (*Tar, error) {
 		if errors.Is(err, verify.ErrBudget) || errors.Is(err, verify.ErrUnreachable) {
 			return nil, err
 		}
+		if err != nil && n == 0 {
+			return nil, fmt.Errorf("%w: it is neither a directory nor a tar file: %w", verify.ErrUnreachable, err)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("%w: tar file, header %d: %w", verify.ErrUnreachable, n+1, err)
 		}

@@ -173,7 +173,7 @@ func TestUnreadableTar(t *testing.T) {
 		names string
 	}{
 		"empty":               {change(func([]byte) []byte { return nil }), verify.ErrUnreachable, "no end"},
-		"no tar file":         {change(func([]byte) []byte { return bytes.Repeat([]byte("x"), 4096) }), verify.ErrUnreachable, "header 1"},
+		"no tar file":         {change(func([]byte) []byte { return bytes.Repeat([]byte("x"), 4096) }), verify.ErrUnreachable, "nor a tar file"},
 		"gzip":                {change(func([]byte) []byte { return []byte("\x1f\x8b\x08\x00\x00\x00\x00\x00") }), verify.ErrUnreachable, "compressed with gzip"},
 		"zstd":                {change(func([]byte) []byte { return []byte("\x28\xb5\x2f\xfd\x00\x00\x00\x00") }), verify.ErrUnreachable, "compressed with zstd"},
 		"xz":                  {change(func([]byte) []byte { return []byte("\xfd7zXZ\x00\x00\x00") }), verify.ErrUnreachable, "compressed with xz"},
@@ -181,8 +181,8 @@ func TestUnreadableTar(t *testing.T) {
 		"no end":              {change(func(raw []byte) []byte { return raw[:len(raw)-1024] }), verify.ErrUnreachable, "no end"},
 		"half an end":         {change(func(raw []byte) []byte { return raw[:len(raw)-512] }), verify.ErrUnreachable, "no end"},
 		"cut off in a file":   {change(func(raw []byte) []byte { return raw[:len(raw)-1024-512-1] }), verify.ErrUnreachable, ""},
-		"cut off in a header": {change(func(raw []byte) []byte { return raw[:100] }), verify.ErrUnreachable, "header 1"},
-		"a bad checksum":      {change(func(raw []byte) []byte { raw[0] ^= 1; return raw }), verify.ErrUnreachable, "header 1"},
+		"cut off in a header": {change(func(raw []byte) []byte { return raw[:100] }), verify.ErrUnreachable, "nor a tar file"},
+		"a bad checksum":      {change(func(raw []byte) []byte { raw[0] ^= 1; return raw }), verify.ErrUnreachable, "nor a tar file"},
 		"only zeros":          {change(func(raw []byte) []byte { return make([]byte, 4096) }), verify.ErrUnreachable, "oci-layout"},
 		"no oci-layout": {with(func(list []member) []member {
 			of(list, "oci-layout").Name = "other"
