@@ -9,7 +9,7 @@ STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 TAGS        = grpcnotrace
 LDFLAGS     = -s -w -X main.version=$(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 
-.PHONY: build demo bench flood matrix test lint unit core386 cross fuzz e2e e2e-all clean
+.PHONY: build demo bench flood matrix test lint unit core386 cross fuzz e2e e2e-all e2e-k8s clean
 
 build: ## the static binary, in bin/
 	CGO_ENABLED=0 go build -trimpath -tags $(TAGS) -ldflags '$(LDFLAGS)' -o bin/tidewaiter ./cmd/tidewaiter
@@ -56,6 +56,9 @@ e2e: ## on real containerd, 2.4.2 and 2.2.9; needs root on Linux
 	  echo '****************************************************************'; \
 	fi
 	cd test && go test -race -count=1 -p 1 -timeout 30m ./...
+
+e2e-k8s: ## on a real Kubernetes 1.36 of one node, containerd 2.4.2 and 2.2.9; needs root on Linux
+	cd test && TIDEWAITER_TEST_KUBERNETES=1 go test -count=1 -timeout 60m -v ./cluster
 
 e2e-all: ## the same on three versions and one older, and every failure 1,000 creations long; needs root and an hour
 	cd test && TIDEWAITER_TEST_CONTAINERD='2.4.2 2.3.7 2.2.9 2.1.9' go test -race -count=1 -p 1 -timeout 60m ./node ./e2e

@@ -115,8 +115,8 @@ func (n *Node) RunPod(ctx context.Context, o PodOptions) (*Pod, error) {
 		o.Name = fmt.Sprintf("pod-%d", n.pods.Add(1))
 	}
 	uid := newUID()
-	logs := filepath.Join(n.Dir, "logs", strings.Join([]string{o.Namespace, o.Name, uid}, "_"))
-	if err := os.MkdirAll(logs, 0o700); err != nil {
+	logs := filepath.Join(n.inside("logs"), strings.Join([]string{o.Namespace, o.Name, uid}, "_"))
+	if err := os.MkdirAll(n.Path(logs), 0o700); err != nil {
 		return nil, err
 	}
 	labels := map[string]string{
@@ -258,7 +258,7 @@ func (p *Pod) Create(ctx context.Context, o ContainerOptions) (*Container, error
 		envs = append(envs, &runtimeapi.KeyValue{Key: k, Value: []byte(v)})
 	}
 	log := filepath.Join(o.Name, attempt+".log")
-	if err := os.MkdirAll(filepath.Join(p.config.LogDirectory, o.Name), 0o700); err != nil {
+	if err := os.MkdirAll(p.node.Path(filepath.Join(p.config.LogDirectory, o.Name)), 0o700); err != nil {
 		return nil, err
 	}
 	res, err := p.node.Runtime.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{
@@ -283,7 +283,7 @@ func (p *Pod) Create(ctx context.Context, o ContainerOptions) (*Container, error
 	if err != nil {
 		return nil, err
 	}
-	return &Container{ID: res.ContainerId, ImageID: id, Name: o.Name, Pod: p, log: filepath.Join(p.config.LogDirectory, log)}, nil
+	return &Container{ID: res.ContainerId, ImageID: id, Name: o.Name, Pod: p, log: p.node.Path(filepath.Join(p.config.LogDirectory, log))}, nil
 }
 
 // ensureImage returns the ID of an image, as the kubelet's image manager finds it.

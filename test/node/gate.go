@@ -9,8 +9,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,12 +18,13 @@ import (
 
 // GateOptions say how Tidewaiter is started.
 type GateOptions struct {
-	ConfigDir string // required; WriteConfig makes one
+	ConfigDir string // required, as the node calls it; WriteConfig makes one
 
 	NodeName string // empty means "test-node"
 
-	// StateDir is what the gate keeps over a restart. Empty means a new directory of
-	// this gate alone, so that it knows nothing of those before.
+	// StateDir is what the gate keeps over a restart, as the node calls it. Empty
+	// means a new directory of this gate alone, so that it knows nothing of those
+	// before.
 	StateDir string
 
 	// Binary is what BuildTidewaiter returned, or another program. Empty builds it.
@@ -71,7 +70,7 @@ func Registered(l Line) bool { return l.Msg == "registered" }
 
 // RunDir is the run directory that all gates of the node share: their control
 // socket is there.
-func (n *Node) RunDir() string { return filepath.Join(n.Dir, "run") }
+func (n *Node) RunDir() string { return n.Path(n.inside("run")) }
 
 // StartGate starts Tidewaiter on the node. It does not wait: see WaitRegistered.
 // The node's Stop ends it. ctx is for building the program.
@@ -99,10 +98,10 @@ func (n *Node) StartGate(ctx context.Context, o GateOptions) (*Gate, error) {
 	args := append([]string{
 		"run",
 		"--config-dir", o.ConfigDir,
-		"--run-dir", n.RunDir(),
+		"--run-dir", n.inside("run"),
 		"--state-dir", o.StateDir,
-		"--containerd-socket", n.Socket,
-		"--nri-socket", n.NRISocket,
+		"--containerd-socket", n.inside(socketFile),
+		"--nri-socket", n.inside(nriFile),
 		"--node", o.NodeName,
 	}, o.Args...)
 	shell := o.Shell
@@ -117,8 +116,8 @@ func (n *Node) StartGate(ctx context.Context, o GateOptions) (*Gate, error) {
 	if shell != "" {
 		name, args = "/bin/sh", append([]string{"-e", "-c", shell + "\nexec \"$@\"", "sh", o.Binary}, args...)
 	}
-	cmd := exec.Command(name, args...)
-	cmd.Env = append(os.Environ(), o.Env...)
+	cmd := n.Command(context.Background(), name, args...)
+	cmd.Env = append(cmd.Env, o.Env...)
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	g := &Gate{ConfigDir: o.ConfigDir, read: make(chan struct{}), more: make(chan struct{})}

@@ -79,20 +79,15 @@ func (k *keeper) clean() error {
 
 // remove ends every process of the node in dir, unmounts what lies below dir and
 // deletes it. It finds processes by what only this node's can have: the
-// node's cgroup, and the paths of its own sockets and configuration as arguments.
+// node's cgroup, the paths of its own sockets and configuration as arguments, and
+// nodeVariable in the environment.
 func remove(dir string) error {
 	if base := filepath.Base(dir); !filepath.IsAbs(dir) || !strings.HasPrefix(base, dirPrefix) {
 		return fmt.Errorf("%s is not the directory of a node", dir)
 	}
 	var err error
-	for range 250 {
-		// New processes can appear until containerd is gone, so all of it is done
-		// again until nothing is found.
-		pids := slices.Concat(daemonPIDs(dir), containerPIDs(dir))
-		for _, pid := range pids {
-			// What ended in the meantime is what we want.
-			_ = unix.Kill(pid, unix.SIGKILL)
-		}
+	for range attempts {
+		pids := kill(dir)
 		if err = unmount(dir); err == nil && len(pids) == 0 {
 			break
 		}
@@ -101,7 +96,7 @@ func remove(dir string) error {
 	if err != nil {
 		return err
 	}
-	if pids := slices.Concat(daemonPIDs(dir), containerPIDs(dir)); len(pids) > 0 {
+	if pids := kill(dir); len(pids) > 0 {
 		return fmt.Errorf("processes %v of %s do not end", pids, dir)
 	}
 	for _, socket := range shimSockets(dir) {
@@ -117,7 +112,21 @@ func remove(dir string) error {
 	return os.RemoveAll(dir)
 }
 
-// daemonPIDs finds the node's containerd, shims, gates and runcs at work, dead
+// kill kills every process of the node in dir that it finds, and returns which. New
+// ones can appear until containerd is gone: it is called until it finds none.
+func kill(dir string) []int {
+	pids := slices.Concat(daemonPIDs(dir), containerPIDs(dir))
+	for _, pid := range pids {
+		// What ended in the meantime is what we want.
+		_ = unix.Kill(pid, unix.SIGKILL)
+	}
+	return pids
+}
+
+// attempts are how often kill is called, 20 ms apart.
+const attempts = 250
+
+// daemonPIDs finds the node's containerd, shims, gates, daemons and runcs at work, dead
 // ones that nobody has waited for left out.
 func daemonPIDs(dir string) []int {
 	want := [][2]string{
@@ -138,6 +147,11 @@ func daemonPIDs(dir string) []int {
 		}
 		b, err := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline")) // empty for a zombie
 		if err != nil {
+			continue
+		}
+		env, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "environ"))
+		if slices.Contains(strings.Split(string(env), "\x00"), nodeVariable+"="+dir) {
+			pids = append(pids, pid)
 			continue
 		}
 		args := strings.Split(string(b), "\x00")

@@ -65,6 +65,11 @@ type Options struct {
 	// name (ending in .toml) to content.
 	DropIns map[string]string
 
+	// Machine gives the node a root file system of its own: containerd, and what
+	// Node.Command, StartDaemon and StartGate run, see their files where a host has
+	// them. Node.Path leads there.
+	Machine bool
+
 	// Log gets a line for each thing that takes long. Nil means nobody reads it.
 	// containerd's own log is Node.Log; the error of a Start that failed ends with it.
 	Log io.Writer
@@ -97,6 +102,7 @@ const (
 // A Node is a running node. The paths do not change.
 type Node struct {
 	Dir        string // everything is below; deleted by Stop
+	Root       string // of a machine's files, for Path; else empty
 	Version    string // of containerd, without v
 	Socket     string // containerd's, CRI included
 	NRISocket  string
@@ -116,8 +122,10 @@ type Node struct {
 	lastLog atomic.Pointer[string] // containerd's, when the node was stopped
 
 	mu         sync.Mutex
-	containerd *process // nil while stopped
-	gates      []*Gate  // all that were started
+	machine    *process  // what holds its namespace; nil if it is none
+	containerd *process  // nil while stopped
+	gates      []*Gate   // all that were started
+	daemons    []*Daemon // the same, since the last PowerCut
 	stopped    bool
 }
 
@@ -169,27 +177,28 @@ func Start(ctx context.Context, o Options) (_ *Node, err error) {
 		return nil, err
 	}
 	n := &Node{
-		Dir:        dir,
-		Version:    version,
-		Socket:     filepath.Join(dir, socketFile),
-		NRISocket:  filepath.Join(dir, nriFile),
-		ConfigPath: filepath.Join(dir, configFile),
-		DropInDir:  filepath.Join(dir, "conf.d"),
-		CertsDir:   filepath.Join(dir, "certs.d"),
-		Tools:      tools,
-		log:        o.Log,
-		keeper:     keeper,
+		Dir:     dir,
+		Version: version,
+		Tools:   tools,
+		log:     o.Log,
+		keeper:  keeper,
 	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.Stop())
 		}
 	}()
-	for _, d := range []string{n.DropInDir, n.CertsDir, "nri", "nri/plugins", "nri/conf.d", "cni", "cni-bin", "s", "logs"} {
-		if !filepath.IsAbs(d) {
-			d = filepath.Join(dir, d)
+	if o.Machine {
+		n.Root = filepath.Join(dir, "m")
+		if err := n.boot(ctx); err != nil {
+			return nil, err
 		}
-		if err := os.MkdirAll(d, 0o700); err != nil {
+	}
+	at := func(name string) string { return n.Path(n.inside(name)) }
+	n.Socket, n.NRISocket, n.ConfigPath = at(socketFile), at(nriFile), at(configFile)
+	n.DropInDir, n.CertsDir = at("conf.d"), at("certs.d")
+	for _, d := range []string{"conf.d", "certs.d", "nri/plugins", "nri/conf.d", "cni", "cni-bin", "s", "logs"} {
+		if err := os.MkdirAll(at(d), 0o700); err != nil {
 			return nil, err
 		}
 	}
@@ -211,10 +220,10 @@ func Start(ctx context.Context, o Options) (_ *Node, err error) {
 		return nil, err
 	}
 	const network = `{"cniVersion": "1.0.0", "name": "nowhere", "plugins": [{"type": "nowhere"}]}`
-	if err := os.WriteFile(filepath.Join(dir, "cni", "10-nowhere.conflist"), []byte(network), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(at("cni"), "10-nowhere.conflist"), []byte(network), 0o600); err != nil {
 		return nil, err
 	}
-	if err := os.WriteFile(filepath.Join(dir, "cni-bin", "nowhere"), []byte(nowhere), 0o700); err != nil {
+	if err := os.WriteFile(filepath.Join(at("cni-bin"), "nowhere"), []byte(nowhere), 0o700); err != nil {
 		return nil, err
 	}
 	for name, content := range o.DropIns {
@@ -289,26 +298,26 @@ func configVersion(release string) (int, error) {
 func (n *Node) config(schema int, pause string, timeout time.Duration) string {
 	var b strings.Builder
 	p := func(format string, a ...any) { fmt.Fprintf(&b, format+"\n", a...) }
-	in := func(name string) string { return filepath.Join(n.Dir, name) }
+	in := n.inside
 
 	p("version = %d", schema)
 	p("root = %q", in("root"))
 	p("state = %q", in("state"))
-	p("imports = [%q]", filepath.Join(n.DropInDir, "*.toml"))
+	p("imports = [%q]", filepath.Join(in("conf.d"), "*.toml"))
 	if schema >= 4 {
-		p("[plugins.'io.containerd.server.v1.grpc']\n  address = %q", n.Socket)
-		p("[plugins.'io.containerd.server.v1.ttrpc']\n  address = %q", n.Socket+".ttrpc")
+		p("[plugins.'io.containerd.server.v1.grpc']\n  address = %q", in(socketFile))
+		p("[plugins.'io.containerd.server.v1.ttrpc']\n  address = %q", in(socketFile)+".ttrpc")
 		p("[plugins.'io.containerd.shim.v1.manager']\n  socket_dir = %q", in("s"))
 	} else {
-		p("[grpc]\n  address = %q", n.Socket)
-		p("[ttrpc]\n  address = %q", n.Socket+".ttrpc")
+		p("[grpc]\n  address = %q", in(socketFile))
+		p("[ttrpc]\n  address = %q", in(socketFile)+".ttrpc")
 	}
 	p("[plugins.'io.containerd.internal.v1.opt']\n  path = %q", in("opt"))
 	p("[plugins.'io.containerd.image-verifier.v1.bindir']\n  bin_dir = %q", in("verifiers"))
 
 	p("[plugins.'io.containerd.nri.v1.nri']")
 	p("  disable = false")
-	p("  socket_path = %q", n.NRISocket)
+	p("  socket_path = %q", in(nriFile))
 	p("  plugin_path = %q", in("nri/plugins"))
 	p("  plugin_config_path = %q", in("nri/conf.d"))
 	if timeout > 0 {
@@ -316,7 +325,7 @@ func (n *Node) config(schema int, pause string, timeout time.Duration) string {
 	}
 
 	p("[plugins.'io.containerd.cri.v1.images'.pinned_images]\n  sandbox = %q", pause)
-	p("[plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = %q", n.CertsDir)
+	p("[plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = %q", in("certs.d"))
 
 	p("[plugins.'io.containerd.cri.v1.runtime']")
 	// Lowering oom_score_adj is not permitted in every place where tests run.
@@ -355,8 +364,13 @@ func (n *Node) Stop() error {
 	}
 	err := n.keeper.clean()
 	// Dead by now unless the keeper failed; they are our children to wait for.
-	if n.containerd != nil {
-		n.containerd.stop(syscall.SIGKILL, 0)
+	for _, p := range []*process{n.containerd, n.machine} {
+		if p != nil {
+			p.stop(syscall.SIGKILL, 0)
+		}
+	}
+	for _, d := range n.daemons {
+		d.Stop(syscall.SIGKILL)
 	}
 	for _, g := range n.gates {
 		g.Kill()
@@ -378,11 +392,11 @@ func (n *Node) StartContainerd(ctx context.Context) error {
 		return err
 	}
 	defer log.Close()
-	cmd := exec.Command(n.Tools.Containerd, "--config", n.ConfigPath)
+	cmd := n.Command(context.Background(), n.Tools.Containerd, "--config", n.inside(configFile))
 	cmd.Dir = n.Dir
 	cmd.Stdout, cmd.Stderr = log, log
 	// containerd finds its shim in PATH.
-	cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(n.Tools.Containerd)+":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "NOTIFY_SOCKET=")
+	cmd.Env = append(cmd.Env, "PATH="+filepath.Dir(n.Tools.Containerd)+":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "NOTIFY_SOCKET=")
 	// ctrl-C is for the tests, which then clean up.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	p, err := startProcess(cmd)
@@ -483,20 +497,17 @@ func (n *Node) Require(ctx context.Context, required bool) error {
 // ConfigDump returns containerd's configuration as it reads it now, drop-ins
 // merged.
 func (n *Node) ConfigDump(ctx context.Context) (string, error) {
-	out, err := n.output(ctx, n.Tools.Containerd, "--config", n.ConfigPath, "config", "dump")
-	return string(out), err
+	return n.Output(ctx, n.Tools.Containerd, "--config", n.inside(configFile), "config", "dump")
 }
 
 // Ctr runs ctr on the node's containerd in the namespace of Kubernetes and
 // returns what it printed.
 func (n *Node) Ctr(ctx context.Context, args ...string) (string, error) {
-	out, err := n.output(ctx, n.Tools.Ctr, append([]string{"--address", n.Socket, "--namespace", "k8s.io"}, args...)...)
-	return string(out), err
+	return n.Output(ctx, n.Tools.Ctr, append([]string{"--address", n.inside(socketFile), "--namespace", "k8s.io"}, args...)...)
 }
 
-func (n *Node) output(ctx context.Context, name string, args ...string) ([]byte, error) {
+func output(cmd *exec.Cmd) ([]byte, error) {
 	var out, stderr bytes.Buffer
-	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Stdout, cmd.Stderr = &out, &stderr
 	if err := cmd.Run(); err != nil {
 		return out.Bytes(), fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, bytes.TrimSpace(stderr.Bytes()))

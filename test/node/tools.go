@@ -122,6 +122,33 @@ func FindNotation(ctx context.Context, progress io.Writer) (string, error) {
 	return filepath.Join(dir, "notation"), err
 }
 
+// Programs are built from a module of their own below these tests, whose go.mod and
+// go.sum pin everything.
+type Programs struct {
+	Name     string   // of the directory in the cache, which ends with the sum of go.mod and go.sum
+	Dir      string   // of the module
+	Packages []string // main packages
+	LDFlags  string   // for all of them
+	Takes    string   // about how long the first time: "10 minutes"
+}
+
+// FindPrograms returns the directory that holds the programs, each under the name
+// that `go install` gives it, and builds them as FindTools does.
+func FindPrograms(ctx context.Context, progress io.Writer, p Programs) (string, error) {
+	sum := sha256.New()
+	for _, name := range []string{"go.mod", "go.sum"} {
+		b, err := os.ReadFile(filepath.Join(p.Dir, name))
+		if err != nil {
+			return "", err
+		}
+		sum.Write(b)
+	}
+	return install(ctx, progress, tool{
+		name: p.Name, version: hex.EncodeToString(sum.Sum(nil)[:6]), packages: p.Packages,
+		in: p.Dir, ldflags: p.LDFlags, takes: p.Takes,
+	})
+}
+
 // Tags are the build tags with which the Makefile builds the program.
 const Tags = "grpcnotrace"
 
@@ -205,7 +232,8 @@ type tool struct {
 	name, version string
 	packages      []string
 	module        string // built in a module that requires this one, instead of as package@version
-	tags          string
+	in            string // or built in the module of this directory
+	tags, ldflags string
 	cgo           bool
 	takes         string // about how long the first time, for the progress line
 	before        func(context.Context, io.Writer) error
@@ -250,11 +278,14 @@ func install(ctx context.Context, progress io.Writer, t tool) (string, error) {
 		args = append(args, "-tags", t.tags)
 	}
 	in := tmp
-	if t.module == "" {
+	switch {
+	case t.in != "":
+		in, args = t.in, append(append(args, "-trimpath", "-ldflags", t.ldflags), t.packages...)
+	case t.module == "":
 		for _, p := range t.packages {
 			args = append(args, p+"@v"+version)
 		}
-	} else {
+	default:
 		// What go.mod leaves out is what the tool's own go.mod requires.
 		args = append(append(args, "-mod=mod", "-trimpath"), t.packages...)
 		if in, err = os.MkdirTemp("", "tidewaiter-build-"); err != nil {
