@@ -21,6 +21,7 @@ import (
 	"github.com/tidewaiter/tidewaiter/cache"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/decisions"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/metrics"
 	"github.com/tidewaiter/tidewaiter/nri"
 	"github.com/tidewaiter/tidewaiter/nri/node"
@@ -115,6 +116,8 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 			defer here.Leave()
 		}
 	}
+	d.ring = decisions.Open(kept, log)
+	defer d.ring.Close()
 	d.witness = sweep.NewWitness(kept, log, d.uptime)
 	lock := sweep.NewLock(o.runDir)
 	defer lock.Release()
@@ -135,7 +138,7 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	}, log, time.Now)
 	socket := &control.Socket{Dir: o.runDir, Log: log, Handler: control.Handler(func() control.Status {
 		return d.status(session.State(), ctx.Err() != nil, exporter.Troubles())
-	}, text)}
+	}, text, d.ring.Endpoint())}
 	g.Go(func() error { d.write(after); return nil })
 	g.Go(func() error { return socket.Run(after) })
 	g.Go(func() error { return exporter.Run(after) })
@@ -185,9 +188,10 @@ type daemon struct {
 	dropped  atomic.Int64     // answers that the log was too slow for, until that is said
 	counters metrics.Counters
 	started  time.Time
-	sweep    *sweep.Sweep   // nil in tests that have no containers
-	witness  *sweep.Witness // nil where sweep is
-	store    *store.Store   // nil: nothing is kept
+	ring     *decisions.Ring // nil in tests
+	sweep    *sweep.Sweep    // nil in tests that have no containers
+	witness  *sweep.Witness  // nil where sweep is
+	store    *store.Store    // nil: nothing is kept
 
 	cache   *cache.Cache   // of the configuration in force; owned by apply
 	retired sync.WaitGroup // caches of earlier configurations that are closing
@@ -265,8 +269,8 @@ func (d *daemon) close() {
 // that nobody reads must not stop the node.
 const unwritten = 1024
 
-// observe takes one answer to the log. Allowed repeats of a verified image are
-// the normal course and stay at debug level.
+// observe takes one answer to the log and to what is remembered. Allowed repeats of
+// a verified image are the normal course: they stay at debug level, and nowhere else.
 func (d *daemon) observe(a nri.Answer) {
 	mode := verify.Enforce
 	if d.audits() {
@@ -276,7 +280,7 @@ func (d *daemon) observe(a nri.Answer) {
 	if d.witness != nil && a.Decision.Allowed() && a.Hook != "StartContainer" {
 		d.witness.Saw(a.ID)
 	}
-	if !d.log.Enabled(context.Background(), levelOf(&a)) {
+	if levelOf(&a) == slog.LevelDebug && !d.log.Enabled(context.Background(), slog.LevelDebug) {
 		return
 	}
 	said := a
@@ -321,8 +325,16 @@ func (d *daemon) print(a *nri.Answer) {
 	if n := d.dropped.Swap(0); n > 0 {
 		d.log.Warn("the log is too slow: answers were given and not written", "answers", n)
 	}
-	d.log.Log(context.Background(), levelOf(a), "decision", "hook", a.Hook, "took", a.Took.String(),
-		"decision", a.Decision.Report(a.Image, d.options.node))
+	r := a.Decision.Report(a.Image, d.options.node)
+	level := levelOf(a)
+	d.log.Log(context.Background(), level, "decision", "hook", a.Hook, "took", a.Took.String(), "decision", r)
+	if level > slog.LevelDebug && d.ring != nil {
+		mode := verify.Enforce
+		if d.audits() {
+			mode = verify.Audit
+		}
+		d.ring.Add(decisions.Entry{At: time.Now().UTC(), Kind: decisions.Answer, Hook: a.Hook, Container: verify.Clean(a.ID, 96), Mode: mode.String(), Took: a.Took.String(), Decision: r})
+	}
 }
 
 // judged logs the end of a verification. In audit the hook does not wait for it,
@@ -330,7 +342,11 @@ func (d *daemon) print(a *nri.Answer) {
 func (d *daemon) judged(c *config.Config) func(verify.Question, verify.Decision) {
 	return func(q verify.Question, dec verify.Decision) {
 		dec.Epoch = c.Epoch
-		d.log.Info("verification", "mode", c.Mode.String(), "decision", dec.Report(q.Image, d.options.node))
+		r := dec.Report(q.Image, d.options.node)
+		d.log.Info("verification", "mode", c.Mode.String(), "decision", r)
+		if d.ring != nil {
+			d.ring.Add(decisions.Entry{At: time.Now().UTC(), Kind: decisions.Verification, Mode: c.Mode.String(), Decision: r})
+		}
 	}
 }
 

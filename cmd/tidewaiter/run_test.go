@@ -17,6 +17,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/decisions"
 	"github.com/tidewaiter/tidewaiter/nri"
 	"github.com/tidewaiter/tidewaiter/nri/node"
 	"github.com/tidewaiter/tidewaiter/verify"
@@ -291,6 +292,30 @@ func TestObserve(t *testing.T) {
 	d.observe(nri.Answer{Image: img, Decision: verify.Decision{Reason: verify.Verified}})
 	if e := log.entries(t, "decision")[0]; e["level"] != "DEBUG" {
 		t.Errorf("an allowed repeat is logged as %v", e["level"])
+	}
+}
+
+// What is not the normal course is remembered, whatever is logged.
+func TestRemembers(t *testing.T) {
+	log := &logged{}
+	d := &daemon{log: slog.New(slog.NewJSONHandler(log, &slog.HandlerOptions{Level: slog.LevelError})), answers: make(chan *nri.Answer, 8)}
+	d.ring = decisions.Open("", d.log)
+	d.observe(nri.Answer{ID: "c1", Decision: verify.Decision{Reason: verify.Verified}, Hook: "CreateContainer"})
+	d.observe(nri.Answer{ID: "c2", Decision: verify.Deny(verify.PolicyNoMatch, "no rule"), Hook: "CreateContainer"})
+	d.judged(&config.Config{})(verify.Question{}, verify.Deny(verify.SignatureMissing, "none"))
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	d.write(ctx)
+	p, err := d.ring.Page(decisions.Filter{Denied: true})
+	if err != nil || len(p.Decisions) != 2 || p.More {
+		t.Fatalf("%+v %v", p, err)
+	}
+	v, a := p.Decisions[0], p.Decisions[1]
+	if v.Kind != decisions.Verification || a.Kind != decisions.Answer || a.Container != "c2" || a.Mode != "enforce" || time.Since(a.At) > time.Minute {
+		t.Errorf("%+v", p.Decisions)
+	}
+	if all, err := d.ring.Page(decisions.Filter{}); err != nil || len(all.Decisions) != 2 {
+		t.Errorf("%+v %v", all, err)
 	}
 }
 

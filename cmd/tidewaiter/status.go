@@ -30,7 +30,7 @@ is said, with what to do next; 2: no gate answers.`,
 			}
 			s, err := control.Ask(cmd.Context(), dir)
 			if err != nil {
-				return unknown(err, "is tidewaiter run running, with --run-dir "+dir+"? Its log says why it cannot be asked; only root may ask")
+				return unknown(err, gateHint(dir))
 			}
 			if output == "json" {
 				err = json.NewEncoder(stdout).Encode(s)

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -8,7 +9,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/tidewaiter/tidewaiter/verify"
@@ -16,29 +19,57 @@ import (
 
 const (
 	askTime   = 5 * time.Second // for one request
-	maxAnswer = 1 << 20         // bytes
+	maxAnswer = int64(1 << 20)  // bytes
 )
 
 // Ask returns the status of the gate whose run directory is dir. Errors say that it
 // could not be found out.
 func Ask(ctx context.Context, dir string) (*Status, error) {
-	raw, err := get(ctx, dir, "/v1/status")
+	var s Status
+	err := Get(ctx, dir, Question{Path: "/v1/status", Schema: StatusSchema}, &s)
 	if err != nil {
 		return nil, err
-	}
-	var s Status
-	if err := json.Unmarshal(raw, &s); err != nil {
-		return nil, fmt.Errorf("what answers at %s is no gate: %w", filepath.Join(dir, SocketName), err)
-	}
-	if s.Schema != StatusSchema {
-		return nil, fmt.Errorf("what answers at %s speaks %s, not %s", filepath.Join(dir, SocketName), verify.Quote(s.Schema, 64), StatusSchema)
 	}
 	return &s, nil
 }
 
-func get(ctx context.Context, dir, path string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, askTime)
+// A Question is one request.
+type Question struct {
+	Path    string
+	Query   url.Values
+	Schema  string        // of the answer
+	Longest time.Duration // that it may take; 0: 5 seconds
+	Bytes   int64         // that the answer may have; 0: 1 MiB
+}
+
+// ErrRefused is wrapped where the gate answered that it does not.
+var ErrRefused = errors.New("the gate says")
+
+// Get asks the gate whose run directory is dir, and decodes its answer. Errors say
+// that it could not be found out.
+func Get(ctx context.Context, dir string, q Question, into any) error {
+	raw, err := get(ctx, dir, q)
+	if err != nil {
+		return err
+	}
+	at := filepath.Join(dir, SocketName)
+	var is struct{ Schema string }
+	if err := json.Unmarshal(raw, &is); err != nil {
+		return fmt.Errorf("what answers at %s is no gate: %w", at, err)
+	}
+	if is.Schema != q.Schema {
+		return fmt.Errorf("what answers at %s speaks %s, not %s", at, verify.Quote(is.Schema, 64), q.Schema)
+	}
+	if err := json.Unmarshal(raw, into); err != nil {
+		return fmt.Errorf("what answers at %s is no gate: %w", at, err)
+	}
+	return nil
+}
+
+func get(ctx context.Context, dir string, q Question) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(q.Longest, askTime))
 	defer cancel()
+	limit := cmp.Or(q.Bytes, maxAnswer)
 	name := filepath.Join(dir, SocketName)
 	t := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		c, err := (&net.Dialer{}).DialContext(ctx, "unix", name)
@@ -52,7 +83,7 @@ func get(ctx context.Context, dir, path string) ([]byte, error) {
 		}
 		return c, nil
 	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://tidewaiter"+path, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://tidewaiter"+q.Path+"?"+q.Query.Encode(), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -61,14 +92,18 @@ func get(ctx context.Context, dir, path string) ([]byte, error) {
 		return nil, fmt.Errorf("no gate answers at %s: %w", name, cause(err))
 	}
 	defer r.Body.Close()
-	raw, err := io.ReadAll(io.LimitReader(r.Body, maxAnswer+1))
+	raw, err := io.ReadAll(io.LimitReader(r.Body, limit+1))
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("read the answer of the gate at %s: %w", name, err)
-	case len(raw) > maxAnswer:
-		return nil, fmt.Errorf("the answer of what is at %s is longer than %d bytes", name, maxAnswer)
+	case int64(len(raw)) > limit:
+		return nil, fmt.Errorf("the answer of what is at %s is longer than %d bytes", name, limit)
+	case r.StatusCode == http.StatusUnprocessableEntity, r.StatusCode == http.StatusTooManyRequests:
+		return nil, fmt.Errorf("%w: %s", ErrRefused, verify.Clean(strings.TrimSpace(string(raw)), 600))
+	case r.StatusCode == http.StatusNotFound:
+		return nil, fmt.Errorf("the gate at %s is another version, which does not know GET %s", name, q.Path)
 	case r.StatusCode != http.StatusOK:
-		return nil, fmt.Errorf("what answers at %s says %s to GET %s", name, verify.Clean(r.Status, 64), path)
+		return nil, fmt.Errorf("what answers at %s says %s to GET %s", name, verify.Clean(r.Status, 64), q.Path)
 	}
 	return raw, nil
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"time"
 
 	"golang.org/x/net/netutil"
@@ -55,9 +56,55 @@ func Serve(ctx context.Context, l net.Listener, h http.Handler) error {
 	return nil
 }
 
-// Handler answers the control socket's requests from these two, which must not
-// block and are safe for concurrent use.
-func Handler(status func() Status, metrics func(io.Writer) error) http.Handler {
+// An Endpoint answers GET requests for one more path of the control socket.
+type Endpoint struct {
+	Path string // "/v1/images"
+
+	// Longest is how long an answer may take: as long as that, and not the few seconds
+	// that others have. Of the endpoints that have one, two questions are answered at
+	// once, so that probes find a connection.
+	Longest time.Duration
+
+	// Answer returns what is encoded as JSON. An error says what is wrong with the
+	// question. It is called by several goroutines at once.
+	Answer func(ctx context.Context, q url.Values) (any, error)
+}
+
+// slow is how many questions that take time are answered at once.
+const slow = 2
+
+// handle answers with e. turns are those of all endpoints that take time.
+func (e Endpoint) handle(turns chan struct{}) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		ctx := r.Context()
+		if e.Longest > 0 {
+			select {
+			case turns <- struct{}{}:
+				defer func() { <-turns }()
+			default:
+				http.Error(w, "others are asking; try again", http.StatusTooManyRequests)
+				return
+			}
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(ctx, e.Longest)
+			defer cancel()
+			// The deadline for reading would end ctx, since net/http reads on to see
+			// whether the client left.
+			c, end := http.NewResponseController(w), time.Now().Add(e.Longest+writeTime)
+			_, _ = c.SetReadDeadline(end), c.SetWriteDeadline(end)
+		}
+		v, err := e.Answer(ctx, r.URL.Query())
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusUnprocessableEntity)
+			return
+		}
+		answer(w, http.StatusOK, v)
+	}
+}
+
+// Handler answers the control socket's requests from these, of which the first two
+// must not block. All are safe for concurrent use.
+func Handler(status func() Status, metrics func(io.Writer) error, more ...Endpoint) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/ready", func(w http.ResponseWriter, _ *http.Request) {
 		s := status()
@@ -69,6 +116,10 @@ func Handler(status func() Status, metrics func(io.Writer) error) http.Handler {
 	})
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, status()) })
 	mux.Handle("GET /metrics", metricsHandler(metrics))
+	turns := make(chan struct{}, slow)
+	for _, e := range more {
+		mux.HandleFunc("GET "+e.Path, e.handle(turns))
+	}
 	return noBody(mux)
 }
 
