@@ -4,7 +4,6 @@ import (
 	"context"
 	_ "crypto/sha256" // digests of blobs
 	_ "crypto/sha512"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -34,7 +33,7 @@ type look struct {
 	foreign int      // files that do not belong there
 	first   string   // one of these
 	partial bool     // not everything could be read
-	links   int      // manifests that indexes list
+	links   int      // names in them
 }
 
 // scan reads the files below blobs. Nothing of them is believed: their digests are
@@ -108,10 +107,10 @@ func (s *Store) look(dir *layout.Dir, l *look, alg digest.Algorithm, e fs.DirEnt
 		return 0
 	}
 	b := see(d, raw)
-	if l.links+len(b.lists) > maxListed {
-		b.lists = nil
+	if l.links+len(b.names) > maxListed {
+		b.names = nil
 	}
-	l.links += len(b.lists)
+	l.links += len(b.names)
 	b.seen = info.ModTime()
 	l.blobs = append(l.blobs, b)
 	return info.Size()
@@ -123,67 +122,15 @@ func (l *look) foreigner(name string) {
 	}
 }
 
-// see says what raw seems to be.
-func see(d digest.Digest, raw []byte) *blob {
-	b := &blob{digest: d, size: int64(len(raw))}
-	var m struct {
-		MediaType    string `json:"mediaType"`
-		ArtifactType string `json:"artifactType"`
-		Config       struct {
-			MediaType string `json:"mediaType"`
-		} `json:"config"`
-		Subject struct {
-			Digest digest.Digest `json:"digest"`
-		} `json:"subject"`
-		Layers    json.RawMessage `json:"layers"`
-		Manifests json.RawMessage `json:"manifests"`
-	}
-	if json.Unmarshal(raw, &m) != nil {
-		return b
-	}
-	mediaType, err := verify.MediaTypeOf(raw, "")
-	if err != nil {
-		return b
-	}
-	b.mediaType = mediaType
-	if m.Manifests != nil {
-		b.lists = digests(m.Manifests)
-		return b
-	}
-	b.old = m.ArtifactType == "" && m.Config.MediaType == verify.ArtifactTypeNotation
-	if (b.old || m.ArtifactType == verify.ArtifactTypeNotation) && m.Subject.Digest.Validate() == nil {
-		b.subject = m.Subject.Digest
-		if layers := digests(m.Layers); len(layers) == 1 {
-			b.envelope = layers[0]
-		}
-	}
-	return b
-}
-
-// digests returns those of a list of descriptors; none of one that is too long.
-func digests(raw json.RawMessage) (list []digest.Digest) {
-	var descriptors []struct {
-		Digest digest.Digest `json:"digest"`
-	}
-	if verify.Bounded(raw) != nil || json.Unmarshal(raw, &descriptors) != nil {
-		return nil
-	}
-	for _, d := range descriptors {
-		if d.Digest.Validate() == nil {
-			list = append(list, d.Digest)
-		}
-	}
-	return list
-}
-
 // load reads the directory and has it asked from then on.
 func (s *Store) load(ctx context.Context, dir *layout.Dir) look {
 	l := s.scan(ctx, dir)
 	s.mu.Lock()
-	s.reset()
-	s.files = dir
+	s.catalog = newCatalog()
+	s.place.close()
+	s.place = newPlace(dir, nil)
 	for _, b := range l.blobs {
-		s.add(b)
+		s.add(b, maxListed)
 	}
 	s.mu.Unlock()
 	if l.foreign > 0 {
@@ -196,49 +143,4 @@ func (s *Store) load(ctx context.Context, dir *layout.Dir) look {
 		}
 	}
 	return l
-}
-
-// add takes b in. The lock must be held.
-func (s *Store) add(b *blob) {
-	if s.blobs[b.digest] != nil {
-		return
-	}
-	s.blobs[b.digest] = b
-	s.used += b.size
-	if b.subject != "" {
-		s.signed[b.subject] = append(s.signed[b.subject], b)
-	}
-	if s.links+len(b.lists) > maxListed {
-		b.lists = nil
-	}
-	s.links += len(b.lists)
-	for _, d := range b.lists {
-		s.listed[d] = append(s.listed[d], b)
-	}
-}
-
-// forget is the opposite of add.
-func (s *Store) forget(b *blob) {
-	if s.blobs[b.digest] != b {
-		return
-	}
-	delete(s.blobs, b.digest)
-	s.used -= b.size
-	s.links -= len(b.lists)
-	without(s.signed, b.subject, b)
-	for _, d := range b.lists {
-		without(s.listed, d, b)
-	}
-}
-
-func without(m map[digest.Digest][]*blob, d digest.Digest, b *blob) {
-	var rest []*blob // anew: who looks at the old list is not disturbed
-	for _, x := range m[d] {
-		if x != b {
-			rest = append(rest, x)
-		}
-	}
-	if m[d] = rest; rest == nil {
-		delete(m, d)
-	}
 }

@@ -27,6 +27,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -35,8 +36,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -71,7 +72,11 @@ type Options struct {
 	// where it fails: the evidence is kept without.
 	Image func(ctx context.Context, d ocispec.Descriptor) ([]byte, error)
 
-	// Size bounds the files in bytes; zero means DefaultSize.
+	// Changed is called when a bundle has come or is another one now: what was not
+	// found before may be found. It must not block; nil is allowed.
+	Changed func()
+
+	// Size bounds the files of the store itself in bytes; zero means DefaultSize.
 	Size int64
 }
 
@@ -79,19 +84,20 @@ type Options struct {
 // directory, questions wait a moment and are then not answered; a directory that
 // cannot be read holds nothing.
 type Store struct {
-	dir  string
-	o    Options
-	wake chan struct{}
-	read chan struct{} // closed when the directory was read, or could not be
+	dir    string
+	o      Options
+	wake   chan struct{}
+	read   chan struct{} // closed when the directory was read, or could not be
+	looked chan struct{} // closed when the bundles were
+	glance chan struct{} // has the bundles looked at
+	waited atomic.Bool   // somebody has waited for that in vain
 
 	mu      sync.Mutex
-	files   *layout.Dir // nil: the directory cannot be read
-	blobs   map[digest.Digest]*blob
-	signed  map[digest.Digest][]*blob // subject to signatures
-	listed  map[digest.Digest][]*blob // manifest to indexes
-	links   int                       // entries of listed
-	used    int64                     // bytes of blobs
-	most    int                       // maxKept; fewer in a test
+	catalog           // of the store itself
+	place   *place    // where that lies; nil: the directory cannot be read
+	bundles []*bundle // by name; the list is made anew for each change
+	astray  string    // why not all bundles are read
+	most    int       // maxKept; fewer in a test
 	waiting []evidence
 	size    int64                  // bytes of waiting
 	dropped int                    // evidence that waiting had no room for
@@ -104,21 +110,6 @@ type Store struct {
 
 var _ verify.Keeper = (*Store)(nil)
 
-// A blob is a file of the store. What is said of it here is what the file seemed
-// to be when it was last read, and checked when it is used.
-type blob struct {
-	digest    digest.Digest
-	size      int64
-	mediaType string          // of a manifest or index; empty: neither
-	subject   digest.Digest   // of a signature
-	envelope  digest.Digest   // of a signature
-	lists     []digest.Digest // of an index
-	old       bool            // a signature in the style from before image-spec 1.1
-
-	seen time.Time // of a signature: when its image was last known to be on the node
-	gone time.Time // and since when listings have not had it, in this process; zero: they have
-}
-
 // evidence waits to be written.
 type evidence struct {
 	subject  ocispec.Descriptor
@@ -126,20 +117,16 @@ type evidence struct {
 	found    verify.Evidence
 }
 
-// New returns the store in the directory "store" below dir, which Run makes. It
-// does no I/O.
+// New returns the store in the directory "store" below dir, which Run makes, and of
+// the bundles in "bundles" below it. It does no I/O.
 func New(dir string, o Options) *Store {
 	if o.Size == 0 {
 		o.Size = DefaultSize
 	}
-	s := &Store{dir: dir, o: o, most: maxKept, keep: DefaultKeep, wake: make(chan struct{}, 1), read: make(chan struct{})}
-	s.reset()
-	return s
-}
-
-func (s *Store) reset() {
-	s.blobs, s.used, s.links = map[digest.Digest]*blob{}, 0, 0
-	s.signed, s.listed = map[digest.Digest][]*blob{}, map[digest.Digest][]*blob{}
+	return &Store{
+		dir: dir, o: o, most: maxKept, keep: DefaultKeep, catalog: newCatalog(),
+		wake: make(chan struct{}, 1), read: make(chan struct{}), looked: make(chan struct{}), glance: make(chan struct{}, 1),
+	}
 }
 
 // Name implements [verify.Source].
@@ -156,14 +143,12 @@ func (s *Store) Configure(keep time.Duration) {
 	}
 }
 
-// Signatures returns how many signatures the store has, and its size in bytes.
+// Signatures returns how many signatures the store has, without those in bundles, and
+// its size in bytes.
 func (s *Store) Signatures() (n int, bytes int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, list := range s.signed {
-		n += len(list)
-	}
-	return n, s.used
+	return s.catalog.signatures(), s.used
 }
 
 // Trouble says in one clause why evidence is not kept, or is empty.
@@ -173,97 +158,180 @@ func (s *Store) Trouble() string {
 	return s.trouble
 }
 
-// ready waits until the directory was read, and returns it; nil has nothing.
-func (s *Store) ready(ctx context.Context) (*layout.Dir, error) {
+// ready waits until done is closed. It waits once for all: who comes later, and finds
+// that somebody has waited in vain, does not.
+func (s *Store) ready(ctx context.Context, done chan struct{}) error {
 	if err := ctx.Err(); err != nil {
-		return nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
+		return fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
 	}
 	select {
-	case <-s.read:
+	case <-done:
+		return nil
 	default:
+	}
+	if !s.waited.Load() {
 		t := time.NewTimer(patience)
 		defer t.Stop()
 		select {
-		case <-s.read:
+		case <-done:
+			return nil
 		case <-ctx.Done():
-			return nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, ctx.Err())
+			return fmt.Errorf("%w: %w", verify.ErrUnreachable, ctx.Err())
 		case <-t.C:
-			return nil, fmt.Errorf("%w: the store is still being read", verify.ErrUnreachable)
+			s.waited.Store(true)
 		}
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.files, nil
+	return fmt.Errorf("%w: it is still being read", verify.ErrUnreachable)
 }
 
-// Find implements [verify.Source]. A file that is damaged costs only itself: it is
-// handed over with Err set, once, and then goes, so that it can be written anew.
-func (s *Store) Find(ctx context.Context, _ verify.Name, subject ocispec.Descriptor, b *verify.Budget, yield func(verify.Evidence) bool) error {
-	dir, err := s.ready(ctx)
-	if dir == nil {
-		return err
+// A document is what a catalog has, and where to read it.
+type document struct {
+	*place
+	ocispec.Descriptor
+	bundle   string // that it lies in; empty: the store itself
+	envelope int64  // bytes of that of a signature; negative: not known
+}
+
+// A relation is what a catalog is asked for by digest.
+type relation func(*catalog) map[digest.Digest][]*blob
+
+func signed(c *catalog) map[digest.Digest][]*blob { return c.signed }
+func named(c *catalog) map[digest.Digest][]*blob  { return c.named }
+
+// own returns the documents in the store itself. The error says that it cannot be
+// read now; what is not in it is not known then.
+func (s *Store) own(of relation, d digest.Digest) (list []document, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.place == nil {
+		return nil, nil
 	}
-	var failed error
-	for _, sig := range s.of(s.signed, subject.Digest) {
-		if err := ctx.Err(); err != nil {
-			return fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
+	if s.place.hangs() {
+		err = errHangs
+	}
+	for _, b := range latest(of(&s.catalog)[d]) {
+		x := document{place: s.place, Descriptor: b.descriptor(), envelope: -1}
+		if e := s.blobs[b.envelope]; e != nil {
+			x.envelope = e.size
 		}
-		if err := b.Signature(); err != nil {
+		list = append(list, x)
+	}
+	return list, err
+}
+
+// documents hands over the documents in the store and then those in bundles, until
+// yield returns false. The error says why that was not everything.
+func (s *Store) documents(ctx context.Context, of relation, d digest.Digest, yield func(document) bool) error {
+	var failed error
+	for _, part := range []struct {
+		ready chan struct{}
+		list  func(relation, digest.Digest) ([]document, error)
+	}{{s.read, s.own}, {s.looked, s.bundled}} {
+		if err := s.ready(ctx, part.ready); err != nil {
 			return err
 		}
-		ev := verify.Evidence{Manifest: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: sig.digest, Size: sig.size}}
-		raw, err := dir.Blob(ev.Manifest, b.Manifest)
-		if err == nil {
-			err = dir.Signature(&ev, raw, subject, b)
+		list, err := part.list(of, d)
+		if failed == nil {
+			failed = err
 		}
-		if err != nil {
-			if failed == nil && layout.Inconclusive(err) {
-				failed = err
+		for _, x := range list {
+			if err := ctx.Err(); err != nil {
+				return fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
 			}
-			if errors.Is(err, layout.ErrDamaged) || errors.Is(err, fs.ErrNotExist) {
-				s.suspects(sig.digest)
+			if !yield(x) {
+				return nil
 			}
-			ev.Err = fmt.Errorf("signature %s: %w", sig.digest, err)
-		}
-		if !yield(ev) {
-			return nil
 		}
 	}
 	return failed
 }
 
-// Parents implements [verify.Keeper].
-func (s *Store) Parents(ctx context.Context, d digest.Digest, b *verify.Budget, yield func(digest.Digest, []byte) bool) {
-	dir, _ := s.ready(ctx)
-	if dir == nil {
-		return
-	}
-	for _, index := range s.of(s.listed, d) {
-		if ctx.Err() != nil || b.Page() != nil {
-			return
+// Find implements [verify.Source]: first what the store has, and then what bundles
+// have. A file that is damaged costs only itself: it is handed over with Err set, and
+// if it is the store's, once, and then goes, so that it can be written anew.
+func (s *Store) Find(ctx context.Context, _ verify.Name, subject ocispec.Descriptor, b *verify.Budget, yield func(verify.Evidence) bool) error {
+	var failed error
+	whole := map[digest.Digest]bool{} // signatures that were handed over
+	err := s.documents(ctx, signed, subject.Digest, func(x document) bool {
+		if whole[x.Digest] {
+			return true
 		}
-		raw, err := dir.Blob(ocispec.Descriptor{Digest: index.digest, Size: index.size}, b.Manifest)
-		if err == nil && !yield(index.digest, raw) {
-			return
+		if err := b.Signature(); err != nil {
+			failed = cmp.Or(failed, err)
+			return false
 		}
-	}
+		ev := verify.Evidence{Manifest: x.Descriptor}
+		err := x.signature(ctx, &ev, subject, b)
+		if whole[x.Digest] = err == nil; err != nil {
+			if failed == nil && layout.Inconclusive(err) {
+				failed = err
+			}
+			if x.bundle == "" && (errors.Is(err, layout.ErrDamaged) || errors.Is(err, fs.ErrNotExist)) {
+				s.suspects(x.Digest)
+			}
+			ev.Err = fmt.Errorf("signature %s: %w", x.Digest, err)
+		}
+		if yield(ev) {
+			return true
+		}
+		failed = nil
+		return false
+	})
+	return cmp.Or(err, failed)
 }
 
-// of returns the blobs in m for d, those whose images were here last first.
-func (s *Store) of(m map[digest.Digest][]*blob, d digest.Digest) []blob {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var list []blob
-	for _, x := range m[d] {
-		list = append(list, *x)
+// signature reads manifest and envelope of the signature x into ev.
+func (x document) signature(ctx context.Context, ev *verify.Evidence, subject ocispec.Descriptor, b *verify.Budget) error {
+	raw, err := x.get(ctx, x.Descriptor, b.Manifest)
+	if err != nil {
+		return err
 	}
-	slices.SortFunc(list, func(x, y blob) int {
-		if c := y.seen.Compare(x.seen); c != 0 {
-			return c
+	envelope, err := verify.EnvelopeIn(raw, subject)
+	if err != nil {
+		return err
+	}
+	if x.envelope >= 0 && x.envelope != envelope.Size {
+		return fmt.Errorf("%w: the envelope has %d bytes, but its descriptor says %d", layout.ErrDamaged, x.envelope, envelope.Size)
+	}
+	blob, err := x.get(ctx, envelope, b.Envelope)
+	if err != nil {
+		return err
+	}
+	ev.Document, ev.MediaType, ev.Blob = raw, envelope.MediaType, blob
+	return nil
+}
+
+// get reads a file of where x lies.
+func (x document) get(ctx context.Context, d ocispec.Descriptor, take func(int64) error) ([]byte, error) {
+	raw, err := x.read(ctx, d, take)
+	if err != nil && x.bundle != "" {
+		err = fmt.Errorf("bundle %s: %w", verify.Quote(x.bundle, 80), err)
+	}
+	return raw, err
+}
+
+// Parents implements [verify.Keeper]. That something could not be read, Find says.
+func (s *Store) Parents(ctx context.Context, d digest.Digest, b *verify.Budget, yield func(digest.Digest, []byte) bool) {
+	whole := map[digest.Digest]bool{}
+	_ = s.documents(ctx, named, d, func(x document) bool {
+		if whole[x.Digest] {
+			return true
 		}
-		return strings.Compare(string(x.digest), string(y.digest))
+		if b.Page() != nil {
+			return false
+		}
+		raw, err := x.get(ctx, x.Descriptor, b.Manifest)
+		whole[x.Digest] = err == nil
+		return err != nil || yield(x.Digest, raw)
 	})
-	return list
+}
+
+// Look has the bundles looked at now. It returns at once.
+func (s *Store) Look() {
+	select {
+	case s.glance <- struct{}{}:
+	default:
+	}
 }
 
 // Keep implements [verify.Keeper].

@@ -97,6 +97,7 @@ func start(t testing.TB, dir string, o store.Options) *run {
 	r.stop = sync.OnceFunc(func() { cancel(); <-done })
 	t.Cleanup(r.stop)
 	<-r.Read()
+	<-r.Looked()
 	return r
 }
 
@@ -149,6 +150,12 @@ func (s *site) index(manifests ...ocispec.Descriptor) ocispec.Descriptor {
 		panic(err)
 	}
 	return s.Add(ocispec.MediaTypeImageIndex, raw)
+}
+
+func decode(raw []byte, v any) {
+	if err := json.Unmarshal(raw, v); err != nil {
+		panic(err)
+	}
 }
 
 // read is what the node's runtime has.

@@ -50,10 +50,21 @@ type writer struct {
 	moved   map[string]bool // directories in which names have changed that may not last yet
 }
 
-// Run reads the directory and then writes what Keep and Retain ask for, until ctx
-// ends and what waits was written once more. It is called once. What fails is
-// logged and tried again; it returns nil.
+// Run reads the directory and the bundles, looks at those when they change, and
+// writes what Keep and Retain ask for, until ctx ends and what waits was written once
+// more. It is called once. What fails is logged and tried again; it returns nil.
 func (s *Store) Run(ctx context.Context) error {
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		s.watch(ctx)
+	}()
+	defer func() {
+		select {
+		case <-watched:
+		case <-time.After(imageWait): // a medium that hangs does not keep the program from its end
+		}
+	}()
 	w := &writer{Store: s, moved: map[string]bool{}}
 	defer w.close()
 	w.try(ctx)
@@ -82,7 +93,8 @@ func (s *Store) Run(ctx context.Context) error {
 
 func (w *writer) close() {
 	w.mu.Lock()
-	w.files = nil
+	w.place.close()
+	w.place = nil
 	w.mu.Unlock()
 	if w.lock != nil {
 		w.lock.Close()
@@ -256,7 +268,7 @@ func (w *writer) write(ctx context.Context, e evidence) error {
 	defer w.mu.Unlock()
 	for _, f := range list {
 		f.seen = w.o.Now().Round(0)
-		w.add(f.blob)
+		w.add(f.blob, maxListed)
 		w.dirty = true
 	}
 	return nil
@@ -434,7 +446,7 @@ func (s *Store) alive(b *blob) bool {
 		return true
 	}
 	index := s.blobs[b.subject]
-	return index != nil && slices.ContainsFunc(index.lists, func(d digest.Digest) bool { return s.live[d] })
+	return index != nil && slices.ContainsFunc(index.names, func(d digest.Digest) bool { return s.live[d] })
 }
 
 // remove removes a file, and what is known of it.
@@ -477,7 +489,7 @@ func (s *Store) needs(set map[digest.Digest]bool, signatures []*blob) {
 	for _, b := range signatures {
 		set[b.digest], set[b.envelope], set[b.subject] = true, true, true
 		if index := s.blobs[b.subject]; index != nil {
-			for _, d := range index.lists {
+			for _, d := range index.names {
 				set[d] = true
 			}
 		}
