@@ -2,6 +2,7 @@ package layout
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -151,6 +152,56 @@ func (r *Dir) Blob(d ocispec.Descriptor, take func(int64) error) ([]byte, error)
 		return nil, fmt.Errorf("%w: %s is not what its digest says", ErrDamaged, name)
 	}
 	return raw, nil
+}
+
+// Entries returns what index.json lists, where oci-layout says that it is a layout.
+// take, told their sizes, is asked before either is read. Errors wrap
+// verify.ErrUnreachable or verify.ErrBudget.
+func (r *Dir) Entries(take func(int64) error) ([]ocispec.Descriptor, error) {
+	raw, err := r.Read(ocispec.ImageLayoutFile, take)
+	if err != nil {
+		return nil, unreachable(err)
+	}
+	var v ocispec.ImageLayout
+	if err := json.Unmarshal(raw, &v); err != nil {
+		return nil, fmt.Errorf("%w: %s: %w", verify.ErrUnreachable, ocispec.ImageLayoutFile, err)
+	}
+	if v.Version != ocispec.ImageLayoutVersion {
+		return nil, fmt.Errorf("%w: %s: version %s, not %s", verify.ErrUnreachable,
+			ocispec.ImageLayoutFile, verify.Quote(v.Version, 32), ocispec.ImageLayoutVersion)
+	}
+	// Bytes, but no page: the limit on those is for lists that others make long,
+	// and index.json is read once for each digest of the image.
+	if raw, err = r.Read(ocispec.ImageIndexFile, take); err != nil {
+		return nil, unreachable(err)
+	}
+	entries, err := EntriesOf(raw)
+	if err != nil {
+		return nil, unreachable(fmt.Errorf("%s: %w", ocispec.ImageIndexFile, err))
+	}
+	return entries, nil
+}
+
+// EntriesOf returns what the index raw lists. An entry that is no descriptor costs only
+// itself. An index that is too long is verify.ErrBudget.
+func EntriesOf(raw []byte) ([]ocispec.Descriptor, error) {
+	if err := verify.Bounded(raw); err != nil {
+		return nil, err
+	}
+	var index struct {
+		Manifests []json.RawMessage `json:"manifests"`
+	}
+	if err := json.Unmarshal(raw, &index); err != nil {
+		return nil, err
+	}
+	var list []ocispec.Descriptor
+	for _, e := range index.Manifests {
+		var d ocispec.Descriptor
+		if json.Unmarshal(e, &d) == nil && d.Digest.Validate() == nil {
+			list = append(list, d)
+		}
+	}
+	return list, nil
 }
 
 // Signature reads the envelope of the signature of subject whose manifest is raw

@@ -17,7 +17,6 @@ import (
 	"context"
 	_ "crypto/sha256" // digests of the subjects and blobs
 	_ "crypto/sha512"
-	"encoding/json"
 	"fmt"
 
 	"github.com/opencontainers/go-digest"
@@ -133,59 +132,12 @@ func (s *Source) open(ctx context.Context, b *verify.Budget) (*layout, []ocispec
 		return nil, nil, err
 	}
 	l := &layout{dir, b}
-	entries, err := l.start()
+	entries, err := dir.Entries(b.Manifest)
 	if err != nil {
 		dir.Close()
 		return nil, nil, err
 	}
 	return l, entries, nil
-}
-
-// start reads oci-layout and index.json.
-func (l *layout) start() ([]ocispec.Descriptor, error) {
-	raw, err := l.dir.Read(ocispec.ImageLayoutFile, l.b.Manifest)
-	if err != nil {
-		return nil, unreachable(err)
-	}
-	var v ocispec.ImageLayout
-	if err := json.Unmarshal(raw, &v); err != nil {
-		return nil, fmt.Errorf("%w: %s: %w", verify.ErrUnreachable, ocispec.ImageLayoutFile, err)
-	}
-	if v.Version != ocispec.ImageLayoutVersion {
-		return nil, fmt.Errorf("%w: %s: version %s, not %s", verify.ErrUnreachable,
-			ocispec.ImageLayoutFile, verify.Quote(v.Version, 32), ocispec.ImageLayoutVersion)
-	}
-	// Bytes, but no page: the limit on those is for lists that others make long,
-	// and index.json is read once for each digest of the image.
-	if raw, err = l.dir.Read(ocispec.ImageIndexFile, l.b.Manifest); err != nil {
-		return nil, unreachable(err)
-	}
-	entries, err := entriesOf(raw)
-	if err != nil {
-		return nil, unreachable(fmt.Errorf("%s: %w", ocispec.ImageIndexFile, err))
-	}
-	return entries, nil
-}
-
-// entriesOf decodes an index. An entry that is no descriptor costs only itself.
-func entriesOf(raw []byte) ([]ocispec.Descriptor, error) {
-	if err := verify.Bounded(raw); err != nil {
-		return nil, err
-	}
-	var index struct {
-		Manifests []json.RawMessage `json:"manifests"`
-	}
-	if err := json.Unmarshal(raw, &index); err != nil {
-		return nil, err
-	}
-	var list []ocispec.Descriptor
-	for _, r := range index.Manifests {
-		var d ocispec.Descriptor
-		if json.Unmarshal(r, &d) == nil && d.Digest.Validate() == nil {
-			list = append(list, d)
-		}
-	}
-	return list, nil
 }
 
 // unreachable makes err, which kept the whole layout from being read, one of

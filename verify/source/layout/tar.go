@@ -30,6 +30,14 @@ type Tar struct {
 	files map[string]extent // by their names in a layout
 }
 
+// Files is how many files of a layout there are; a nil Tar has none.
+func (t *Tar) Files() int {
+	if t == nil {
+		return 0
+	}
+	return len(t.files)
+}
+
 // An extent is where a file lies.
 type extent struct{ offset, size int64 } // size below 0: it is no regular file
 

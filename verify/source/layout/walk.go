@@ -129,7 +129,7 @@ func (w *walk) index(d ocispec.Descriptor) []ocispec.Descriptor {
 		w.fail(err)
 		return nil
 	}
-	entries, err := entriesOf(raw)
+	entries, err := EntriesOf(raw)
 	if err != nil {
 		w.fail(err)
 	}

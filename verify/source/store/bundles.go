@@ -3,7 +3,6 @@ package store
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -31,6 +30,7 @@ const (
 	maxBundles   = 64       // entries looked at; dot files are not counted
 	maxEntries   = 4096     // entries read of the directory
 	maxDocuments = 32768    // manifests and indexes read of all bundles
+	maxInTars    = 1 << 16  // files in all bundles that are tar files
 	maxBundle    = 64 << 20 // bytes of manifests and indexes read of one bundle
 	maxDepth     = 4        // indexes below index.json
 )
@@ -48,10 +48,18 @@ type bundle struct {
 	at      [5]stamp // what it was when it was read
 	place   *place   // nil: nothing can be read of it
 	catalog catalog
+	takes   limits // of what all bundles may take
 	trouble string // why not all of it can be read
 
 	tries int // in a row that left trouble
 	due   time.Time
+}
+
+// limits bound what bundles take of memory and time.
+type limits struct {
+	documents int // manifests and indexes
+	links     int // what those name
+	inTar     int // files in tar files, each of which is remembered
 }
 
 // A Bundle is how an entry of the directory of bundles fares.
@@ -174,24 +182,23 @@ func (s *Store) survey(ctx context.Context, dir string) (news bool) {
 	next := make([]*bundle, 0, len(names))
 	for _, name := range names {
 		var before *bundle
-		if i, found := slices.BinarySearchFunc(old, name, func(b *bundle, name string) int { return strings.Compare(b.name, name) }); found {
-			before = old[i]
+		after, found := slices.BinarySearchFunc(old, name, func(b *bundle, name string) int { return strings.Compare(b.name, name) })
+		if found {
+			before = old[after]
+			after++
 		}
 		at := stampsOf(filepath.Join(dir, name))
 		if before != nil && before.at == at && (before.trouble == "" || s.o.Now().Before(before.due)) {
 			next = append(next, before)
 			continue
 		}
-		documents, links := maxDocuments, maxListed
-		for _, b := range next {
-			documents, links = documents-len(b.catalog.blobs), links-b.catalog.links
+		left := limits{maxDocuments, maxListed, maxInTars}
+		for _, b := range slices.Concat(next, old[after:]) {
+			left.documents -= b.takes.documents
+			left.links -= b.takes.links
+			left.inTar -= b.takes.inTar
 		}
-		for _, b := range old {
-			if b.name > name { // as it was
-				documents, links = documents-len(b.catalog.blobs), links-b.catalog.links
-			}
-		}
-		b := s.readBundle(ctx, filepath.Join(dir, name), max(documents, 0), max(links, 0))
+		b := readBundle(ctx, filepath.Join(dir, name), left)
 		if ctx.Err() != nil {
 			b.place.close()
 			return false
@@ -290,22 +297,23 @@ func stampsOf(name string) (s [5]stamp) {
 	return s
 }
 
-// readBundle reads the documents that index.json of a bundle leads to, at most as
-// many as given, with at most so many links.
-func (s *Store) readBundle(ctx context.Context, name string, documents, links int) *bundle {
+// readBundle reads the documents that index.json of a bundle leads to, as far as what
+// is left goes.
+func readBundle(ctx context.Context, name string, left limits) *bundle {
 	b := &bundle{catalog: newCatalog()}
 	dir, err := openBundle(ctx, name)
-	if err != nil {
-		b.trouble = verify.Clean(err.Error(), 256)
-		return b
+	r := &reading{ctx: ctx, dir: dir, catalog: &b.catalog, left: left, bytes: maxBundle, seen: map[verify.Target]bool{}}
+	if err == nil {
+		if err = r.run(); err != nil {
+			dir.Close()
+		}
 	}
-	r := &reading{ctx: ctx, dir: dir, catalog: &b.catalog, documents: documents, links: links, bytes: maxBundle, seen: map[verify.Target]bool{}}
-	if err := r.run(); err != nil {
-		dir.Root.Close()
+	if err != nil {
 		b.catalog, b.trouble = newCatalog(), verify.Clean(err.Error(), 256)
 		return b
 	}
-	b.place = newPlace(dir, dir.Root.Close)
+	b.place = newPlace(dir, dir.Close)
+	b.takes = limits{left.documents - r.left.documents, b.catalog.links, dir.Tar().Files()}
 	if r.failed != nil {
 		b.trouble = verify.Clean(r.failed.Error(), 200)
 		if r.failures > 1 {
@@ -317,7 +325,7 @@ func (s *Store) readBundle(ctx context.Context, name string, documents, links in
 
 // openBundle opens what may be a bundle. Nothing is followed, and a pipe not waited
 // for.
-func openBundle(_ context.Context, name string) (*layout.Dir, error) {
+func openBundle(ctx context.Context, name string) (*layout.Dir, error) {
 	info, err := os.Lstat(name)
 	if err != nil {
 		return nil, err
@@ -325,24 +333,19 @@ func openBundle(_ context.Context, name string) (*layout.Dir, error) {
 	if !info.IsDir() && (!info.Mode().IsRegular() || filepath.Ext(name) != ".tar") {
 		return nil, errors.New("it is neither a directory nor a file with a name that ends in .tar")
 	}
-	root, err := os.OpenRoot(name)
-	if err != nil {
-		return nil, err
-	}
-	return &layout.Dir{Root: root}, nil
+	return layout.Open(ctx, name, nil)
 }
 
 // A reading is how far a bundle was read.
 type reading struct {
-	ctx       context.Context
-	dir       *layout.Dir
-	catalog   *catalog
-	documents int   // left
-	bytes     int64 // left
-	links     int   // in all
-	seen      map[verify.Target]bool
-	failed    error // the first that cost a document
-	failures  int
+	ctx      context.Context
+	dir      *layout.Dir
+	catalog  *catalog
+	left     limits // links: in all
+	bytes    int64  // left
+	seen     map[verify.Target]bool
+	failed   error // the first that cost a document
+	failures int
 }
 
 func (r *reading) fail(err error) {
@@ -361,20 +364,12 @@ func (r *reading) take(n int64) error {
 
 // run reads everything. An error is one of the bundle as a whole.
 func (r *reading) run() error {
-	raw, err := r.dir.Read(ocispec.ImageLayoutFile, r.take)
+	if n := r.dir.Tar().Files(); n > r.left.inTar {
+		return fmt.Errorf("%w: more than %d files in all bundles that are tar files", verify.ErrBudget, maxInTars)
+	}
+	list, err := r.dir.Entries(r.take)
 	if err != nil {
 		return err
-	}
-	var v ocispec.ImageLayout
-	if err := json.Unmarshal(raw, &v); err != nil || v.Version != ocispec.ImageLayoutVersion {
-		return fmt.Errorf("%s does not say version %s", ocispec.ImageLayoutFile, ocispec.ImageLayoutVersion)
-	}
-	if raw, err = r.dir.Read(ocispec.ImageIndexFile, r.take); err != nil {
-		return err
-	}
-	list, err := descriptors(raw)
-	if err != nil {
-		return fmt.Errorf("%s: %w", ocispec.ImageIndexFile, err)
 	}
 	r.follow(list, 0)
 	return r.ctx.Err()
@@ -388,12 +383,11 @@ func (r *reading) follow(list []ocispec.Descriptor, depth int) {
 			continue
 		}
 		r.seen[t] = true
-		if r.documents--; r.documents < 0 {
-			if r.documents == -1 {
-				r.fail(fmt.Errorf("%w: more than %d manifests and indexes in all bundles", verify.ErrBudget, maxDocuments))
-			}
+		if r.left.documents <= 0 {
+			r.fail(fmt.Errorf("%w: more than %d manifests and indexes in all bundles", verify.ErrBudget, maxDocuments))
 			return
 		}
+		r.left.documents--
 		raw, err := r.dir.Blob(d, r.take)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // as of platforms that this node has nothing of
@@ -403,7 +397,7 @@ func (r *reading) follow(list []ocispec.Descriptor, depth int) {
 			continue
 		}
 		b := see(d.Digest, raw)
-		if (b.subject != "" || len(b.names) > 0) && !r.catalog.add(b, r.links) {
+		if (b.subject != "" || len(b.names) > 0) && !r.catalog.add(b, r.left.links) {
 			r.fail(fmt.Errorf("%w: indexes that list more than %d manifests in all bundles", verify.ErrBudget, maxListed))
 		}
 		if kindOf(b.mediaType) != isIndex {
@@ -413,7 +407,7 @@ func (r *reading) follow(list []ocispec.Descriptor, depth int) {
 			r.fail(fmt.Errorf("%w: indexes more than %d deep", verify.ErrBudget, maxDepth))
 			continue
 		}
-		inner, err := descriptors(raw)
+		inner, err := layout.EntriesOf(raw)
 		if err != nil {
 			r.fail(fmt.Errorf("%s: %w", d.Digest, err))
 			continue
@@ -436,25 +430,4 @@ func kindOf(mediaType string) int {
 		return isIndex
 	}
 	return 0
-}
-
-// descriptors returns what an index lists. An entry that is no descriptor costs only
-// itself.
-func descriptors(raw []byte) (list []ocispec.Descriptor, err error) {
-	if err := verify.Bounded(raw); err != nil {
-		return nil, err
-	}
-	var index struct {
-		Manifests []json.RawMessage `json:"manifests"`
-	}
-	if err := json.Unmarshal(raw, &index); err != nil {
-		return nil, err
-	}
-	for _, e := range index.Manifests {
-		var d ocispec.Descriptor
-		if json.Unmarshal(e, &d) == nil && d.Digest.Validate() == nil {
-			list = append(list, d)
-		}
-	}
-	return list, nil
 }

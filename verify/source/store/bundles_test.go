@@ -1,8 +1,11 @@
 package store_test
 
 import (
+	"archive/tar"
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -33,8 +36,25 @@ func put(t testing.TB, dir, name string, c site) {
 		t.Fatal(err)
 	}
 	sourcetest.Layout(t, temp, c.Content, false)
+	if filepath.Ext(name) == ".tar" {
+		pack(t, temp)
+	}
 	// Between the two there is none, as there is none for rename(1).
 	if err := errors.Join(os.RemoveAll(at), os.Rename(temp, at)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// pack makes a tar file of a directory, in its place. A layer lies in it too.
+func pack(t testing.TB, dir string) {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	layer := strings.Repeat("layer", 1<<16)
+	err := errors.Join(w.AddFS(os.DirFS(dir)),
+		w.WriteHeader(&tar.Header{Name: "blobs/sha256/" + digest.FromString(layer).Encoded(), Typeflag: tar.TypeReg, Mode: 0o600, Size: int64(len(layer))}))
+	_, e := w.Write([]byte(layer))
+	if err := errors.Join(err, e, w.Close(), os.RemoveAll(dir), os.WriteFile(dir, b.Bytes(), 0o600)); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -67,19 +87,37 @@ func (r *run) troubles() (list []string) {
 func TestBundleSource(t *testing.T) {
 	t.Parallel()
 	for name, tagged := range map[string]bool{"entries of index.json": false, "referrers tag": true} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			sourcetest.Run(t, func(t *testing.T, c sourcetest.Content) verify.Source {
-				dir := t.TempDir()
-				sourcetest.Layout(t, filepath.Join(bundles(dir), "one"), c, tagged)
-				return start(t, dir, store.Options{})
+		for _, form := range forms {
+			t.Run(name+form, func(t *testing.T) {
+				t.Parallel()
+				sourcetest.Run(t, func(t *testing.T, c sourcetest.Content) verify.Source {
+					dir := t.TempDir()
+					at := filepath.Join(bundles(dir), "one"+form)
+					sourcetest.Layout(t, at, c, tagged)
+					if form != "" {
+						pack(t, at)
+					}
+					return start(t, dir, store.Options{})
+				})
 			})
+		}
+	}
+}
+
+// forms are the ends of the names of a directory and of a tar file.
+var forms = []string{"", ".tar"}
+
+func TestBundle(t *testing.T) {
+	t.Parallel()
+	for _, form := range forms {
+		t.Run(form, func(t *testing.T) {
+			t.Parallel()
+			testBundle(t, form)
 		})
 	}
 }
 
-func TestBundle(t *testing.T) {
-	t.Parallel()
+func testBundle(t *testing.T, form string) {
 	dir := t.TempDir()
 	var first, second, other site
 	one, ev := first.image("one")
@@ -87,18 +125,18 @@ func TestBundle(t *testing.T) {
 	three, ev3 := other.image("three")
 	var changed atomic.Int32
 	r := start(t, dir, store.Options{Changed: func() { changed.Add(1) }})
-	put(t, dir, "b", other)
+	put(t, dir, "b"+form, other)
 	r.finds(three, ev3)
-	put(t, dir, "a", first)
+	put(t, dir, "a"+form, first)
 	r.finds(one, ev)
 	r.has(two)
 	if n := changed.Load(); n < 2 {
 		t.Errorf("said %d times that there is more", n)
 	}
-	put(t, dir, "a", second)
+	put(t, dir, "a"+form, second)
 	r.finds(two, ev2)
 	r.has(one)
-	if err := os.RemoveAll(filepath.Join(bundles(dir), "a")); err != nil {
+	if err := os.RemoveAll(filepath.Join(bundles(dir), "a"+form)); err != nil {
 		t.Fatal(err)
 	}
 	r.finds(two)
@@ -106,11 +144,11 @@ func TestBundle(t *testing.T) {
 	if n, _ := r.Signatures(); n != 0 || len(files(t, filepath.Join(inside(dir), "blobs"))) != 0 {
 		t.Errorf("%d signatures were taken into the store", n)
 	}
-	if got := r.troubles(); !slices.Equal(got, []string{"b"}) {
+	if got := r.troubles(); !slices.Equal(got, []string{"b" + form}) {
 		t.Errorf("bundles %q", got)
 	}
 	// Half written ones are not looked at.
-	if err := os.Rename(filepath.Join(bundles(dir), "b"), filepath.Join(bundles(dir), ".b")); err != nil {
+	if err := os.Rename(filepath.Join(bundles(dir), "b"+form), filepath.Join(bundles(dir), ".b"+form)); err != nil {
 		t.Fatal(err)
 	}
 	r.finds(three)
@@ -320,6 +358,41 @@ func TestBadBundle(t *testing.T) {
 			os.WriteFile(at(dir, "index.json"), []byte(evil), 0o600)
 			os.Truncate(at(dir, "blobs", "sha256", manifest.Encoded()), 1<<30)
 		}), "left for it"},
+		"tar that is cut off": {func(t *testing.T, dir string) {
+			put(t, dir, "bad.tar", evil)
+			if err := os.Truncate(at(dir)+".tar", 20000); err != nil {
+				t.Fatal(err)
+			}
+		}, "tar file"},
+		"compressed tar":        {must(func(dir string) error { return os.WriteFile(at(dir)+".tar", []byte("\x1f\x8b\x08hello"), 0o600) }), "compressed"},
+		"tar of something else": {must(func(dir string) error { return os.WriteFile(at(dir)+".tar", make([]byte, 4096), 0o600) }), "oci-layout"},
+		"tar with a link for a manifest": {func(t *testing.T, dir string) {
+			put(t, dir, "bad.tar", evil)
+			name := "blobs/sha256/" + manifest.Encoded()
+			raw, err := os.ReadFile(at(dir) + ".tar")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var b bytes.Buffer
+			w := tar.NewWriter(&b)
+			r := tar.NewReader(bytes.NewReader(raw))
+			for h, err := r.Next(); err == nil; h, err = r.Next() {
+				if h.Name == name {
+					h.Typeflag, h.Linkname, h.Size = tar.TypeLink, "/etc/passwd", 0
+				}
+				content, _ := io.ReadAll(r)
+				err := w.WriteHeader(h)
+				if h.Typeflag == tar.TypeReg {
+					_, err = w.Write(content)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := errors.Join(w.Close(), os.WriteFile(at(dir)+".tar", b.Bytes(), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}, "not a regular file"},
 		"indexes without end": {func(t *testing.T, dir string) {
 			var c site
 			d := c.Image("app")
