@@ -111,7 +111,7 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 			return cmd.Help()
 		},
 	})
-	root.AddCommand(decisionsCommand(stdout), runCommand(stderr), statusCommand(stdout), verifyCommand(stdout), versionCommand(stdout))
+	root.AddCommand(decisionsCommand(stdout), refreshCommand(stdout), runCommand(stderr), statusCommand(stdout), verifyCommand(stdout), versionCommand(stdout))
 	return root
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/signal"
@@ -101,6 +102,8 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	if o.stateDir != "" {
 		d.store = store.New(o.stateDir, store.Options{Log: log, Now: time.Now, Image: records.Blob})
 		survey.Listed = d.store.Retain
+		d.refresher = node.NewRefresher(d.resolver, log, d.uptime, rand.Uint64())
+		survey.Refresher = d.refresher
 	}
 	// The gate needs none of what is in the run directory. Why it cannot be used, the
 	// control socket says.
@@ -138,7 +141,7 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	}, log, time.Now)
 	socket := &control.Socket{Dir: o.runDir, Log: log, Handler: control.Handler(func() control.Status {
 		return d.status(session.State(), ctx.Err() != nil, exporter.Troubles())
-	}, text, d.ring.Endpoint())}
+	}, text, d.ring.Endpoint(), control.RefreshEndpoint(d.refresh))}
 	g.Go(func() error { d.write(after); return nil })
 	g.Go(func() error { return socket.Run(after) })
 	g.Go(func() error { return exporter.Run(after) })
@@ -147,6 +150,7 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	g.Go(func() error { d.witness.Run(after); return nil })
 	if d.store != nil {
 		g.Go(func() error { return d.store.Run(after) })
+		g.Go(func() error { return d.refresher.Run(ctx) })
 	}
 	loaded := make(chan struct{}) // closed when the directory was read once
 	var once sync.Once
@@ -193,6 +197,8 @@ type daemon struct {
 	witness  *sweep.Witness  // nil where sweep is
 	store    *store.Store    // nil: nothing is kept
 
+	refresher *node.Refresher // nil where store is
+
 	cache   *cache.Cache   // of the configuration in force; owned by apply
 	retired sync.WaitGroup // caches of earlier configurations that are closing
 
@@ -204,12 +210,14 @@ type daemon struct {
 // It is called by one goroutine at a time.
 func (d *daemon) apply(c *config.Config, err error) {
 	var setup *verify.Setup
+	var engine *verify.Engine
 	var next *cache.Cache
 	if err == nil {
 		setup, err = c.Setup(func(e *verify.Engine) verify.Judge {
 			if d.store != nil {
 				e.Store = d.store
 			}
+			engine = e
 			next = cache.New(e, cache.Options{Now: time.Now, Observe: d.judged(c)})
 			return next
 		}, time.Now)
@@ -234,6 +242,9 @@ func (d *daemon) apply(c *config.Config, err error) {
 	d.enforcer.Swap(setup)
 	if d.store != nil {
 		d.store.Configure(c.Keep)
+	}
+	if d.refresher != nil {
+		d.refresher.Configure(plan(c, setup, engine, d.store))
 	}
 	if d.sweep != nil {
 		d.sweep.Configure(sweep.Rules{Epoch: setup.Epoch, Mode: setup.Mode, Stop: c.StopRunning})

@@ -91,6 +91,13 @@ func (d *daemon) status(n nri.State, stopping bool, troubles []string) control.S
 	if d.sweep != nil {
 		s.Running = running(d.sweep.Status())
 	}
+	if d.refresher != nil {
+		r := d.refresher.Status()
+		s.Refresh = control.Refreshing{
+			Every: r.Every.String(), Images: r.Images, Failing: r.Failing, Last: known(r.Last), Next: known(r.Next),
+			Asked: r.Asked, Failed: r.Failed, New: r.Fresh, Error: r.Error,
+		}
+	}
 	s.Judge()
 	return s
 }
@@ -134,6 +141,9 @@ func (d *daemon) metrics(w io.Writer, n nri.State, stopping bool) error {
 	}
 	if d.sweep != nil {
 		m.Sweep = new(d.sweep.Status())
+	}
+	if d.refresher != nil {
+		m.Refresh = new(d.refresher.Status())
 	}
 	return d.counters.Write(w, m)
 }

@@ -107,6 +107,22 @@ func screen(s *control.Status) string {
 			}
 		}
 	}
+	if n := s.Refresh; n.Every != "" {
+		text := fmt.Sprintf("signatures of %s, every %s", several(n.Images, "image"), n.Every)
+		if n.Every == "0s" {
+			text = fmt.Sprintf("signatures of %s, only on demand", several(n.Images, "image"))
+		}
+		if n.Last != nil {
+			text += ", last " + when(n.Last)
+		}
+		if n.Next != nil {
+			text += ", next " + when(n.Next)
+		}
+		line("refresh", "%s; %d new", text, n.New)
+		if n.Failing > 0 {
+			line("warning", "signatures of %s cannot be looked for again: %s", several(n.Failing, "image"), n.Error)
+		}
+	}
 	if s.Log.Dropped > 0 {
 		line("warning", "%d answers are not in the log, which was too slow", s.Log.Dropped)
 	}

@@ -33,6 +33,9 @@ type Survey struct {
 	// reboot empties. Empty: nothing is noted.
 	Dir string
 
+	// Refresher is told which images there are; nil is allowed.
+	Refresher *Refresher
+
 	// Looked is called when all images were looked at (not verified) after a
 	// connection or under a new configuration. It must not block; nil is allowed.
 	Looked func()
@@ -207,6 +210,9 @@ func (s *Survey) look(ctx context.Context) bool {
 		} else if o.Epoch != s.epoch {
 			i.asked, i.tries = false, 0
 		}
+	}
+	if s.Refresher != nil {
+		s.Refresher.has(s.items, s.mark.skips)
 	}
 	s.conns, s.epoch = conns, o.Epoch
 	if afresh && conns > 0 && s.Looked != nil {

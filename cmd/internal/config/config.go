@@ -29,6 +29,9 @@ import (
 // verify.DefaultLimits.
 const DefaultWait = 50 * time.Millisecond
 
+// DefaultRefresh is Config.Refresh where config.yaml is silent.
+const DefaultRefresh = 24 * time.Hour
+
 // A Config is a valid configuration. It does not change.
 type Config struct {
 	Dir         string // that it was read from
@@ -36,6 +39,7 @@ type Config struct {
 	Mirrors     []Mirror
 	Layouts     []string      // directories and tar files, absolute
 	Keep        time.Duration // how long the node's store keeps signatures after their image left; 0: store.DefaultKeep
+	Refresh     time.Duration // how often signatures of the node's images are looked for again; 0: only on demand
 	Limits      verify.Limits // zero fields mean verify.DefaultLimits
 	Credentials string        // docker config.json with what registries know this node by; empty: none
 	Helpers     string        // directory of credential helpers; empty: PATH
@@ -149,7 +153,7 @@ func load(d *directory) (*Config, error) {
 		return nil, err
 	}
 
-	c := &Config{Dir: d.dir, Gate: Gate{Wait: DefaultWait}}
+	c := &Config{Dir: d.dir, Refresh: DefaultRefresh, Gate: Gate{Wait: DefaultWait}}
 	var from string // of sources.hosts
 	if own != nil {
 		if from, err = decode(d, own, c); err != nil {

@@ -187,7 +187,7 @@ func TestDocumentation(t *testing.T) {
 		t.Errorf("warnings %v", c.Warnings)
 	}
 	for _, key := range []string{
-		"version", "mode", "sources.mirrors", "….host", "….url", "….ca", "….cert`, `….key", "….realm", "….ns", "….rewrite", "sources.network", "sources.hosts", "aliases", "sources.credentials", "sources.helpers", "sources.layouts", "sources.keep` | 720h |",
+		"version", "mode", "sources.mirrors", "….host", "….url", "….ca", "….cert`, `….key", "….realm", "….ns", "….rewrite", "sources.network", "sources.hosts", "aliases", "sources.credentials", "sources.helpers", "sources.layouts", "sources.keep` | 720h |", "sources.refresh` | 24h |",
 		"limits.pages` | 24 |", "limits.referrers` | 200 |", "limits.signatures` | 100 |", "limits.certificates` | 10 |",
 		"limits.manifestBytes` | 4194304 |", "limits.envelopeBytes` | 262144 |", "limits.totalBytes` | 16777216 |", "limits.wall` | 10s |",
 		"gate.wait` | 50ms |", "gate.snapshotters", "gate.runtimes", "floor", "running", "metrics.listen", "metrics.file",
@@ -212,6 +212,21 @@ func TestRunning(t *testing.T) {
 	c := load1(t, write(t, with(notation(), "config.yaml", minimal+"running: stop\n")))
 	if len(c.Warnings) != 1 || c.Warnings[0].Field != "running" {
 		t.Errorf("in audit: warnings %v", c.Warnings)
+	}
+}
+
+// How often signatures are looked for again has a default, and can be never.
+func TestRefresh(t *testing.T) {
+	for text, want := range map[string]time.Duration{
+		"": 24 * time.Hour, "never": 0, "0": 0, "0s": 0, "10m": 10 * time.Minute, "168h": 168 * time.Hour, "8784h": 8784 * time.Hour,
+	} {
+		yaml := minimal
+		if text != "" {
+			yaml += "sources: {refresh: " + text + "}\n"
+		}
+		if c := load1(t, write(t, with(notation(), "config.yaml", yaml))); c.Refresh != want {
+			t.Errorf("%q: every %v", text, c.Refresh)
+		}
 	}
 }
 
@@ -324,6 +339,13 @@ func TestConfigErrors(t *testing.T) {
 		"layout relative":    {minimal + "sources:\n  layouts: [a]\n", ":4: sources.layouts[0]: must be the absolute path"},
 		"layout number":      {minimal + "sources:\n  layouts: [1]\n", ":4: sources.layouts[0]: must be text"},
 		"keep too short":     {minimal + "sources:\n  keep: 59m\n", ":4: sources.keep: must be from 1h0m0s to "},
+		"refresh too often":  {minimal + "sources:\n  refresh: 599s\n", ":4: sources.refresh: must be never, or from 10m0s to 8784h0m0s: each image of the node is asked about as often"},
+		"refresh too seldom": {minimal + "sources:\n  refresh: 8785h\n", ":4: sources.refresh: must be never, or from "},
+		"refresh negative":   {minimal + "sources:\n  refresh: -24h\n", ":4: sources.refresh: must be never, or from "},
+		"refresh in days":    {minimal + "sources:\n  refresh: 1d\n", ":4: sources.refresh: must be never, or a duration with its unit, for example 24h"},
+		"refresh no unit":    {minimal + "sources:\n  refresh: 24\n", ":4: sources.refresh: must be never, or a duration with its unit"},
+		"refresh list":       {minimal + "sources:\n  refresh: [24h]\n", ":4: sources.refresh: must be never, or a duration with its unit"},
+		"refresh null":       {minimal + "sources:\n  refresh:\n", ":4: sources.refresh: must be never, or a duration with its unit"},
 		"keep in days":       {minimal + "sources:\n  keep: 30d\n", ":4: sources.keep: must be a duration"},
 		"layout twice":       {minimal + "sources:\n  layouts: [/a, /b/../a/]\n", ":4: sources.layouts[1]: is listed twice"},
 		"limits unknown":     {minimal + "limits:\n  referers: 1\n", ":4: limits.referers: unknown key; known are pages, referrers"},

@@ -34,6 +34,8 @@ const (
 	maxName     = 128 // bytes of one; not in the expressions, where each repetition would be compiled
 	maxWait     = time.Second
 	maxKeep     = 10 * 366 * 24 * time.Hour
+	minRefresh  = 10 * time.Minute
+	maxRefresh  = 366 * 24 * time.Hour
 )
 
 var (
@@ -170,9 +172,10 @@ func (r *reader) floor(n *yaml.Node, c *Config) {
 
 // sources returns the directory of containerd's that it names, see network.
 func (r *reader) sources(n *yaml.Node, c *Config) (hosts string) {
-	f := r.mapping(n, "sources", "network", "hosts", "mirrors", "layouts", "credentials", "helpers", "keep")
+	f := r.mapping(n, "sources", "network", "hosts", "mirrors", "layouts", "credentials", "helpers", "keep", "refresh")
 	hosts = r.network(f, c)
 	c.Keep = r.duration(f["keep"], "sources.keep", time.Hour, maxKeep)
+	r.refresh(f["refresh"], c)
 	for i, v := range r.sequence(f["mirrors"], "sources.mirrors", maxMirrors) {
 		path := index("sources.mirrors", i)
 		m := r.mirror(v, path)
@@ -208,6 +211,28 @@ func (r *reader) sources(n *yaml.Node, c *Config) (hosts string) {
 		}
 	}
 	return hosts
+}
+
+// refresh reads how often signatures are looked for again.
+func (r *reader) refresh(n *yaml.Node, c *Config) {
+	const at = "sources.refresh"
+	if n == nil {
+		return
+	}
+	const form = "must be never, or a duration with its unit, for example 24h"
+	if n.Kind != yaml.ScalarNode {
+		r.fail(n, at, form)
+		return
+	}
+	t, err := time.ParseDuration(n.Value)
+	switch {
+	case n.Value == "never":
+	case err != nil:
+		r.fail(n, at, form)
+	case t != 0 && (t < minRefresh || t > maxRefresh):
+		r.fail(n, at, "must be never, or from %v to %v: each image of the node is asked about as often", minRefresh, maxRefresh)
+	}
+	c.Refresh = t
 }
 
 // credentials reads the file with what the registries know this node by.

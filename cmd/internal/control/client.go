@@ -71,25 +71,9 @@ func get(ctx context.Context, dir string, q Question) ([]byte, error) {
 	defer cancel()
 	limit := cmp.Or(q.Bytes, maxAnswer)
 	name := filepath.Join(dir, SocketName)
-	t := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		c, err := (&net.Dialer{}).DialContext(ctx, "unix", name)
-		if err != nil {
-			return nil, err
-		}
-		// Somebody else's answer is none: the directory may be one that others write to.
-		if err := trust(c); err != nil {
-			c.Close()
-			return nil, err
-		}
-		return c, nil
-	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://tidewaiter"+q.Path+"?"+q.Query.Encode(), nil)
+	r, err := ask(ctx, dir, http.MethodGet, q.Path+"?"+q.Query.Encode())
 	if err != nil {
 		return nil, err
-	}
-	r, err := t.RoundTrip(req)
-	if err != nil {
-		return nil, fmt.Errorf("no gate answers at %s: %w", name, cause(err))
 	}
 	defer r.Body.Close()
 	raw, err := io.ReadAll(io.LimitReader(r.Body, limit+1))
@@ -106,6 +90,33 @@ func get(ctx context.Context, dir string, q Question) ([]byte, error) {
 		return nil, fmt.Errorf("what answers at %s says %s to GET %s", name, verify.Clean(r.Status, 64), q.Path)
 	}
 	return raw, nil
+}
+
+// ask puts a request to the gate whose run directory is dir. The caller closes the
+// answer's body.
+func ask(ctx context.Context, dir, method, path string) (*http.Response, error) {
+	name := filepath.Join(dir, SocketName)
+	t := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		c, err := (&net.Dialer{}).DialContext(ctx, "unix", name)
+		if err != nil {
+			return nil, err
+		}
+		// Somebody else's answer is none: the directory may be one that others write to.
+		if err := trust(c); err != nil {
+			c.Close()
+			return nil, err
+		}
+		return c, nil
+	}}
+	req, err := http.NewRequestWithContext(ctx, method, "http://tidewaiter"+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	r, err := t.RoundTrip(req)
+	if err != nil {
+		return nil, fmt.Errorf("no gate answers at %s: %w", name, cause(err))
+	}
+	return r, nil
 }
 
 // cause is what went wrong below the name of the socket, which the caller says.

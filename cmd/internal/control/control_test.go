@@ -81,6 +81,7 @@ func start(t testing.TB, dir, name string) *gate {
 	s := &Socket{Dir: dir, Log: slog.New(slog.NewTextHandler(g.log, &slog.HandlerOptions{Level: slog.LevelDebug})), Handler: Handler(
 		func() Status { return healthy(name) },
 		func(w io.Writer) error { _, err := io.WriteString(w, "of "+name+"\n"); return err },
+		RefreshEndpoint(refresher(name).refresh),
 	)}
 	go func() { done <- s.Run(ctx) }()
 	g.stop = sync.OnceFunc(func() {
@@ -346,6 +347,7 @@ func TestAnswers(t *testing.T) {
 		"connect":  {get("CONNECT", "/v1/status"), "4", ""},
 		"body":     {"GET /v1/status HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", "413", "no body"},
 		"chunks":   {"GET /v1/status HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", "413", "no body"},
+		"refresh":  {get("GET", "/v1/refresh"), "405", ""},
 		"headers":  {"GET /v1/status HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 64<<10) + "\r\n\r\n", "431", ""},
 		"long URL": {get("GET", "/v1/status?"+strings.Repeat("x", 64<<10)), "431", ""},
 		"junk":     {"\x16\x03\x01 no HTTP\r\n\r\n", "400", ""},

@@ -56,7 +56,7 @@ func Serve(ctx context.Context, l net.Listener, h http.Handler) error {
 	return nil
 }
 
-// An Endpoint answers GET requests for one more path of the control socket.
+// An Endpoint answers requests for one more path of the control socket, with GET.
 type Endpoint struct {
 	Path string // "/v1/images"
 
@@ -68,6 +68,8 @@ type Endpoint struct {
 	// Answer returns what is encoded as JSON. An error says what is wrong with the
 	// question. It is called by several goroutines at once.
 	Answer func(ctx context.Context, q url.Values) (any, error)
+
+	post http.Handler // that of RefreshEndpoint: POST alone
 }
 
 // slow is how many questions that take time are answered at once.
@@ -118,6 +120,10 @@ func Handler(status func() Status, metrics func(io.Writer) error, more ...Endpoi
 	mux.Handle("GET /metrics", metricsHandler(metrics))
 	turns := make(chan struct{}, slow)
 	for _, e := range more {
+		if e.post != nil {
+			mux.Handle("POST "+e.Path, e.post)
+			continue
+		}
 		mux.HandleFunc("GET "+e.Path, e.handle(turns))
 	}
 	return noBody(mux)

@@ -35,6 +35,7 @@ type Status struct {
 	Decisions     map[string]map[string]uint64 `json:"decisions"` // since the start, by mode and reason
 	Cache         Cache                        `json:"cache"`     // since the configuration is in force
 	Running       Running                      `json:"running"`   // found by the last sweep
+	Refresh       Refreshing                   `json:"refresh"`
 	Log           Log                          `json:"log"`
 
 	Stopping bool `json:"stopping"` // the gate was told to end
@@ -140,6 +141,19 @@ type Pause struct {
 	Reason string `json:"reason"`
 	Detail string `json:"detail,omitempty"`
 	Gone   bool   `json:"gone"`
+}
+
+// Refreshing is how signatures of the node's images are looked for again.
+type Refreshing struct {
+	Every   string     `json:"every"`   // period, 0s: only on demand
+	Images  int        `json:"images"`  // that are asked about
+	Failing int        `json:"failing"` // of these, those for which a source failed at the last try
+	Last    *time.Time `json:"last"`    // when one was last asked about
+	Next    *time.Time `json:"next"`    // when the next will be; null: not planned
+	Asked   uint64     `json:"asked"`   // images, since the start, each time that they were asked about
+	Failed  uint64     `json:"failed"`  // of these, those times that a source failed
+	New     uint64     `json:"new"`     // signatures that came so, since the start
+	Error   string     `json:"error,omitempty"`
 }
 
 // A Log is the gate's log.

@@ -19,6 +19,7 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/cache"
 	"github.com/tidewaiter/tidewaiter/nri"
+	"github.com/tidewaiter/tidewaiter/nri/node"
 	"github.com/tidewaiter/tidewaiter/nri/sweep"
 	"github.com/tidewaiter/tidewaiter/verify"
 )
@@ -136,6 +137,8 @@ type State struct {
 	Session nri.State     // the connection to the runtime
 	Cache   *cache.Stats  // nil where there is none
 	Sweep   *sweep.Status // nil where there is none
+
+	Refresh *node.RefreshStatus // nil where nothing is kept
 }
 
 // Write writes everything in the Prometheus text format, in the same order each
@@ -200,6 +203,20 @@ func (c *Counters) Write(w io.Writer, s State) error {
 		p.gauge("running_unwitnessed", "Of these, those about which no gate was asked.", one(w.Unwitnessed))
 		p.gauge("running_incomplete", "Whether the last look did not see everything.", one(flag(w.Error != "")))
 		p.counter("running_stopped_total", "Containers that the gate stopped.", one(w.Stopped))
+	}
+	if s.Refresh != nil {
+		r := s.Refresh
+		p.gauge("refresh_images", "Images whose signatures are looked for again.", one(r.Images))
+		p.gauge("refresh_failing", "Of these, those for which a source failed at the last try.", one(r.Failing))
+		p.counter("refresh_asked_total", "How often sources were asked again about an image.", one(r.Asked))
+		p.counter("refresh_failed_total", "Of these, those times that a source failed.", one(r.Failed))
+		p.counter("refresh_new_total", "Signatures that came so.", one(r.Fresh))
+		if !r.Last.IsZero() {
+			p.gauge("refresh_last_timestamp_seconds", "When an image was last asked about.", one(int(r.Last.Unix())))
+		}
+		if !r.Next.IsZero() {
+			p.gauge("refresh_next_timestamp_seconds", "When the next one will be.", one(int(r.Next.Unix())))
+		}
 	}
 	return p.err
 }

@@ -28,6 +28,7 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/cache"
 	"github.com/tidewaiter/tidewaiter/nri"
+	"github.com/tidewaiter/tidewaiter/nri/node"
 	"github.com/tidewaiter/tidewaiter/nri/sweep"
 	"github.com/tidewaiter/tidewaiter/verify"
 )
@@ -198,6 +199,12 @@ func TestState(t *testing.T) {
 	} {
 		if got := value(t, f, tt.name, tt.labels...); got != tt.want {
 			t.Errorf("%s%q is %v, want %v", tt.name, tt.labels, got, tt.want)
+		}
+	}
+	f = write(t, &c, State{Refresh: &node.RefreshStatus{Images: 1, Failing: 2, Asked: 3, Failed: 4, Fresh: 5, Last: time.Unix(6, 0), Next: time.Unix(7, 0), Error: "secret"}})
+	for name, want := range map[string]float64{"images": 1, "failing": 2, "asked_total": 3, "failed_total": 4, "new_total": 5, "last_timestamp_seconds": 6, "next_timestamp_seconds": 7} {
+		if got := value(t, f, "refresh_"+name); got != want {
+			t.Errorf("refresh_%s is %v, want %v", name, got, want)
 		}
 	}
 	f = write(t, &c, State{Sweep: &sweep.Status{At: time.Unix(1, 0), Error: "x", Gone: 1, Unwitnessed: 2, Stopped: 3,

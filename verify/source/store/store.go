@@ -151,6 +151,16 @@ func (s *Store) Signatures() (n int, bytes int64) {
 	return s.catalog.signatures(), s.used
 }
 
+// Has reports whether the store has the signature with that manifest, or is about to.
+func (s *Store) Has(manifest digest.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if x := s.blobs[manifest]; x != nil && x.subject != "" {
+		return true
+	}
+	return slices.ContainsFunc(s.waiting, func(w evidence) bool { return w.found.Manifest.Digest == manifest })
+}
+
 // Trouble says in one clause why evidence is not kept, or is empty.
 func (s *Store) Trouble() string {
 	s.mu.Lock()
