@@ -162,7 +162,7 @@ func same(t *testing.T, dir string, names ...string) {
 
 func TestK3sFiles(t *testing.T) {
 	const from = "../../nri/node/hosts/testdata"
-	for _, name := range []string{"k3s", "k3s-untrimmed"} {
+	for _, name := range []string{"k3s", "k3s-no-default-endpoint", "k3s-untrimmed"} {
 		dir := t.TempDir()
 		pki(t, dir)
 		certs := filepath.Join(dir, "certs.d")
@@ -185,7 +185,7 @@ func TestK3sFiles(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		same(t, certs, "docker.io", "quay.io", "127.0.0.1:6443", "other.test", "other.test:5000")
+		same(t, certs, "docker.io", "quay.io", "127.0.0.1:6443", "other.test", "other.test:5000", "registry.example.com:5000", "mirror.example.com")
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"math/big"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -111,44 +112,69 @@ func showAll(list []Registry) string {
 	return b.String()
 }
 
-// TestK3s reads what k3s writes: HostsTomlTemplate of its pkg/agent/templates/
-// templates.go as it is since config version 3, run for a registries.yaml with the
-// embedded registry, rewrites, TLS and "*", and the same without trimEmpty, as
-// older ones write it.
+// TestK3s reads what k3s writes: testdata/README.md says what that is.
 func TestK3s(t *testing.T) {
-	const want = `
+	const embedded = "https://127.0.0.1:6443 /v2 tls(ca true, certs 1, skip false)"
+	const rewrites = "^library/(.*)$=>hub/$1 ^rancher/(.*)=>mirrorproject/rancher-images/$1"
+	const mirrors = `  ` + embedded + `
+  https://registry.example.com:5000 /v2 tls(ca true, certs 1, skip false) ` + rewrites + `
+  https://harbor.example.com /proxy/v2 `
+	const configured = `mirror.example.com
+  itself https://mirror.example.com /v2 tls(ca false, certs 0, skip true)
+quay.io
+  ` + embedded + `
+  https://mirror.example.com /v2 tls(ca false, certs 0, skip true)
+  itself `
+	const last = `
+registry.example.com:5000
+  itself https://registry.example.com:5000 /v2 tls(ca true, certs 1, skip false)
+`
+	const all = `
+  ` + embedded + `
   http://10.0.0.5:5000 /v2
   itself - /v2
 127.0.0.1:6443
   itself https://127.0.0.1:6443 /v2 tls(ca true, certs 1, skip false)
 docker.io
-  https://127.0.0.1:6443 /v2 tls(ca true, certs 1, skip false)
-  https://registry.example.com:5000 /v2 tls(ca true, certs 1, skip false) ^library/(.*)$=>hub/$1 ^rancher/(.*)=>mirrorproject/rancher-images/$1
-  https://harbor.example.com /proxy/v2
+`
+	cert, key := pair()
+	for dir, want := range map[string]string{
+		"k3s":                     all + mirrors + rewrites + "\n  itself https://registry-1.docker.io /v2\n" + configured + "https://quay.io /v2" + last,
+		"k3s-no-default-endpoint": all + mirrors + rewrites + "\n  itself - /v2\n" + configured + "- /v2" + last,
+		"k3s-untrimmed": `
+  http://10.0.0.5:5000 /v2
+  itself - /v2
+127.0.0.1:6443
+  itself https://127.0.0.1:6443 /v2 tls(ca true, certs 1, skip false)
+docker.io
+` + strings.TrimSuffix(mirrors, " ") + `
   itself https://registry-1.docker.io /v2
 quay.io
   https://mirror.example.com /v2 tls(ca false, certs 0, skip true)
   itself - /v2
-`
-	cert, key := pair()
-	for _, dir := range []string{"k3s", "k3s-untrimmed"} {
+`,
+	} {
 		files := tree{
 			"/var/lib/rancher/k3s/agent/server-ca.crt": cert, "/var/lib/rancher/k3s/agent/client-k3s-controller.crt": cert, "/var/lib/rancher/k3s/agent/client-k3s-controller.key": key,
 			"/etc/rancher/k3s/mirror-ca.crt": cert, "/etc/rancher/k3s/node.crt": cert, "/etc/rancher/k3s/node.key": key,
 		}
-		for _, host := range []string{"docker.io", "_default", "127.0.0.1_6443_", "quay.io"} {
-			raw, err := os.ReadFile(path.Join("testdata", dir, host, "hosts.toml"))
+		names, err := filepath.Glob(filepath.Join("testdata", dir, "*", "hosts.toml"))
+		if err != nil || len(names) < 4 {
+			t.Fatal(names, err)
+		}
+		for _, name := range names {
+			raw, err := os.ReadFile(name)
 			if err != nil {
 				t.Fatal(err)
 			}
-			files["/c/"+host+"/hosts.toml"] = string(raw)
+			files["/c/"+filepath.Base(filepath.Dir(name))+"/hosts.toml"] = string(raw)
 		}
 		list, warnings, err := Read("/c", files)
 		if err != nil || len(warnings) != 0 {
 			t.Fatal(err, warnings)
 		}
 		if got := showAll(list); got != want {
-			t.Errorf("%s: got\n%s", dir, got)
+			t.Errorf("%s: got\n%s\nwant\n%s", dir, got, want)
 		}
 	}
 }
