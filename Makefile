@@ -9,7 +9,7 @@ STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 TAGS        = grpcnotrace
 LDFLAGS     = -s -w -X main.version=$(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 
-.PHONY: build demo bench flood matrix test lint unit core386 cross fuzz e2e e2e-all e2e-k8s clean
+.PHONY: build demo bench flood matrix test lint unit core386 cross fuzz e2e e2e-all e2e-k8s e2e-offline clean
 
 build: ## the static binary, in bin/
 	CGO_ENABLED=0 go build -trimpath -tags $(TAGS) -ldflags '$(LDFLAGS)' -o bin/tidewaiter ./cmd/tidewaiter
@@ -63,6 +63,9 @@ e2e-k8s: ## on a real Kubernetes 1.36 of one node, containerd 2.4.2 and 2.2.9; n
 e2e-all: ## the same on three versions and one older, and every failure 1,000 creations long; needs root and an hour
 	cd test && TIDEWAITER_TEST_CONTAINERD='2.4.2 2.3.7 2.2.9 2.1.9' go test -race -count=1 -p 1 -timeout 60m ./node ./e2e
 	cd test && TIDEWAITER_TEST_CONTAINERD='2.4.2 2.3.7 2.2.9' TIDEWAITER_TEST_CREATIONS=1000 go test -count=1 -v -timeout 90m ./failure
+
+e2e-offline: ## 50 power cuts and every way to feed a node, on two versions; needs root and 40 minutes
+	cd test && TIDEWAITER_TEST_CUTS=50 TIDEWAITER_TEST_CONTAINERD='2.4.2 2.2.9' go test -count=1 -v -timeout 90m ./offline
 
 clean:
 	rm -rf bin dist

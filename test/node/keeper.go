@@ -85,6 +85,9 @@ func remove(dir string) error {
 	if base := filepath.Base(dir); !filepath.IsAbs(dir) || !strings.HasPrefix(base, dirPrefix) {
 		return fmt.Errorf("%s is not the directory of a node", dir)
 	}
+	for _, pid := range withArgument([2]string{"serve", filepath.Join(dir, distributionFile)}) {
+		_ = unix.Kill(pid, unix.SIGKILL)
+	}
 	var err error
 	for range attempts {
 		pids := kill(dir)
@@ -129,12 +132,33 @@ const attempts = 250
 // daemonPIDs finds the node's containerd, shims, gates, daemons and runcs at work, dead
 // ones that nobody has waited for left out.
 func daemonPIDs(dir string) []int {
-	want := [][2]string{
-		{"--config", filepath.Join(dir, configFile)},            // containerd
-		{"-address", filepath.Join(dir, socketFile)},            // a shim
-		{"--containerd-socket", filepath.Join(dir, socketFile)}, // a gate
-		{"--root", filepath.Join(dir, runcDir, "k8s.io")},
+	return processes(func(args, env []string) bool {
+		return slices.Contains(env, nodeVariable+"="+dir) || follow(args,
+			[2]string{"--config", filepath.Join(dir, configFile)},            // containerd
+			[2]string{"-address", filepath.Join(dir, socketFile)},            // a shim
+			[2]string{"--containerd-socket", filepath.Join(dir, socketFile)}, // a gate
+			[2]string{"--root", filepath.Join(dir, runcDir, "k8s.io")},
+		)
+	})
+}
+
+// withArgument finds processes that have a pair of arguments.
+func withArgument(pair [2]string) []int {
+	return processes(func(args, _ []string) bool { return follow(args, pair) })
+}
+
+// follow reports whether one of these pairs is in args.
+func follow(args []string, pairs ...[2]string) bool {
+	for i := 1; i < len(args); i++ {
+		if slices.Contains(pairs, [2]string{args[i-1], args[i]}) {
+			return true
+		}
 	}
+	return false
+}
+
+// processes finds those of which match says so.
+func processes(match func(args, env []string) bool) []int {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil
@@ -150,16 +174,8 @@ func daemonPIDs(dir string) []int {
 			continue
 		}
 		env, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "environ"))
-		if slices.Contains(strings.Split(string(env), "\x00"), nodeVariable+"="+dir) {
+		if match(strings.Split(string(b), "\x00"), strings.Split(string(env), "\x00")) {
 			pids = append(pids, pid)
-			continue
-		}
-		args := strings.Split(string(b), "\x00")
-		for i := 1; i < len(args); i++ {
-			if slices.Contains(want, [2]string{args[i-1], args[i]}) {
-				pids = append(pids, pid)
-				break
-			}
 		}
 	}
 	return pids

@@ -230,40 +230,6 @@ func (d *Daemon) Log() string {
 	return string(b)
 }
 
-// PowerCut ends everything that runs on a machine at once, gates and containers
-// included, and boots it again: what was mounted and in /run is gone, disks are as
-// they were. Nothing runs then: see StartContainerd.
-func (n *Node) PowerCut(ctx context.Context) error {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if n.Root == "" || n.stopped {
-		return errors.New("power cut: no machine")
-	}
-	for left := attempts; len(kill(n.Dir)) > 0; left-- {
-		if left == 0 {
-			return errors.New("power cut: processes do not end")
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	for _, d := range n.daemons {
-		<-d.process.done
-	}
-	for _, g := range n.gates {
-		<-g.process.done
-	}
-	if n.containerd != nil {
-		<-n.containerd.done
-	}
-	<-n.machine.done
-	n.daemons, n.containerd = nil, nil
-	for _, top := range cgroups(n.Dir) {
-		if err := removeCgroup(top); err != nil {
-			return err
-		}
-	}
-	return n.boot(ctx)
-}
-
 // Changes returns the files and links that a machine's root file system has more or
 // other than this host, sorted; what was removed is there too, and directories only
 // where they are new and empty. Disks, /run and /tmp are left out.

@@ -18,7 +18,8 @@
 //	c, err := n.Run(ctx, img.Name, node.RunOptions{})
 //
 // Methods may be called from several goroutines at once, except those that start
-// and stop things: Stop, StopContainerd, StartContainerd, Restart, DropIn, Require.
+// and stop things: Stop, StopContainerd, StartContainerd, Restart, DropIn, Require,
+// PowerCut, NewDisk, NewDistribution.
 package node
 
 import (
@@ -97,6 +98,8 @@ const (
 	socketFile = "c.sock"
 	nriFile    = "nri/nri.sock"
 	runcDir    = "runc"
+
+	distributionFile = "distribution.yml"
 )
 
 // A Node is a running node. The paths do not change.
@@ -126,7 +129,11 @@ type Node struct {
 	containerd *process  // nil while stopped
 	gates      []*Gate   // all that were started
 	daemons    []*Daemon // the same, since the last PowerCut
-	stopped    bool
+	disks      []*Disk   // of NewDisk
+
+	distribution *process // of NewDistribution, or nil
+
+	stopped bool
 }
 
 // Start starts a node and returns when its CRI answers.
@@ -364,7 +371,7 @@ func (n *Node) Stop() error {
 	}
 	err := n.keeper.clean()
 	// Dead by now unless the keeper failed; they are our children to wait for.
-	for _, p := range []*process{n.containerd, n.machine} {
+	for _, p := range []*process{n.containerd, n.machine, n.distribution} {
 		if p != nil {
 			p.stop(syscall.SIGKILL, 0)
 		}

@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,12 +12,16 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
@@ -45,6 +50,8 @@ type Registry struct {
 	mu       sync.Mutex
 	server   *http.Server // nil while stopped
 	served   chan struct{}
+	tls      *tls.Config // of Secure, or nil
+	tlsAddr  string
 	fault    func(http.Handler) http.Handler
 	requests []Request
 }
@@ -69,6 +76,60 @@ func NewRegistry(host string, o RegistryOptions) (*Registry, error) {
 		noReferrers: o.NoReferrers,
 	}
 	return r, r.Start()
+}
+
+// NewDistribution starts a registry that is the CNCF's, which has no Referrers API.
+// Behind what this process answers is a process of its own that ends with the node;
+// its contents are in the node's directory.
+func (n *Node) NewDistribution(ctx context.Context, host string) (*Registry, error) {
+	bin, err := FindDistribution(ctx, n.log)
+	if err != nil {
+		return nil, err
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	addr := l.Addr().String()
+	if err := l.Close(); err != nil {
+		return nil, err
+	}
+	config := filepath.Join(n.Dir, distributionFile)
+	text := fmt.Sprintf("version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\nstorage: {filesystem: {rootdirectory: %q}}\nhttp: {addr: %q}\n", filepath.Join(n.Dir, "distribution"), addr)
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(bin, "serve", config)
+	cmd.Env = append(os.Environ(), "OTEL_TRACES_EXPORTER=none")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	n.mu.Lock()
+	if n.distribution != nil {
+		n.mu.Unlock()
+		return nil, errors.New("registry: the node has one of the CNCF's already")
+	}
+	n.distribution, err = startProcess(cmd)
+	n.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	target := &url.URL{Scheme: "http", Host: addr}
+	logger := log.New(io.Discard, "", 0)
+	proxy := httputil.NewSingleHostReverseProxy(target)
+	proxy.Transport, proxy.ErrorLog = client.Transport, logger
+	r := &Registry{Host: host, Addr: "127.0.0.1:0", handler: proxy, log: logger, noReferrers: true}
+	for end := time.Now().Add(20 * time.Second); ; {
+		res, err := client.Get(target.String() + "/v2/")
+		if err == nil {
+			res.Body.Close()
+			return r, r.Start()
+		}
+		if time.Now().After(end) {
+			return nil, fmt.Errorf("the CNCF's registry does not answer: %w", err)
+		}
+		if err := pause(ctx, 20*time.Millisecond); err != nil {
+			return nil, err
+		}
+	}
 }
 
 // artifactTypes corrects the artifact types in lists of referrers: go-containerregistry
@@ -120,14 +181,42 @@ func (r *Registry) Start() error {
 	if r.served == nil { // the first time; Addr does not change after that
 		r.Addr = l.Addr().String()
 	}
+	listeners := []net.Listener{l}
+	if r.tls != nil {
+		l, err := tls.Listen("tcp", r.tlsAddr, r.tls)
+		if err != nil {
+			return errors.Join(fmt.Errorf("registry of %s: %w", r.Host, err), listeners[0].Close())
+		}
+		listeners = append(listeners, l)
+	}
 	s := &http.Server{Handler: http.HandlerFunc(r.serve), ReadHeaderTimeout: 10 * time.Second, ErrorLog: r.log}
 	served := make(chan struct{})
 	r.server, r.served = s, served
 	go func() {
 		defer close(served)
-		_ = s.Serve(l)
+		var wg sync.WaitGroup
+		for _, l := range listeners {
+			wg.Go(func() { _ = s.Serve(l) })
+		}
+		wg.Wait()
 	}()
 	return nil
+}
+
+// Secure makes the registry answer TLS too, at the address that it returns and
+// keeps, for those whom c lets in. Addr goes on without. Nobody may be asking.
+func (r *Registry) Secure(c *tls.Config) (addr string, err error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	if err := errors.Join(l.Close(), r.Stop()); err != nil {
+		return "", err
+	}
+	r.mu.Lock()
+	r.tls, r.tlsAddr = c, l.Addr().String()
+	r.mu.Unlock()
+	return r.tlsAddr, r.Start()
 }
 
 // Stop makes the registry unreachable: connections are cut and new ones refused.

@@ -151,6 +151,9 @@ type Mirror struct {
 	Host string `yaml:"host"`
 	URL  string `yaml:"url"`
 	CA   string `yaml:"ca,omitempty"` // path of a PEM file
+	Cert string `yaml:"cert,omitempty"`
+	Key  string `yaml:"key,omitempty"`
+	NS   bool   `yaml:"ns,omitempty"`
 }
 
 // Mirror returns the registry as a mirror of its host.

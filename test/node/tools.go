@@ -30,7 +30,8 @@ const (
 	runcVersion = "1.5.2"
 	cniVersion  = "1.9.1"
 
-	notationVersion = "1.3.2"
+	notationVersion     = "1.3.2"
+	distributionVersion = "3.1.2"
 )
 
 // Versions returns the versions of containerd that the environment variable
@@ -120,6 +121,16 @@ func FindNotation(ctx context.Context, progress io.Writer) (string, error) {
 		module: "github.com/notaryproject/notation", packages: []string{"github.com/notaryproject/notation/cmd/notation"},
 	})
 	return filepath.Join(dir, "notation"), err
+}
+
+// FindDistribution returns the path of the CNCF's registry, which it builds as
+// FindTools builds its tools where the cache does not hold it.
+func FindDistribution(ctx context.Context, progress io.Writer) (string, error) {
+	dir, err := install(ctx, progress, tool{
+		name: "distribution", version: distributionVersion, takes: "2 minutes",
+		packages: []string{"github.com/distribution/distribution/v3/cmd/registry"},
+	})
+	return filepath.Join(dir, "registry"), err
 }
 
 // Programs are built from a module of their own below these tests, whose go.mod and
