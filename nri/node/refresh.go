@@ -279,11 +279,11 @@ func (r *Refresher) schedule(c *copies, p *RefreshPlan, q verify.Question) {
 	switch {
 	case c.requirement == [32]byte{} || p.Every == 0:
 		c.soon, c.failures, c.due = false, 0, 0
-	case c.soon || c.failures > 0: // its time was set, and stays
-		c.due = min(c.due, now+p.Every)
-	case !first && was != c.requirement:
+	case !first && was != c.requirement && (!c.soon || c.failures > 0):
 		c.soon = true
 		c.due = now + time.Duration(c.draw%uint64(min(p.Every/refreshPart, refreshSoon)+1))
+	case c.soon || c.failures > 0: // its time was set, and stays
+		c.due = min(c.due, now+p.Every)
 	default:
 		c.due = c.regular(p, now)
 	}

@@ -206,6 +206,18 @@ func TestRefreshConfiguration(t *testing.T) {
 		if at[29]-at[0] < 5*time.Minute {
 			t.Errorf("all within %v", at[29]-at[0])
 		}
+		// A mirror that was away a while ago keeps none from its turn.
+		m.mu.Lock()
+		m.answer = func(string) (int, verify.Reason) { return 0, verify.SourceUnreachable }
+		m.mu.Unlock()
+		for i := range byte(8) {
+			m.configure(year, rules{"old00": 10 + i})
+			time.Sleep(10*time.Minute + time.Second)
+			synctest.Wait()
+			if asked, _ := m.take(); len(asked) < 1 || len(asked) > 2 {
+				t.Errorf("after failure %d asked about %q", i, asked)
+			}
+		}
 		m.configure(0, rules{"old00": 3})
 		time.Sleep(year)
 		synctest.Wait()
