@@ -112,6 +112,7 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 		},
 	})
 	root.AddCommand(decisionsCommand(stdout), refreshCommand(stdout), runCommand(stderr), statusCommand(stdout), verifyCommand(stdout), versionCommand(stdout))
+	root.AddCommand(installCommand(stdout), uninstallCommand(stdout))
 	return root
 }
 

@@ -154,6 +154,17 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	}
 	loaded := make(chan struct{}) // closed when the directory was read once
 	var once sync.Once
+	manager := supervised()
+	g.Go(func() error {
+		manager.Run(ctx, loaded, func() string {
+			s := d.status(session.State(), ctx.Err() != nil, nil)
+			if len(s.Problems) > 0 {
+				return s.Problems[0].Code
+			}
+			return s.Mode
+		}, log)
+		return nil
+	})
 	g.Go(func() error {
 		return config.Watch(ctx, o.configDir, nil, hup, func(c *config.Config, err error) {
 			before := d.audits()

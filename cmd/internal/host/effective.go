@@ -1,0 +1,150 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strconv"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// An Effective is what containerd's configuration says in the end, of what matters
+// to the gate: its own `config dump`, with every imported file. It is what the files
+// say now; a containerd that runs has read them when it started.
+type Effective struct {
+	Imports []string // of all files
+	Socket  string   // unless containerd is started with --address
+
+	NRIDisabled         bool
+	ConnectionsDisabled bool // only plugins that containerd starts itself
+	NRISocket           string
+	RegistrationTimeout string // "5s"
+	RequestTimeout      string
+
+	Knows      bool // this containerd has a default validator: 2.2 and later
+	Validates  bool // and it is enabled
+	Required   []string
+	Toleration string // key of the annotation that lets a pod do without; empty: none does
+
+	Pause        string            // image of pods' sandboxes
+	Snapshotter  string            // default
+	Snapshotters map[string]string // by runtime handler, where one has its own
+	Runtimes     map[string]string // type, by runtime handler
+	CertsD       string            // registry.config_path
+}
+
+// Requires reports whether containerd refuses containers while a plugin of this name
+// is away.
+func (e *Effective) Requires(name string) bool {
+	return e.Validates && !e.NRIDisabled && slices.Contains(e.Required, name)
+}
+
+// ErrNoBinary is wrapped where containerd's program was not found.
+var ErrNoBinary = errors.New("containerd's program was not found")
+
+// Effective asks containerd's own program. Nothing is changed, and the containerd
+// that runs is not asked.
+func (h *Host) Effective(ctx context.Context) (*Effective, error) { return h.effective(ctx, h.Config) }
+
+func (h *Host) effective(ctx context.Context, config string) (*Effective, error) {
+	if h.Binary == "" {
+		return nil, hint("name it with --containerd-binary", "%s: %w", h.Name, ErrNoBinary)
+	}
+	out, err := h.Run(ctx, h.Binary, "--config", config, "config", "dump")
+	if err != nil {
+		return nil, err
+	}
+	return parseDump([]byte(out))
+}
+
+// Version is that of containerd's program. It need not be that of the one which runs.
+func (h *Host) Version(ctx context.Context) (major, minor int, err error) {
+	if h.Binary == "" {
+		return 0, 0, hint("name it with --containerd-binary", "%s: %w", h.Name, ErrNoBinary)
+	}
+	out, err := h.Run(ctx, h.Binary, "--version")
+	if err != nil {
+		return 0, 0, err
+	}
+	// Builds say "v2.4.2", "2.2.9+unknown" or "v2.3.4-k3s1".
+	m := regexp.MustCompile(`\sv?(\d{1,4})\.(\d{1,4})[.\s]`).FindStringSubmatch(out + "\n")
+	if m == nil {
+		return 0, 0, fmt.Errorf("%s --version says %.80q", h.Binary, out)
+	}
+	major, _ = strconv.Atoi(m[1])
+	minor, _ = strconv.Atoi(m[2])
+	return major, minor, nil
+}
+
+func parseDump(raw []byte) (*Effective, error) {
+	var all map[string]any
+	if err := toml.Unmarshal(raw, &all); err != nil {
+		return nil, fmt.Errorf("containerd's config dump: %w", err)
+	}
+	if v, ok := all["version"].(int64); !ok || v < 3 {
+		return nil, hint("containerd 2.2 or later is needed to enforce", "containerd's config dump is of version %v: it is older than containerd 2.0", all["version"])
+	}
+	plugins := table(all, "plugins")
+	nri := table(plugins, "io.containerd.nri.v1.nri")
+	e := &Effective{
+		Imports:             list(all, "imports"),
+		Socket:              text(table(all, "grpc"), "address"),
+		NRIDisabled:         nri == nil || flag(nri, "disable"),
+		ConnectionsDisabled: flag(nri, "disable_connections"),
+		NRISocket:           text(nri, "socket_path"),
+		RegistrationTimeout: text(nri, "plugin_registration_timeout"),
+		RequestTimeout:      text(nri, "plugin_request_timeout"),
+		Snapshotters:        map[string]string{},
+		Runtimes:            map[string]string{},
+	}
+	if s := text(table(plugins, "io.containerd.server.v1.grpc"), "address"); s != "" {
+		e.Socket = s // version 4
+	}
+	if v := table(nri, "default_validator"); v != nil {
+		e.Knows, e.Validates, e.Required = true, flag(v, "enable"), list(v, "required_plugins")
+		e.Toleration = text(v, "tolerate_missing_plugins_annotation")
+	}
+	images := table(plugins, "io.containerd.cri.v1.images")
+	e.Pause = text(table(images, "pinned_images"), "sandbox")
+	e.Snapshotter = text(images, "snapshotter")
+	e.CertsD = text(table(images, "registry"), "config_path")
+	for name, r := range table(table(table(plugins, "io.containerd.cri.v1.runtime"), "containerd"), "runtimes") {
+		if r, ok := r.(map[string]any); ok {
+			e.Runtimes[name] = text(r, "runtime_type")
+			if s := text(r, "snapshotter"); s != "" {
+				e.Snapshotters[name] = s
+			}
+		}
+	}
+	return e, nil
+}
+
+// What is not there, or of another type, is the zero value.
+
+func table(m map[string]any, key string) map[string]any {
+	t, _ := m[key].(map[string]any)
+	return t
+}
+
+func text(m map[string]any, key string) string {
+	s, _ := m[key].(string)
+	return s
+}
+
+func flag(m map[string]any, key string) bool {
+	b, _ := m[key].(bool)
+	return b
+}
+
+func list(m map[string]any, key string) (all []string) {
+	l, _ := m[key].([]any)
+	for _, v := range l {
+		if s, ok := v.(string); ok {
+			all = append(all, s)
+		}
+	}
+	return all
+}

@@ -1,0 +1,747 @@
+package host
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
+)
+
+// A tree is a host in a directory: content by path. A name that ends in / is a
+// directory.
+type tree map[string]string
+
+func (files tree) make(t *testing.T) string {
+	t.Helper()
+	root := t.TempDir()
+	for name, content := range files {
+		file := filepath.Join(root, name)
+		if strings.HasSuffix(name, "/") {
+			file = filepath.Join(file, "x")
+		}
+		if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if !strings.HasSuffix(name, "/") {
+			if err := os.WriteFile(file, []byte(content), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return root
+}
+
+// with is files and more; a file "-" is taken away.
+func (files tree) with(more tree) tree {
+	all := maps.Clone(files)
+	for name, content := range more {
+		if all[name] = content; content == "-" {
+			delete(all, name)
+		}
+	}
+	return all
+}
+
+// snapshot is everything below root: modes and digests.
+func snapshot(t *testing.T, root string) map[string]string {
+	t.Helper()
+	all := map[string]string{}
+	err := filepath.WalkDir(root, func(p string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		i, err := e.Info()
+		if err != nil {
+			return err
+		}
+		s := i.Mode().String()
+		if i.Mode().IsRegular() {
+			raw, err := os.ReadFile(p)
+			if err != nil {
+				return err
+			}
+			s += fmt.Sprintf(" %x", sha256.Sum256(raw))
+		}
+		all[strings.TrimPrefix(p, root)] = s
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+func same(t *testing.T, what string, was, is map[string]string) {
+	t.Helper()
+	for _, p := range slices.Sorted(maps.Keys(was)) {
+		if is[p] != was[p] {
+			t.Errorf("%s: %s was %q and is %q", what, p, was[p], is[p])
+		}
+	}
+	for _, p := range slices.Sorted(maps.Keys(is)) {
+		if _, there := was[p]; !there {
+			t.Errorf("%s: %s is left", what, p)
+		}
+	}
+}
+
+const (
+	k3sDir  = "/var/lib/rancher/k3s/agent/etc/containerd/"
+	rke2Dir = "/var/lib/rancher/rke2/agent/etc/containerd/"
+	snapDir = "/var/snap/microk8s/current/args/"
+
+	pause = "registry.k8s.io/pause:3.10"
+)
+
+const generated = `
+[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = "` + pause + `"
+`
+
+// What the distributions look like after their first start.
+var (
+	kubeadm = tree{
+		"/usr/bin/containerd":                        "",
+		"/etc/containerd/config.toml":                "version = 3\nimports = ['/etc/containerd/conf.d/*.toml']\n" + generated,
+		"/usr/lib/systemd/system/containerd.service": "",
+		"/run/systemd/system/":                       "",
+		"/etc/systemd/system/":                       "",
+		"/run/containerd/containerd.sock":            "",
+	}
+	bare = kubeadm.with(tree{"/etc/containerd/config.toml": "version = 3\n" + generated}) // as many guides have it
+	none = kubeadm.with(tree{"/etc/containerd/config.toml": "-"})                         // as Docker's package has it
+
+	k3s = tree{
+		"/var/lib/rancher/k3s/data/current/bin/containerd": "",
+		k3sDir + "config.toml":                             "version = 3\nimports = [\"" + k3sDir + "config-v3.toml.d/*.toml\"]\n" + generated,
+		"/etc/systemd/system/k3s-agent.service":            "",
+		"/run/systemd/system/":                             "",
+		"/run/k3s/containerd/containerd.sock":              "",
+	}
+	oldK3s = k3s.with(tree{k3sDir + "config.toml": "version = 3\n" + generated})
+	ownK3s = oldK3s.with(tree{k3sDir + "config-v3.toml.tmpl": "{{ template \"base\" . }}\n[debug]\n  level = 'debug'\n"})
+	rke2   = tree{
+		"/var/lib/rancher/rke2/bin/containerd":              "",
+		rke2Dir + "config.toml":                             "version = 3\nimports = [\"" + rke2Dir + "config-v3.toml.d/*.toml\"]\n" + generated,
+		"/usr/local/lib/systemd/system/rke2-server.service": "",
+		"/run/systemd/system/":                              "",
+		"/etc/systemd/system/":                              "",
+		"/run/k3s/containerd/containerd.sock":               "",
+	}
+	microk8s = tree{
+		"/snap/microk8s/current/bin/containerd":                       "",
+		snapDir + "containerd-template.toml":                          "# Use config version 2\nversion = 2\noom_score = 0\n",
+		snapDir + "containerd.toml":                                   "# Use config version 2\nversion = 2\noom_score = 0\n" + generated,
+		"/etc/systemd/system/snap.microk8s.daemon-containerd.service": "",
+		"/run/systemd/system/":                                        "",
+		"/var/snap/microk8s/common/run/containerd.sock":               "",
+	}
+)
+
+func TestDetect(t *testing.T) {
+	both := k3s.with(kubeadm).with(tree{"/run/containerd/containerd.sock": "-"})
+	for name, tt := range map[string]struct {
+		files                         tree
+		o                             Options
+		want, service, manager, fails string
+	}{
+		"kubeadm":           {files: kubeadm, want: "containerd", service: "containerd", manager: "systemd"},
+		"no config.toml":    {files: none, want: "containerd", service: "containerd", manager: "systemd"},
+		"k3s":               {files: k3s, want: "k3s", service: "k3s-agent", manager: "systemd"},
+		"k3s on Alpine":     {files: tree{"/sbin/openrc-run": "#", "/etc/init.d/k3s": "#", k3sDir + "config.toml": "#"}, want: "k3s", service: "k3s", manager: "openrc"},
+		"RKE2":              {files: rke2, want: "rke2", service: "rke2-server", manager: "systemd"},
+		"MicroK8s":          {files: microk8s, want: "microk8s", service: "snap.microk8s.daemon-containerd", manager: "systemd"},
+		"idle Docker":       {files: both, want: "k3s", service: "k3s-agent", manager: "systemd"},
+		"Docker runs":       {files: k3s.with(kubeadm).with(tree{"/run/containerd/containerd.sock": "x"}), fails: "k3s and containerd are installed here"},
+		"chosen":            {files: k3s.with(kubeadm), o: Options{Runtime: "containerd"}, want: "containerd", service: "containerd", manager: "systemd"},
+		"nothing":           {files: tree{"/etc/hosts": "x"}, fails: "neither k3s nor rke2 nor microk8s nor containerd is installed"},
+		"nothing, to open":  {files: tree{"/etc/hosts": "x"}, o: Options{Optional: true}, manager: "none"},
+		"named":             {files: tree{"/etc/hosts": "x"}, o: Options{Runtime: "k3s"}, want: "k3s", manager: "none"},
+		"unknown":           {files: kubeadm, o: Options{Runtime: "docker"}, fails: `--runtime: "docker" is not known`},
+		"unknown, to open":  {files: kubeadm, o: Options{Runtime: "docker", Optional: true}, fails: `--runtime: "docker" is not known`},
+		"unknown service":   {files: kubeadm, o: Options{Service: "runit"}, fails: `--service: "runit" is not known`},
+		"own configuration": {files: k3s, o: Options{Config: "/opt/c/config.toml"}, want: "containerd", manager: "systemd"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tt.o.Root = tt.files.make(t)
+			h, err := Detect(tt.o)
+			if tt.fails != "" {
+				hint := (*Hint)(nil)
+				if err == nil || !strings.Contains(err.Error(), tt.fails) || !errors.As(err, &hint) || hint.Next == "" {
+					t.Fatalf("want %q with a hint, got %v", tt.fails, err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if h.Name != tt.want || h.Service != tt.service || h.Manager.Name != tt.manager {
+				t.Errorf("got %s, service %q, %s", h.Name, h.Service, h.Manager.Name)
+			}
+		})
+	}
+}
+
+// A scene is a host with a containerd and a gate that behave, or do not.
+type scene struct {
+	*Installation
+	root     string
+	commands []string
+	said     []string
+	clock    time.Time
+
+	gate   control.Status // Mode follows config.yaml
+	away   bool           // the gate does not answer until it is started
+	stuck  bool           // it never registers after containerd was restarted
+	broken bool           // the program that was installed last does not come up
+	bad    bool           // containerd's program refuses its configuration
+	digest string         // of the pause image; empty: it has no such name
+}
+
+func stage(t *testing.T, files tree) *scene {
+	t.Helper()
+	s := &scene{root: files.make(t), clock: time.Unix(1e9, 0), digest: "registry.k8s.io/pause@sha256:abc"}
+	h, err := Detect(Options{Root: s.root})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.Run = s.run
+	s.gate = control.Status{PID: 1, Configuration: control.Configuration{Epoch: "e"}, Runtime: control.Runtime{Registered: true, Registrations: 1}}
+	s.gate.Running.At = &s.clock
+	s.Installation = &Installation{
+		Host: h, Gate: Gate{ConfigDir: "/etc/tidewaiter", StateDir: "/var/lib/tidewaiter", RunDir: "/run/tidewaiter"}, Self: []byte("\x00one"),
+		Ask: func(context.Context) (*control.Status, error) {
+			if s.away {
+				return nil, errors.New("no gate answers")
+			}
+			g := s.gate
+			g.Mode, _ = s.Load()
+			g.Judge()
+			g.Ready = g.Runtime.Registered
+			return &g, nil
+		},
+		Load: func() (string, error) {
+			raw, err := os.ReadFile(filepath.Join(s.root, "/etc/tidewaiter/config.yaml"))
+			if err != nil {
+				return "", err
+			}
+			m := regexp.MustCompile(`(?m)^mode: (\w+)`).FindSubmatch(raw)
+			if m == nil {
+				return "", errors.New("no mode")
+			}
+			return string(m[1]), nil
+		},
+		Pause: func(_ context.Context, _, name string) (string, error) {
+			if s.digest == "" || name != pause {
+				return "", errors.New("no such record")
+			}
+			return s.digest, nil
+		},
+		Say: func(kind, format string, args ...any) {
+			s.said = append(s.said, kind+": "+fmt.Sprintf(format, args...))
+		},
+		Log:   func(m string) { s.said = append(s.said, "log: "+m) },
+		Now:   func() time.Time { return s.clock },
+		Sleep: func(_ context.Context, d time.Duration) { s.clock = s.clock.Add(d) },
+	}
+	return s
+}
+
+// run plays containerd's program and the services.
+func (s *scene) run(_ context.Context, program string, args ...string) (string, error) {
+	line := strings.Join(append([]string{program}, args...), " ")
+	switch {
+	case strings.HasSuffix(line, " --version"):
+		return "containerd github.com/containerd/containerd/v2 v2.2.9-k3s1 deadbeef\n", nil
+	case strings.HasSuffix(line, " config dump"):
+		if s.bad {
+			return "", errors.New("exit status 1: containerd: invalid disabled plugin URI")
+		}
+		return s.dump(args[1])
+	}
+	s.commands = append(s.commands, line)
+	switch {
+	case strings.Contains(line, "restart tidewaiter"), strings.Contains(line, "tidewaiter restart"):
+		raw, _ := os.ReadFile(filepath.Join(s.root, GateBinary))
+		s.away = s.broken && string(raw) == string(s.Self)
+		s.gate.PID++
+	case strings.Contains(line, "disable --now tidewaiter"), strings.Contains(line, "tidewaiter stop"):
+		s.away = true
+	case strings.Contains(line, "restart"): // containerd
+		s.gate.Runtime.Registrations++
+		s.gate.Runtime.Registered = !s.stuck
+		s.gate.Runtime.Since = new(s.clock)
+	}
+	return "", nil
+}
+
+// dump merges files as containerd 2.x does: tables deeply, lists replaced, later files
+// winning; imports only of what names them.
+func (s *scene) dump(config string) (string, error) {
+	merged := map[string]any{"version": 3, "plugins": map[string]any{"io.containerd.nri.v1.nri": map[string]any{
+		"disable": false, "socket_path": "/var/run/nri/nri.sock", "default_validator": map[string]any{"enable": false},
+	}}}
+	var merge func(into, from map[string]any)
+	merge = func(into, from map[string]any) {
+		for k, v := range from {
+			if t, ok := v.(map[string]any); ok {
+				if have, ok := into[k].(map[string]any); ok {
+					merge(have, t)
+					continue
+				}
+			}
+			into[k] = v
+		}
+	}
+	for pending := []string{config}; len(pending) > 0; pending = pending[1:] {
+		raw, err := os.ReadFile(filepath.Join(s.root, pending[0]))
+		if err != nil && len(pending) == 1 && pending[0] == config {
+			break
+		}
+		if err != nil {
+			return "", err
+		}
+		var one map[string]any
+		if err := toml.Unmarshal(raw, &one); err != nil {
+			return "", fmt.Errorf("failed to unmarshal TOML: %w", err)
+		}
+		for _, pattern := range list(one, "imports") {
+			files, _ := filepath.Glob(filepath.Join(s.root, pattern))
+			for _, f := range files {
+				pending = append(pending, strings.TrimPrefix(f, s.root))
+			}
+		}
+		delete(one, "version")
+		merge(merged, one)
+	}
+	out, err := toml.Marshal(merged)
+	return string(out), err
+}
+
+func (s *scene) text(t *testing.T, name string) string {
+	t.Helper()
+	raw, err := os.ReadFile(filepath.Join(s.root, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(raw)
+}
+
+func (s *scene) heard(t *testing.T, want string) {
+	t.Helper()
+	if !strings.Contains(strings.Join(s.said, "\n"), want) {
+		t.Errorf("%q was not said:\n%s", want, strings.Join(s.said, "\n"))
+	}
+}
+
+func must(t *testing.T, what string, want Result) func(Result, error) {
+	return func(got Result, err error) {
+		t.Helper()
+		if err != nil || got != want {
+			t.Fatalf("%s: %s, %v (want %s)", what, got, err, want)
+		}
+	}
+}
+
+func refused(t *testing.T, what, want string) func(Result, error) {
+	return func(got Result, err error) {
+		t.Helper()
+		h := (*Hint)(nil)
+		if err == nil || !errors.As(err, &h) || !h.No || !strings.Contains(err.Error(), want) {
+			t.Fatalf("%s: %s, %v (want a refusal with %q)", what, got, err, want)
+		}
+	}
+}
+
+// TestLife installs, enforces, opens and removes on each distribution.
+func TestLife(t *testing.T) {
+	for name, tt := range map[string]struct {
+		files    tree
+		restart  string
+		required string // file that requires the gate
+		pinned   bool
+	}{
+		"kubeadm":             {kubeadm, "systemctl restart containerd.service", "/etc/containerd/conf.d/99-tidewaiter.toml", true},
+		"without imports":     {bare, "systemctl restart containerd.service", "/etc/containerd/conf.d/99-tidewaiter.toml", true},
+		"without config.toml": {none, "systemctl restart containerd.service", "/etc/containerd/conf.d/99-tidewaiter.toml", false},
+		"k3s":                 {k3s, "systemctl restart k3s-agent.service", k3sDir + "config-v3.toml.d/99-tidewaiter.toml", true},
+		"older k3s":           {oldK3s, "systemctl restart k3s-agent.service", k3sDir + "config-v3.toml.tmpl", false},
+		"k3s with a template": {ownK3s, "systemctl restart k3s-agent.service", k3sDir + "config-v3.toml.tmpl", false},
+		"k3s on Alpine":       {alpineTree(), "rc-service k3s restart", k3sDir + "config-v3.toml.d/99-tidewaiter.toml", true},
+		"RKE2":                {rke2, "systemctl restart rke2-server.service", rke2Dir + "config-v3.toml.d/99-tidewaiter.toml", true},
+		"MicroK8s":            {microk8s, "systemctl restart snap.microk8s.daemon-containerd.service", snapDir + "containerd.d/99-tidewaiter.toml", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx := t.Context()
+			s := stage(t, tt.files)
+			if s.Name == "containerd" && tt.required == "" {
+				t.Fatal("no file")
+			}
+			clean := snapshot(t, s.root)
+			s.away = true
+			s.Print = true
+			must(t, "print", Printed)(s.Install(ctx))
+			same(t, "print", clean, snapshot(t, s.root))
+			s.Print = false
+			must(t, "install", Installed)(s.Install(ctx))
+			audit := snapshot(t, s.root)
+			for p := range audit {
+				if clean[p] != audit[p] && strings.Contains(p, "containerd") {
+					t.Errorf("install touched %s", p)
+				}
+			}
+			must(t, "again", Nothing)(s.Install(ctx))
+
+			s.Enforce = true
+			s.Print = true
+			must(t, "print enforce", Printed)(s.Install(ctx))
+			same(t, "print enforce", audit, snapshot(t, s.root))
+			s.heard(t, "would: change /etc/tidewaiter/config.yaml")
+			s.Print = false
+			must(t, "enforce", Installed)(s.Install(ctx))
+			s.heard(t, "next: "+tt.restart)
+			if slices.Contains(s.commands, tt.restart) {
+				t.Fatal("containerd was restarted unasked")
+			}
+			if text := s.text(t, tt.required); !strings.Contains(text, `required_plugins = ["tidewaiter"]`) {
+				t.Errorf("%s:\n%s", tt.required, text)
+			}
+			_, err := os.Stat(filepath.Join(s.root, path.Dir(tt.required), dropInPause))
+			if (err == nil) != tt.pinned {
+				t.Errorf("pause image pinned: %v", err)
+			}
+			if text := s.text(t, "/etc/tidewaiter/config.yaml"); !strings.Contains(text, "\nmode: enforce\n") {
+				t.Error(text)
+			}
+			enforced := snapshot(t, s.root)
+			must(t, "enforce again", Nothing)(s.Install(ctx))
+			same(t, "enforce again", enforced, snapshot(t, s.root))
+			s.Restart = true
+			must(t, "restart", Enforces)(s.Install(ctx))
+			if !slices.Contains(s.commands, tt.restart) {
+				t.Errorf("no %s in %v", tt.restart, s.commands)
+			}
+			same(t, "restart", enforced, snapshot(t, s.root))
+
+			s.Restart = false
+			s.clock = s.clock.Add(time.Second)
+			must(t, "uninstall", Opened)(s.Uninstall(ctx))
+			s.heard(t, "log: uninstall: containerd's configuration does not require the gate any more")
+			if s.away {
+				t.Fatal("the gate was ended while containerd still requires it")
+			}
+			must(t, "uninstall too early", Opened)(s.Uninstall(ctx))
+			s.Restart, s.Purge = true, true
+			s.clock = s.clock.Add(time.Second)
+			must(t, "uninstall", Removed)(s.Uninstall(ctx))
+			if !s.away {
+				t.Error("the gate still runs")
+			}
+			same(t, "uninstall", clean, snapshot(t, s.root))
+		})
+	}
+}
+
+func alpineTree() tree {
+	files := tree{"/sbin/openrc-run": "#", "/etc/init.d/k3s": "#"}
+	for _, name := range []string{"/var/lib/rancher/k3s/data/current/bin/containerd", k3sDir + "config.toml", "/run/k3s/containerd/containerd.sock"} {
+		files[name] = k3s[name]
+	}
+	return files
+}
+
+// enforcing is a scene in which the gate audits.
+func auditing(t *testing.T, files tree) *scene {
+	t.Helper()
+	s := stage(t, files)
+	s.away = true
+	must(t, "install", Installed)(s.Install(t.Context()))
+	s.Enforce, s.Restart = true, true
+	return s
+}
+
+func TestEnforceIsRefused(t *testing.T) {
+	for name, tt := range map[string]struct {
+		files tree
+		set   func(*scene)
+		want  string
+	}{
+		"what runs":            {kubeadm, func(s *scene) { s.gate.Running.Reasons = map[string]int{"VERIFIED": 3, "SIGNATURE_MISSING": 2} }, "2 of what runs here would be refused"},
+		"no image":             {kubeadm, func(s *scene) { s.gate.Running.Gone = 1 }, "1 of what runs"},
+		"the pause image":      {kubeadm, func(s *scene) { s.gate.Running.Pauses = []control.Pause{{Image: pause, Reason: "SIGNATURE_MISSING"}} }, "1 of what runs"},
+		"not looked":           {kubeadm, func(s *scene) { s.gate.Running.At = nil }, "not looked at what runs"},
+		"not seen all":         {kubeadm, func(s *scene) { s.gate.Running.Error = "timeout" }, "timeout"},
+		"no gate":              {kubeadm, func(s *scene) { s.away = true }, "no gate runs here"},
+		"no configuration":     {kubeadm, func(s *scene) { s.gate.Configuration.Epoch = "" }, "would refuse everything"},
+		"rejected":             {kubeadm, func(s *scene) { s.gate.Configuration.Rejected = &control.Rejected{Current: true, Error: "line 3"} }, "line 3"},
+		"imports no directory": {kubeadm.with(tree{"/etc/containerd/config.toml": "version = 3\nimports = ['/etc/containerd/other.toml']\n", "/etc/containerd/other.toml": "version = 3\n"}), func(*scene) {}, "no directory for a file of ours"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := auditing(t, tt.files)
+			tt.set(s)
+			was := snapshot(t, s.root)
+			refused(t, "enforce", tt.want)(s.Install(t.Context()))
+			same(t, "refused", was, snapshot(t, s.root))
+			if name == "what runs" {
+				s.Force = true
+				must(t, "force", Enforces)(s.Install(t.Context()))
+			}
+		})
+	}
+}
+
+// TestTakenBack has each step go wrong: the node is as it was.
+func TestTakenBack(t *testing.T) {
+	zz := "version = 3\n[plugins.'io.containerd.nri.v1.nri'.default_validator]\n  enable = false\n"
+	for name, tt := range map[string]struct {
+		set       func(*testing.T, *scene)
+		want      string
+		restarted int
+	}{
+		"containerd refuses it": {func(t *testing.T, s *scene) {
+			load := s.Ask
+			n := 0
+			s.Ask = func(ctx context.Context) (*control.Status, error) { // from the second question on
+				n++
+				s.bad = n > 1
+				return load(ctx)
+			}
+		}, "containerd does not accept its new configuration", 0},
+		"a later file": {func(t *testing.T, s *scene) { s.write(t, "/etc/containerd/conf.d/zz.toml", zz) }, "another file overrides ours", 0},
+		"NRI off later": {func(t *testing.T, s *scene) {
+			s.write(t, "/etc/containerd/conf.d/zz.toml", "version = 3\n[plugins.'io.containerd.nri.v1.nri']\n  disable = true\n")
+		}, "switches NRI off", 0},
+		"no connections": {func(t *testing.T, s *scene) {
+			s.write(t, "/etc/containerd/conf.d/50.toml", "version = 3\n[plugins.'io.containerd.nri.v1.nri']\n  disable_connections = true\n")
+		}, "takes no connections", 0},
+		"another pause image": {func(t *testing.T, s *scene) {
+			s.write(t, "/etc/containerd/conf.d/99-zz.toml", "version = 3\n[plugins.'io.containerd.cri.v1.images'.pinned_images]\n  sandbox = '"+pause+"'\n")
+		}, "would use the pause image", 0},
+		"the gate does not enforce":        {func(t *testing.T, s *scene) { s.gate.Runtime.Registered = false }, "not registered to enforce: after 1m0s", 0},
+		"not registered after the restart": {func(t *testing.T, s *scene) { s.stuck = true }, "not registered after the restart of containerd: after 1m0s", 2},
+		"no such line": {func(t *testing.T, s *scene) {
+			s.write(t, "/etc/tidewaiter/config.yaml", "version: 1\nmode:   audit\nmode: audit\n")
+		}, "not there in a form", 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := auditing(t, kubeadm)
+			tt.set(t, s)
+			was := snapshot(t, s.root)
+			delete(was, "/var/lib/tidewaiter/install.json")
+			refused(t, "enforce", tt.want)(s.Install(t.Context()))
+			is := snapshot(t, s.root)
+			delete(is, "/var/lib/tidewaiter/install.json")
+			same(t, "taken back", was, is)
+			n := 0
+			for _, c := range s.commands {
+				if c == "systemctl restart containerd.service" {
+					n++
+				}
+			}
+			if n != tt.restarted {
+				t.Errorf("containerd was restarted %d times", n)
+			}
+		})
+	}
+}
+
+func (s *scene) write(t *testing.T, name, content string) {
+	t.Helper()
+	file := filepath.Join(s.root, name)
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, []byte(content), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestUpgrade keeps the previous program, and goes back to it.
+func TestUpgrade(t *testing.T) {
+	s := auditing(t, k3s)
+	must(t, "enforce", Enforces)(s.Install(t.Context()))
+	s.Enforce, s.Restart = false, false
+	s.Self = []byte("\x00two")
+	must(t, "upgrade", Installed)(s.Install(t.Context()))
+	if s.text(t, GateBinary) != "\x00two" || s.text(t, GateBinary+".previous") != "\x00one" {
+		t.Error("not the new program, or not the old one beside it")
+	}
+	was := snapshot(t, s.root)
+	s.Self, s.broken = []byte("\x00three"), true
+	refused(t, "a broken one", "the gate did not come up: after 1m0s")(s.Install(t.Context()))
+	same(t, "taken back", was, snapshot(t, s.root))
+	if s.away {
+		t.Error("the previous program was not started")
+	}
+	s.heard(t, "log: install: the gate did not come up")
+}
+
+// TestFirstStartFails leaves nothing of a program that never ran here.
+func TestFirstStartFails(t *testing.T) {
+	s := stage(t, kubeadm)
+	clean := snapshot(t, s.root)
+	s.away, s.broken = true, true
+	refused(t, "install", "did not come up")(s.Install(t.Context()))
+	is := snapshot(t, s.root)
+	for _, left := range []string{"/var/lib/tidewaiter/install.json", "/var/lib/tidewaiter", "/var/lib", "/var"} {
+		delete(is, left) // what it needs to take away what it could not
+	}
+	same(t, "taken back", clean, is)
+	if last := s.commands[len(s.commands)-1]; last != "systemctl daemon-reload" {
+		t.Errorf("last was %s", last)
+	}
+}
+
+// TestOperatorsFiles are never overwritten.
+func TestOperatorsFiles(t *testing.T) {
+	unit := "[Service]\nExecStart=/usr/local/bin/tidewaiter run --node x\n"
+	s := stage(t, k3s.with(tree{
+		"/etc/systemd/system/tidewaiter.service": unit, Defaults: "TIDEWAITER_NODE=x\n",
+		"/etc/tidewaiter/config.yaml": "version: 1\nmode: audit # for now\n", "/etc/tidewaiter/trustpolicy.json": "{}",
+	}))
+	must(t, "install", Installed)(s.Install(t.Context()))
+	if s.text(t, "/etc/systemd/system/tidewaiter.service") != unit || s.text(t, Defaults) != "TIDEWAITER_NODE=x\n" {
+		t.Error("overwritten")
+	}
+	s.heard(t, "warn: /etc/systemd/system/tidewaiter.service is not ours")
+	s.heard(t, "TIDEWAITER_CONTAINERD_SOCKET=/run/k3s/containerd/containerd.sock")
+	s.Enforce = true
+	must(t, "enforce", Installed)(s.Install(t.Context()))
+	if text := s.text(t, "/etc/tidewaiter/config.yaml"); text != "version: 1\nmode: enforce # for now\n" {
+		t.Errorf("%q", text)
+	}
+	s.Enforce = false
+	must(t, "install over enforce", Nothing)(s.Install(t.Context()))
+
+	s = stage(t, kubeadm.with(tree{"/etc/tidewaiter/config.yaml": "version: 1\nmode: enforce\n"}))
+	s.away = true
+	refused(t, "install", "the configuration says mode: enforce")(s.Install(t.Context()))
+}
+
+// TestRequiredBefore keeps what another file requires.
+func TestRequiredBefore(t *testing.T) {
+	s := auditing(t, kubeadm.with(tree{"/etc/containerd/conf.d/10.toml": "version = 3\n[plugins.'io.containerd.nri.v1.nri'.default_validator]\n  enable = true\n  required_plugins = ['x\"y']\n  tolerate_missing_plugins_annotation = 'skip.example'\n"}))
+	must(t, "enforce", Enforces)(s.Install(t.Context()))
+	if text := s.text(t, "/etc/containerd/conf.d/99-tidewaiter.toml"); !strings.Contains(text, `required_plugins = ["x\"y", "tidewaiter"]`) {
+		t.Error(text)
+	}
+	s.heard(t, "warn: containerd lets every pod with the annotation skip.example do without")
+	must(t, "again", Enforces)(s.Install(t.Context()))
+}
+
+// TestOpenWithoutAnything opens a node on which nothing is recognised and no record
+// was left, and one of whose files cannot be read.
+func TestOpenWithoutAnything(t *testing.T) {
+	root := tree{
+		k3sDir + "config-v3.toml.d/99-tidewaiter.toml": "x",
+		snapDir + "containerd-template.toml":           "imports = ['x'] # " + marker + "\nversion = 2\n",
+		"/etc/containerd/config.toml":                  "version = 3 # " + marker + "\nimports = [] # " + marker + "\n",
+	}.make(t)
+	if err := os.Symlink("/nowhere", filepath.Join(root, "/etc/containerd/conf.d")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(root, rke2Dir, "config.toml"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	h, err := Detect(Options{Root: root, Optional: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	i := &Installation{Host: h, Gate: Gate{StateDir: "/var/lib/tidewaiter"}, Say: func(string, string, ...any) {}, Log: func(string) {}, Now: time.Now,
+		Ask: func(context.Context) (*control.Status, error) { return nil, errors.New("dead") }}
+	if _, err := i.Uninstall(t.Context()); err == nil || !strings.Contains(err.Error(), rke2Dir+"config.toml is not a regular file") {
+		t.Errorf("got %v", err)
+	}
+	for name, want := range map[string]string{k3sDir + "config-v3.toml.d/99-tidewaiter.toml": "", snapDir + "containerd-template.toml": "version = 2\n", "/etc/containerd/config.toml": ""} {
+		raw, _ := os.ReadFile(filepath.Join(root, name))
+		if string(raw) != want {
+			t.Errorf("%s: %q", name, raw)
+		}
+	}
+}
+
+func TestParseDump(t *testing.T) {
+	for _, version := range []string{"2.4.2", "2.2.9", "2.1.9"} {
+		raw, err := os.ReadFile("testdata/dump-" + version + ".toml") // printed by that containerd, with a drop-in that requires the gate
+		if err != nil {
+			t.Fatal(err)
+		}
+		e, err := parseDump(raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		knows := version != "2.1.9"
+		if e.Knows != knows || e.Requires("tidewaiter") != knows || e.Requires("other") || e.NRIDisabled || e.ConnectionsDisabled {
+			t.Errorf("%s: %+v", version, e)
+		}
+		if e.Socket != "/run/containerd/containerd.sock" || e.NRISocket != "/var/run/nri/nri.sock" || e.RequestTimeout != "2s" || e.RegistrationTimeout != "5s" ||
+			e.Pause != pause || e.Snapshotter != "overlayfs" || e.Runtimes["runc"] != "io.containerd.runc.v2" || e.Toleration != "" {
+			t.Errorf("%s: %+v", version, e)
+		}
+	}
+	for raw, want := range map[string]string{
+		"version = 2\n":     "older than containerd 2.0",
+		"":                  "older than containerd 2.0",
+		"version = 3\n[x\n": "containerd's config dump",
+	} {
+		if _, err := parseDump([]byte(raw)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v", raw, err)
+		}
+	}
+	e, err := parseDump([]byte("version = 3\nplugins = 5\nimports = [1]\n"))
+	if err != nil || !e.NRIDisabled || e.Requires("tidewaiter") {
+		t.Errorf("%+v, %v", e, err)
+	}
+}
+
+func TestVersion(t *testing.T) {
+	for said, want := range map[string]string{
+		"containerd github.com/containerd/containerd/v2 v2.4.2 1e2b3c\n":    "2.4",
+		"containerd github.com/containerd/containerd/v2 2.2.9+unknown \n":   "2.2",
+		"containerd github.com/k3s-io/containerd/v2 v2.3.4-k3s1\n":          "2.3",
+		"containerd containerd.io 1.7.35\n":                                 "1.7",
+		"containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1": "1.7",
+		"nonsense": "",
+	} {
+		h := &Host{Binary: "c", Run: func(context.Context, string, ...string) (string, error) { return said, nil }}
+		major, minor, err := h.Version(t.Context())
+		if got := fmt.Sprintf("%d.%d", major, minor); err == nil && got != want || (err != nil) != (want == "") {
+			t.Errorf("%q: %s, %v", said, got, err)
+		}
+	}
+}
+
+func TestExec(t *testing.T) {
+	run := Exec("/")
+	if out, err := run(t.Context(), "sh", "-c", "echo $PATH; env | wc -l"); err != nil || !strings.HasPrefix(out, "/usr/local/sbin:") {
+		t.Errorf("%q, %v", out, err)
+	}
+	if _, err := run(t.Context(), "sh", "-c", `echo first >&2; printf 'it is\033[2J broken\n' >&2; exit 3`); err == nil || strings.Contains(err.Error(), "\x1b") || !strings.Contains(err.Error(), "broken") {
+		t.Errorf("%v", err)
+	}
+	if _, err := run(t.Context(), "sh", "-c", "head -c 9000000 /dev/zero"); err == nil || !strings.Contains(err.Error(), "too much") {
+		t.Errorf("%v", err)
+	}
+	if _, err := run(t.Context(), "no-such-program"); err == nil || !strings.Contains(err.Error(), "there is no no-such-program on this host") {
+		t.Errorf("%v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := run(ctx, "sleep", "60"); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+}

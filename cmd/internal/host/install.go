@@ -1,0 +1,696 @@
+package host
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
+	"github.com/tidewaiter/tidewaiter/deploy"
+)
+
+// A Gate is where the program and its directories are, on the host.
+type Gate struct {
+	Program   string // empty: GateBinary
+	ConfigDir string
+	StateDir  string
+	RunDir    string
+}
+
+// An Installation installs the gate, or takes it away. Its functions are what it
+// needs of the world beside files and programs.
+type Installation struct {
+	*Host
+	Gate
+	Self []byte // the program that is installed
+
+	Enforce bool
+	Force   bool
+	Print   bool // only say what would be done
+	Restart bool // of containerd
+	Purge   bool // configuration and state too
+
+	Ask   func(context.Context) (*control.Status, error)                 // the gate
+	Load  func() (mode string, err error)                                // reads ConfigDir as the gate would
+	Pause func(ctx context.Context, socket, name string) (string, error) // that name of an image on the node which has its digest
+	Say   func(kind, format string, args ...any)                         // kind: "did", "would", "warn" or "next"
+	Log   func(message string)                                           // to the node's log
+	Now   func() time.Time
+	Sleep func(context.Context, time.Duration)
+
+	// Patience is how long the gate is waited for. Zero: a minute.
+	Patience time.Duration
+}
+
+// A record is what uninstall needs to know and cannot see. Without it everything is
+// removed all the same, except for directories that are then empty.
+type record struct {
+	Directories []string  `json:"directories"` // that were made, outer ones first
+	DropIns     []string  `json:"dropIns"`     // directories
+	Configs     []string  `json:"configs"`     // files of containerd's configuration
+	Opened      time.Time `json:"opened,omitzero"`
+}
+
+func (i *Installation) recordFile() string { return path.Join(i.StateDir, "install.json") }
+
+func (i *Installation) remembered() record {
+	var r record
+	if raw, err := i.read(i.recordFile()); err == nil {
+		_ = json.Unmarshal(raw, &r) // nothing in it is needed
+	}
+	return r
+}
+
+func (i *Installation) remember(r record) error {
+	raw, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	c, err := i.change(i.recordFile(), 0o600, append(raw, '\n'), "")
+	if err != nil {
+		return err
+	}
+	_, made, err := i.Apply(c)
+	if err == nil && len(made) > 0 { // the directory of the record itself
+		r.Directories = append(r.Directories, made...)
+		return i.remember(r)
+	}
+	return err
+}
+
+// Result says how an installation ended.
+type Result string
+
+// Results.
+const (
+	Printed   Result = "printed"   // what would be done
+	Nothing   Result = "nothing"   // was to be done
+	Installed Result = "installed" // the gate runs; containerd does not require it, or its restart is outstanding
+	Enforces  Result = "enforces"  // and containerd was restarted and requires it
+	Opened    Result = "opened"    // containerd's configuration does not require the gate any more; the gate still runs
+	Removed   Result = "removed"
+)
+
+// Install installs the gate. An error that is a Hint with No means that it was refused,
+// or did not work and was taken back; then the node is as it was.
+func (i *Installation) Install(ctx context.Context) (Result, error) {
+	if i.Program == "" {
+		i.Program = GateBinary
+	}
+	status, askErr := i.Ask(ctx)
+	was := ""
+	if askErr == nil {
+		was = status.Mode
+	}
+	var before *Effective
+	if e, err := i.Effective(ctx); err == nil {
+		before = e
+	} else if i.Enforce {
+		return "", err
+	}
+	if i.Enforce {
+		if err := i.mayEnforce(ctx, status, askErr); err != nil {
+			return "", err
+		}
+	}
+	base, err := i.service(before)
+	if err != nil {
+		return "", err
+	}
+	start, err := i.configuration()
+	if err != nil {
+		return "", err
+	}
+	if len(start) == 0 {
+		mode, err := i.Load()
+		if err != nil {
+			return "", hint("correct it, or delete it and start with one that audits", "the configuration is not valid, and the gate would refuse everything with it: %w", err)
+		}
+		if mode == "enforce" && !i.Enforce && was != "enforce" {
+			return "", refuse("tidewaiter install --enforce, or write mode: audit into "+path.Join(i.ConfigDir, "config.yaml"), "the configuration says mode: enforce")
+		}
+	}
+	base = append(base, start...)
+	var mode []Change
+	var need *requirement
+	if i.Enforce {
+		if mode, err = i.mode(); err != nil {
+			return "", err
+		}
+		if need, err = i.requirement(ctx, before); err != nil {
+			return "", err
+		}
+	}
+
+	idle := len(base) == 0 && len(mode) == 0 && (need == nil || len(need.changes) == 0)
+	if i.Print {
+		if idle {
+			return Nothing, nil
+		}
+		i.print(base, mode, need)
+		return Printed, nil
+	}
+	if idle && (askErr == nil || i.Manager.start() == nil) && !i.Restart {
+		if askErr != nil {
+			i.byHand()
+		}
+		return Nothing, nil
+	}
+	if len(base) > 0 || askErr != nil {
+		if err := i.begin(ctx, base, status, askErr); err != nil {
+			return "", err
+		}
+	}
+	if !i.Enforce {
+		return Installed, nil
+	}
+	return i.enforce(ctx, mode, need)
+}
+
+// mayEnforce refuses where what runs would be refused, or nobody can say.
+func (i *Installation) mayEnforce(ctx context.Context, s *control.Status, askErr error) error {
+	major, minor, err := i.Version(ctx)
+	if err != nil {
+		return err
+	}
+	if major < 2 || major == 2 && minor < 2 {
+		return refuse("containerd 2.2 or later is needed to enforce", "this is containerd %d.%d, which goes on without a plugin that fails", major, minor)
+	}
+	if i.Force {
+		return nil
+	}
+	const first = "tidewaiter install, then tidewaiter status; --force enforces all the same"
+	if askErr != nil {
+		return refuse(first, "no gate runs here that could say what would be refused: %w", askErr)
+	}
+	c, r := s.Configuration, s.Running
+	switch {
+	case c.Epoch == "":
+		return refuse(first, "the gate has no configuration and would refuse everything")
+	case c.Rejected != nil && c.Rejected.Current:
+		return refuse("correct it; --force enforces with the one before", "the gate rejected its configuration: %s", c.Rejected.Error)
+	case r.At == nil:
+		return refuse("try again in a minute, or see tidewaiter status; --force does not wait", "the gate has not looked at what runs yet")
+	case r.Error != "":
+		return refuse("tidewaiter status; --force enforces all the same", "the gate could not look at everything that runs: %s", r.Error)
+	}
+	var bad []string
+	for _, f := range r.Found {
+		if f.Gone || !allowed(f.Reason) {
+			bad = append(bad, fmt.Sprintf("%s/%s %s %s: %s", f.Namespace, f.Pod, f.Container, f.Image, gone(f.Gone, f.Reason)))
+		}
+	}
+	n := r.Gone
+	for reason, m := range r.Reasons {
+		if !allowed(reason) {
+			n += m
+		}
+	}
+	for _, p := range r.Pauses {
+		if p.Gone || !allowed(p.Reason) {
+			n++
+			bad = append(bad, fmt.Sprintf("the pause image %s: %s", p.Image, gone(p.Gone, p.Reason)))
+		}
+	}
+	if n == 0 {
+		return nil
+	}
+	for k, b := range bad {
+		if k == 10 {
+			i.Say("warn", "and %d more: tidewaiter status", len(bad)-k)
+			break
+		}
+		i.Say("warn", "would be refused: %s", b)
+	}
+	return refuse("sign them, or list their digests in a floor file; --force enforces all the same", "%d of what runs here would be refused", n)
+}
+
+func allowed(reason string) bool {
+	return reason == "VERIFIED" || reason == "ALLOWED_BY_DIGEST" || reason == "ALLOWED_BY_POLICY"
+}
+
+func gone(is bool, reason string) string {
+	if is {
+		return "its image is not on the node any more"
+	}
+	return reason
+}
+
+// header begins files that are ours to change.
+const header = "# Written by tidewaiter install"
+
+// service are the changes for the program and its service.
+func (i *Installation) service(before *Effective) ([]Change, error) {
+	var all []Change
+	add := func(name string, mode os.FileMode, now []byte, why string) error {
+		c, err := i.change(name, mode, now, why)
+		all = append(all, c...)
+		return err
+	}
+	old, err := os.ReadFile(i.Path(i.Program))
+	if err == nil && !bytes.Equal(old, i.Self) {
+		if err := add(i.Program+".previous", 0o755, old, "the program as it was, for the way back"); err != nil {
+			return nil, err
+		}
+	}
+	if err := add(i.Program, 0o755, i.Self, "the program"); err != nil {
+		return nil, err
+	}
+	file, content, mode := i.Manager.file()
+	if file == "" {
+		return all, nil
+	}
+	if i.Program != GateBinary {
+		content = strings.ReplaceAll(content, GateBinary, i.Program)
+	}
+	if err := i.ours(&all, file, mode, content, "`tidewaiter install` writes this file", "the service, which is started again whenever it ends"); err != nil {
+		return nil, err
+	}
+	if vars := i.variables(before); vars != "" {
+		if err := i.ours(&all, Defaults, 0o644, header+".\n"+vars, header, "where the sockets and directories of this node are"); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+// ours adds a file that is changed only if it bears sign: otherwise it is an operator's.
+func (i *Installation) ours(all *[]Change, file string, mode os.FileMode, content, sign, why string) error {
+	c, err := i.change(file, mode, []byte(content), why)
+	if err != nil {
+		return err
+	}
+	if len(c) > 0 && c[0].Old != nil && !bytes.Contains(c[0].Old, []byte(sign)) {
+		i.Say("warn", "%s is not ours and stays as it is; it should say:\n%s", file, content)
+		return nil
+	}
+	*all = append(*all, c...)
+	return nil
+}
+
+// variables are those that the gate needs where something is not in its usual place.
+func (i *Installation) variables(before *Effective) string {
+	socket, nri := i.Socket, i.NRI
+	if before != nil {
+		if i.Name == "containerd" && before.Socket != "" && socket == layouts[len(layouts)-1].Socket {
+			socket = before.Socket
+		}
+		if before.NRISocket != "" && nri == layouts[len(layouts)-1].NRI {
+			nri = before.NRISocket
+		}
+	}
+	var b strings.Builder
+	for _, v := range [][3]string{
+		{"TIDEWAITER_CONTAINERD_SOCKET", socket, "/run/containerd/containerd.sock"},
+		{"TIDEWAITER_NRI_SOCKET", nri, "/var/run/nri/nri.sock"},
+		{"TIDEWAITER_CONFIG_DIR", i.ConfigDir, "/etc/tidewaiter"},
+		{"TIDEWAITER_STATE_DIR", i.StateDir, "/var/lib/tidewaiter"},
+		{"TIDEWAITER_RUN_DIR", i.RunDir, "/run/tidewaiter"},
+	} {
+		if v[1] != v[2] {
+			fmt.Fprintf(&b, "%s=%s\n", v[0], v[1])
+		}
+	}
+	return b.String()
+}
+
+// configuration are the files that a node starts with which has none. What is there
+// is not touched.
+func (i *Installation) configuration() ([]Change, error) {
+	there := func(name string) bool { return i.exists(path.Join(i.ConfigDir, name)) }
+	policy := there("trustpolicy.json") || there("trustpolicy.oci.json")
+	if there("config.yaml") || there("config.yml") || policy && i.Enforce {
+		return nil, nil // if something is missing Load says so
+	}
+	if i.Enforce {
+		return nil, refuse("tidewaiter install, which audits, and then write a trust policy", "there is no configuration in %s", i.ConfigDir)
+	}
+	all, err := i.change(path.Join(i.ConfigDir, "config.yaml"), 0o644, []byte(deploy.AuditConfig), "audit: everything starts, and what enforce would refuse is recorded")
+	if err != nil || policy {
+		return all, err
+	}
+	c, err := i.change(path.Join(i.ConfigDir, "trustpolicy.json"), 0o644, []byte(deploy.AuditPolicy), "it trusts nobody yet: write your own")
+	return append(all, c...), err
+}
+
+// mode are the changes that make the gate enforce.
+func (i *Installation) mode() ([]Change, error) {
+	if mode, err := i.Load(); err != nil || mode == "enforce" {
+		return nil, err
+	}
+	return i.enforced(path.Join(i.ConfigDir, "config.yaml"))
+}
+
+func (i *Installation) requirement(ctx context.Context, before *Effective) (*requirement, error) {
+	pinned := ""
+	if before.Pause != "" && !strings.Contains(before.Pause, "@") {
+		socket := i.Socket
+		if i.Name == "containerd" && before.Socket != "" && i.Socket == layouts[len(layouts)-1].Socket {
+			socket = before.Socket
+		}
+		var err error
+		if pinned, err = i.Pause(ctx, i.Path(socket), before.Pause); err != nil {
+			i.Say("warn", "the pause image %s stays named by its tag: %v", before.Pause, err)
+		}
+	}
+	need, err := i.require(before, pinned)
+	if err != nil {
+		return nil, err
+	}
+	if pinned != "" && !need.pinned {
+		i.Say("warn", "the pause image stays named by its tag: write pause-image: %s into /etc/rancher/%s/config.yaml", pinned, i.Name)
+	}
+	if before.Toleration != "" {
+		i.Say("warn", "containerd lets every pod with the annotation %s do without the gate (tolerate_missing_plugins_annotation)", before.Toleration)
+	}
+	return need, nil
+}
+
+// print says what would be done, to the last byte.
+func (i *Installation) print(base, mode []Change, need *requirement) {
+	show := func(changes []Change) {
+		for _, c := range changes {
+			i.Say("would", "%s", c.Show())
+		}
+	}
+	commands := func(list [][]string) {
+		for _, c := range list {
+			i.Say("would", "run %s\n", strings.Join(c, " "))
+		}
+	}
+	show(base)
+	if len(base) > 0 {
+		commands(i.Manager.start())
+	}
+	if need == nil {
+		return
+	}
+	show(mode)
+	show(need.changes)
+	if len(need.changes) == 0 {
+		return
+	}
+	i.Say("would", "run %s --config %s config dump\n", i.Host.Binary, i.Config)
+	if i.Restart {
+		commands([][]string{i.Manager.Restart()})
+	} else {
+		i.Say("next", "%s", i.restartLine())
+	}
+}
+
+func (i *Installation) restartLine() string {
+	if c := i.Manager.Restart(); c != nil {
+		return strings.Join(c, " ")
+	}
+	return "restart " + i.Name + ", which is not a service that is known here (--restart-command)"
+}
+
+// begin writes the program and its service and starts it. A program that does not
+// come up goes, and the one before comes back.
+func (i *Installation) begin(ctx context.Context, changes []Change, before *control.Status, askErr error) error {
+	undo, made, err := i.Apply(changes)
+	if err != nil {
+		return err
+	}
+	i.told(changes)
+	back := func(why error) error {
+		err := undo()
+		hadOne := slices.ContainsFunc(changes, func(c Change) bool { return c.Path == i.Program+".previous" })
+		if hadOne || askErr == nil {
+			err = errors.Join(err, i.Manager.run(ctx, i.Manager.start()))
+		} else {
+			stop, after := i.Manager.stop()
+			_ = i.Manager.run(ctx, stop) // perhaps it never was there
+			err = errors.Join(err, i.Manager.run(ctx, after))
+		}
+		if err != nil {
+			return fmt.Errorf("%w; and it could not be taken back: %w", why, err)
+		}
+		i.Log("install: " + why.Error() + ": taken back")
+		return refuse("journalctl -u tidewaiter", "%w: everything is as it was", why)
+	}
+	r := i.remembered()
+	r.Directories = append(r.Directories, made...)
+	if err := i.remember(r); err != nil {
+		return back(err)
+	}
+	start := i.Manager.start()
+	if start == nil {
+		i.byHand()
+		return nil
+	}
+	if err := i.Manager.run(ctx, start); err != nil {
+		return back(err)
+	}
+	registered := before != nil && before.Runtime.Registered
+	if err := i.await(ctx, func(s *control.Status) bool {
+		return (before == nil || s.PID != before.PID) && s.Configuration.Epoch != "" && (!registered || s.Ready)
+	}); err != nil {
+		return back(fmt.Errorf("the gate did not come up: %w", err))
+	}
+	i.Say("did", "started the gate")
+	return nil
+}
+
+func (i *Installation) byHand() {
+	i.Say("next", "start %s run, and again whenever it ends: there is neither systemd nor OpenRC here", i.Program)
+}
+
+func (i *Installation) told(changes []Change) {
+	for _, c := range changes {
+		what := "wrote "
+		if c.New == nil {
+			what = "removed "
+		}
+		i.Say("did", "%s", what+c.Path)
+	}
+}
+
+// enforce makes the gate enforce, and then containerd require it: never the other way
+// round, so that what containerd requires is what enforces.
+func (i *Installation) enforce(ctx context.Context, mode []Change, need *requirement) (Result, error) {
+	undoMode, madeMode, err := i.Apply(mode)
+	if err != nil {
+		return "", err
+	}
+	i.told(mode)
+	back := func(why error, undo ...func() error) error {
+		var all error
+		for _, u := range undo {
+			all = errors.Join(all, u())
+		}
+		if all != nil {
+			return fmt.Errorf("%w; and it could not be taken back: %w", why, all)
+		}
+		next := ""
+		if h := (*Hint)(nil); errors.As(why, &h) {
+			next = h.Next
+		}
+		i.Log("install --enforce: " + why.Error() + ": taken back")
+		return refuse(next, "%w: taken back", why)
+	}
+	if err := i.await(ctx, func(s *control.Status) bool { return s.Ready && s.Mode == "enforce" }); err != nil {
+		return "", back(fmt.Errorf("the gate is not registered to enforce: %w", err), undoMode)
+	}
+	undoNeed, made, err := i.Apply(need.changes)
+	if err != nil {
+		return "", back(err, undoMode)
+	}
+	r := i.remembered()
+	r.Directories = append(append(r.Directories, madeMode...), made...)
+	r.Opened = time.Time{}
+	for _, c := range need.changes {
+		if path.Base(c.Path) == dropIn || path.Base(c.Path) == dropInPause {
+			r.DropIns = add(r.DropIns, path.Dir(c.Path))
+		} else {
+			r.Configs = add(r.Configs, c.Path)
+		}
+	}
+	if err := i.remember(r); err != nil {
+		return "", back(err, undoNeed, undoMode)
+	}
+	if err := i.check(ctx, need); err != nil {
+		return "", back(err, undoNeed, undoMode)
+	}
+	i.told(need.changes)
+	if !i.Restart {
+		if len(need.changes) > 0 {
+			i.Say("next", "%s", i.restartLine())
+		}
+		return Installed, nil
+	}
+	command := i.Manager.Restart()
+	if command == nil {
+		return Installed, hint("name the command with --restart-command", "it is not known what restarts %s", i.Name)
+	}
+	s, err := i.Ask(ctx)
+	if err != nil {
+		return "", back(err, undoNeed, undoMode)
+	}
+	again := func() error { return i.Manager.run(ctx, [][]string{command}) }
+	if err := again(); err != nil {
+		return "", back(err, undoNeed, undoMode, again)
+	}
+	i.Say("did", "restarted %s: %s", i.Name, strings.Join(command, " "))
+	if err := i.await(ctx, func(n *control.Status) bool {
+		return n.Ready && n.Mode == "enforce" && (n.PID != s.PID || n.Runtime.Registrations > s.Runtime.Registrations)
+	}); err != nil {
+		return "", back(fmt.Errorf("the gate is not registered after the restart of %s: %w", i.Name, err), undoNeed, undoMode, again)
+	}
+	return Enforces, nil
+}
+
+func add(list []string, s string) []string {
+	if slices.Contains(list, s) {
+		return list
+	}
+	return append(list, s)
+}
+
+// await waits until the gate is as wanted.
+func (i *Installation) await(ctx context.Context, is func(*control.Status) bool) error {
+	patience := i.Patience
+	if patience == 0 {
+		patience = time.Minute
+	}
+	var last error
+	for end := i.Now().Add(patience); ; {
+		s, err := i.Ask(ctx)
+		switch {
+		case err == nil && is(s):
+			return nil
+		case err != nil:
+			last = err
+		case len(s.Problems) > 0:
+			last = errors.New(s.Problems[0].Text)
+		default:
+			last = fmt.Errorf("it is in mode %s, and not the one that was waited for", s.Mode)
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if !i.Now().Before(end) {
+			return fmt.Errorf("after %s: %w", patience, last)
+		}
+		i.Sleep(ctx, 250*time.Millisecond)
+	}
+}
+
+// Uninstall opens containerd and takes the gate away. It needs neither the gate nor a
+// network.
+func (i *Installation) Uninstall(ctx context.Context) (Result, error) {
+	if i.Program == "" {
+		i.Program = GateBinary
+	}
+	r := i.remembered()
+	opening, openErr := i.open(r.DropIns, r.Configs)
+	var gateFiles []Change
+	var files []string
+	if f, _, _ := i.Manager.file(); f != "" {
+		files = append(files, f, Defaults)
+	}
+	files = append(files, i.Program, i.Program+".previous", i.recordFile())
+	for _, f := range files {
+		c, err := i.change(f, 0, nil, "the gate")
+		if err != nil {
+			return "", err
+		}
+		if len(c) > 0 && f == Defaults && !bytes.Contains(c[0].Old, []byte(header)) {
+			continue // the operator's
+		}
+		gateFiles = append(gateFiles, c...)
+	}
+	before, after := i.Manager.stop()
+	if f, _, _ := i.Manager.file(); f == "" || !i.exists(f) {
+		before, after = nil, nil
+	}
+
+	if i.Print {
+		for _, c := range append(slices.Clone(opening), gateFiles...) {
+			i.Say("would", "%s", c.Show())
+		}
+		for _, c := range slices.Concat(before, after) {
+			i.Say("would", "run %s\n", strings.Join(c, " "))
+		}
+		if len(opening)+len(gateFiles) == 0 {
+			return Nothing, openErr
+		}
+		return Printed, openErr
+	}
+	// First of all containerd, file by file: what cannot be read must not keep what
+	// can from being opened.
+	for _, c := range opening {
+		if err := i.put(c); err != nil {
+			openErr = errors.Join(openErr, err)
+			continue
+		}
+		i.told([]Change{c})
+	}
+	if openErr != nil {
+		return "", hint("remove what is left by hand: docs/lockout.md", "containerd may still require the gate: %w", openErr)
+	}
+	if len(opening) > 0 {
+		i.Log("uninstall: containerd's configuration does not require the gate any more")
+		r.Opened = i.Now()
+		if err := i.remember(r); err != nil {
+			i.Say("warn", "%v", err)
+		}
+	}
+	if i.Restart {
+		command := i.Manager.Restart()
+		if command == nil {
+			return Opened, hint("restart it, or name the command with --restart-command", "it is not known what restarts containerd")
+		}
+		if err := i.Manager.run(ctx, [][]string{command}); err != nil {
+			return Opened, err
+		}
+		i.Say("did", "restarted %s: %s", i.Name, strings.Join(command, " "))
+	} else if !i.Force && (len(opening) > 0 || i.stillAsks(ctx, r)) {
+		// The containerd that runs has read the old files.
+		i.Say("next", "%s", i.restartLine())
+		i.Say("next", "tidewaiter uninstall, again: until then the gate goes on, without which containerd would refuse everything")
+		return Opened, nil
+	}
+	if len(gateFiles) == 0 && len(opening) == 0 && !i.Purge {
+		return Nothing, nil
+	}
+	if err := i.Manager.run(ctx, before); err != nil {
+		i.Say("warn", "%v", err)
+	}
+	for _, c := range gateFiles {
+		if err := i.put(c); err != nil {
+			return "", err
+		}
+		i.told([]Change{c})
+	}
+	if err := i.Manager.run(ctx, after); err != nil {
+		i.Say("warn", "%v", err)
+	}
+	if i.Purge {
+		for _, dir := range []string{i.ConfigDir, i.StateDir, i.RunDir} {
+			if err := os.RemoveAll(i.Path(dir)); err != nil {
+				return "", err
+			}
+			i.Say("did", "removed %s", dir)
+		}
+	}
+	for _, dir := range slices.Backward(r.Directories) {
+		os.Remove(i.Path(filepath.Clean(dir))) // what holds something stays
+	}
+	return Removed, nil
+}
+
+// stillAsks reports whether the containerd that runs was started before its
+// configuration was opened, as far as a gate that runs knows.
+func (i *Installation) stillAsks(ctx context.Context, r record) bool {
+	s, err := i.Ask(ctx)
+	return err == nil && !r.Opened.IsZero() && s.Runtime.Registered && s.Runtime.Since != nil && s.Runtime.Since.Before(r.Opened)
+}

@@ -1,0 +1,247 @@
+package host
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/tidewaiter/tidewaiter/deploy"
+)
+
+// Names of the files that make containerd require the gate, and name the pause image
+// by digest. They are the last that are imported, as far as names go.
+const (
+	dropIn      = "99-tidewaiter.toml"
+	dropInPause = "99-tidewaiter-pause.toml"
+)
+
+// checkFile is written beside a generated configuration for as long as containerd's
+// program reads it.
+const checkFile = ".tidewaiter-check.toml"
+
+// A requirement is what makes containerd require the gate.
+type requirement struct {
+	changes   []Change
+	candidate []byte // what Config will be after the restart, where that is generated; nil: what it is
+	pause     string // named by digest in the end; empty: as it was
+	pinned    bool   // by one of the changes, or before
+}
+
+// require finds out what is to be changed. before is the configuration as it is, and
+// pause that name of its pause image which has a digest; empty: there is none.
+func (h *Host) require(before *Effective, pause string) (*requirement, error) {
+	raw, err := h.read(h.Config)
+	if err != nil {
+		return nil, err
+	}
+	own := strip(raw)
+	c, err := parseHead(h.Config, own)
+	if err != nil {
+		return nil, err
+	}
+	source := h.Config
+	if h.Source != "" {
+		source = h.Source
+	}
+	r := &requirement{pause: pause}
+	dir := h.imported(c, dropIn)
+	const why = "containerd reads the files that are put there"
+	imports := fmt.Sprintf("imports = [%q] # %s\n", path.Join(h.DropIns, "*.toml"), marker)
+	var edited []byte // nil: source stays, or becomes, as it was without us
+	switch {
+	case dir != "":
+		// MicroK8s and k3s show in Config only what Source was at the last start.
+	case len(c.Imports) > 0:
+		return nil, refuse(fmt.Sprintf("add %q to imports in %s", path.Join(h.DropIns, "*.toml"), source),
+			"%s imports %s, which is no directory for a file of ours", h.Config, strings.Join(c.Imports, ", "))
+	case raw == nil && h.Source != "":
+		return nil, refuse("start "+h.Name+" once, or name its configuration with --containerd-config", "%s has not started here yet: there is no %s", h.Name, h.Config)
+	case len(own) == 0 && h.Source == "": // containerd runs with what it has built in
+		edited = fmt.Appendf(nil, "version = 3 # %s\n%s", marker, imports)
+		dir = h.DropIns
+	case h.Extends:
+		tables := h.tables(before)
+		template, err := h.read(h.Source)
+		if err != nil {
+			return nil, err
+		}
+		if template = strip(template); len(template) == 0 {
+			template = []byte("{{ template \"base\" . }} {{/* " + marker + " */}}\n")
+		}
+		edited = slices.Concat(line(template), tables)
+		r.candidate = slices.Concat(line(own), tables)
+	default:
+		text, err := h.read(source)
+		if err != nil {
+			return nil, err
+		}
+		edited = slices.Concat([]byte(imports), strip(text))
+		if h.Source != "" {
+			r.candidate = slices.Concat([]byte(imports), own)
+		}
+		dir = h.DropIns
+	}
+	if edited != nil {
+		if r.changes, err = h.change(source, 0o644, edited, why); err != nil {
+			return nil, err
+		}
+	}
+	if dir == "" { // the template has the tables
+		r.pause, r.pinned = "", strings.Contains(before.Pause, "@")
+		return r, nil
+	}
+	text := strings.Replace(deploy.DropIn, `required_plugins = ["tidewaiter"]`, "required_plugins = "+required(before), 1)
+	more, err := h.change(path.Join(dir, dropIn), 0o644, []byte(text), "containerd refuses containers while the gate is away")
+	if err != nil {
+		return nil, err
+	}
+	r.changes = append(r.changes, more...)
+	r.pinned = strings.Contains(before.Pause, "@")
+	if pause != "" && !r.pinned {
+		more, err := h.change(path.Join(dir, dropInPause), 0o644, []byte(strings.ReplaceAll(deploy.Pause, "$PAUSE", pause)), "the pause image is named by digest")
+		if err != nil {
+			return nil, err
+		}
+		r.changes, r.pinned = append(r.changes, more...), true
+	} else {
+		r.pause = ""
+	}
+	return r, nil
+}
+
+// required is the list with the gate in it and what was required before: a later
+// file's list replaces an earlier one's.
+func required(before *Effective) string {
+	all := slices.Clone(before.Required)
+	if !slices.Contains(all, gate) {
+		all = append(all, gate)
+	}
+	for i, name := range all {
+		all[i] = strconv.Quote(name)
+	}
+	return "[" + strings.Join(all, ", ") + "]"
+}
+
+// tables is the drop-in for the end of a template that imports nothing.
+func (h *Host) tables(before *Effective) []byte {
+	var b bytes.Buffer
+	for _, l := range []string{
+		`[plugins."io.containerd.nri.v1.nri".default_validator]`, `  enable = true`, `  required_plugins = ` + required(before),
+	} {
+		fmt.Fprintf(&b, "%s # %s\n", l, marker)
+	}
+	return b.Bytes()
+}
+
+// line is raw with a line's end.
+func line(raw []byte) []byte {
+	if len(raw) > 0 && raw[len(raw)-1] != '\n' {
+		return append(slices.Clone(raw), '\n')
+	}
+	return raw
+}
+
+// check has containerd's program read the configuration as it will be, and says what
+// is wrong with it. The changes are made.
+func (h *Host) check(ctx context.Context, r *requirement) error {
+	config := h.Config
+	if r.candidate != nil {
+		config = path.Join(path.Dir(h.Config), checkFile)
+		if err := os.WriteFile(h.Path(config), r.candidate, 0o600); err != nil {
+			return err
+		}
+		defer os.Remove(h.Path(config))
+	}
+	e, err := h.effective(ctx, config)
+	switch {
+	case err != nil:
+		return fmt.Errorf("containerd does not accept its new configuration: %w", err)
+	case !e.Knows:
+		return refuse("containerd 2.2 or later is needed", "this containerd cannot require a plugin")
+	case e.NRIDisabled:
+		return refuse("remove disable = true of the plugin io.containerd.nri.v1.nri", "another file switches NRI off after ours")
+	case e.ConnectionsDisabled:
+		return refuse("remove disable_connections = true of the plugin io.containerd.nri.v1.nri", "containerd takes no connections of plugins")
+	case !e.Requires(gate):
+		return refuse("look for a later file that sets default_validator: containerd --config "+h.Config+" config dump",
+			"containerd would not require the gate with its new configuration: another file overrides ours")
+	case r.pause != "" && e.Pause != r.pause:
+		return refuse("look for a later file that sets pinned_images", "containerd would use the pause image %s: another file overrides ours", e.Pause)
+	}
+	return nil
+}
+
+// open returns what takes everything out of containerd's configuration that install
+// put there, of whatever distribution, so that it does not depend on what is
+// recognised or answers. extra are directories of drop-ins that the table does not
+// have, and configs files.
+func (h *Host) open(extra, configs []string) ([]Change, error) {
+	var all []Change
+	var failed error
+	const why = "containerd does without the gate"
+	seen := map[string]bool{}
+	for _, l := range append(Layouts(), h.Layout) {
+		for _, dir := range append([]string{l.DropIns}, extra...) {
+			for _, name := range []string{dropIn, dropInPause} {
+				file := path.Join(dir, name)
+				if dir == "" || seen[file] {
+					continue
+				}
+				seen[file] = true
+				c, err := h.change(file, 0, nil, why)
+				all, failed = append(all, c...), errors.Join(failed, err)
+			}
+		}
+		for _, file := range append([]string{l.Config, l.Source}, configs...) {
+			if file == "" || seen[file] {
+				continue
+			}
+			seen[file] = true
+			raw, err := h.read(file)
+			if err != nil {
+				failed = errors.Join(failed, err)
+				continue
+			}
+			left := strip(raw)
+			if bytes.Equal(left, raw) {
+				continue
+			}
+			if len(left) == 0 {
+				left = nil
+			}
+			mode := os.FileMode(0o644)
+			if i, err := os.Stat(h.Path(file)); err == nil {
+				mode = i.Mode().Perm()
+			}
+			c, err := h.change(file, mode, left, why)
+			all, failed = append(all, c...), errors.Join(failed, err)
+		}
+	}
+	return all, failed
+}
+
+// audits is the line that is changed to enforce.
+var audits = regexp.MustCompile(`(?m)^(mode:[ \t]+["']?)audit(["']?[ \t]*(?:#.*)?\r?)$`)
+
+// enforced changes mode in a config.yaml, and nothing else of it.
+func (h *Host) enforced(file string) ([]Change, error) {
+	raw, err := h.read(file)
+	if err != nil {
+		return nil, err
+	}
+	if n := len(audits.FindAll(raw, 2)); n != 1 {
+		return nil, refuse("write mode: enforce into it", "%s: the line mode: audit is not there in a form that is changed here", file)
+	}
+	info, err := os.Stat(h.Path(file))
+	if err != nil {
+		return nil, err
+	}
+	return h.change(file, info.Mode().Perm(), audits.ReplaceAll(raw, []byte("${1}enforce${2}")), "the gate refuses what it only recorded until now")
+}

@@ -1,0 +1,257 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/syslog"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/distribution/reference"
+	"github.com/spf13/cobra"
+
+	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/host"
+	"github.com/tidewaiter/tidewaiter/nri/node"
+)
+
+// installSchema is of what install and uninstall print as JSON.
+const installSchema = "tidewaiter.dev/install/v1"
+
+type hostOptions struct {
+	host.Options
+	host.Gate
+	output                                string
+	enforce, force, print, restart, purge bool
+}
+
+func installCommand(stdout io.Writer) *cobra.Command {
+	var o hostOptions
+	cmd := &cobra.Command{
+		Use:   "install",
+		Short: "Install the gate on this host, to audit or to enforce",
+		Long: `Install copies this program to the host, makes it a service of systemd or OpenRC,
+and starts it. Where there is no configuration it writes one that audits. Nothing of
+containerd is touched. What an operator wrote is never overwritten; a newer program
+replaces an older one, which comes back when the new one does not come up.
+
+With --enforce, a second act, it refuses where a container that runs would be
+refused; otherwise it changes the line mode: audit, waits until the gate enforces,
+and has containerd refuse containers while the gate is away (a drop-in, checked by
+containerd's own program). That counts when containerd is restarted: by you, or with
+--restart, and then everything is taken back unless the gate is registered in time.
+
+Exit status: 0 done, or there was nothing to do; 1 it was refused or taken back; 2 it
+could not be done.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return onHost(cmd, stdout, o, (*host.Installation).Install)
+		},
+	}
+	hostFlags(cmd, &o)
+	cmd.Flags().BoolVar(&o.enforce, "enforce", false, "refuse containers, and have containerd require the gate")
+	cmd.Flags().BoolVar(&o.force, "force", false, "enforce though something that runs would be refused, or nobody can say")
+	cmd.Flags().BoolVar(&o.restart, "restart", false, "restart containerd, so that --enforce counts at once")
+	return cmd
+}
+
+// hostFlags adds the flags that install and uninstall have.
+func hostFlags(cmd *cobra.Command, o *hostOptions) {
+	configDir(cmd, &o.ConfigDir)
+	stateDir(cmd, &o.StateDir)
+	runDir(cmd, &o.RunDir)
+	outputFlag(cmd, &o.output)
+	f := cmd.Flags()
+	f.BoolVar(&o.print, "print", false, "say what would be done, every file and byte, and do nothing")
+	f.StringVar(&o.Program, "program", host.GateBinary, "`FILE` that the program is installed as")
+	f.StringVar(&o.Root, "root", "/", "`DIR` where the host is mounted; its programs are run with it as their root")
+	f.StringVar(&o.Runtime, "runtime", "", "`NAME` of what runs pods here: k3s, rke2, microk8s, containerd (as with kubeadm)")
+	f.StringVar(&o.Config, "containerd-config", "", "`FILE` that containerd is started with")
+	f.StringVar(&o.Binary, "containerd-binary", "", "containerd's program `FILE`")
+	f.StringVar(&o.Socket, "containerd-socket", "", "containerd's `SOCKET`")
+	f.StringVar(&o.NRI, "nri-socket", "", "containerd's NRI `SOCKET`")
+	f.StringVar(&o.Service, "service", "", "`KIND` of services here: systemd, openrc or none")
+	f.StringVar(&o.Restart, "restart-command", "", "`COMMAND` that restarts containerd, split at spaces")
+	f.StringVar(&o.Options.Gate, "gate-command", "", "`COMMAND` that restarts the gate, split at spaces")
+}
+
+// onHost does what is to be done, and prints how it went.
+func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*host.Installation, context.Context) (host.Result, error)) error {
+	if err := checkOutput(o.output); err != nil {
+		return err
+	}
+	ctx := cmd.Context()
+	h, err := host.Detect(o.Options)
+	if err != nil {
+		return explained(err)
+	}
+	self, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		return unknown(err, "")
+	}
+	r := &hostReport{out: stdout, json: o.output == "json", Schema: installSchema, Runtime: h.Name, Steps: []hostStep{}}
+	i := &host.Installation{
+		Host: h, Gate: o.Gate, Self: self,
+		Enforce: o.enforce, Force: o.force, Print: o.print, Restart: o.restart, Purge: o.purge,
+		Ask:   func(ctx context.Context) (*control.Status, error) { return control.Ask(ctx, h.Path(o.RunDir)) },
+		Load:  func() (string, error) { return modeOf(h.Path(o.ConfigDir)) },
+		Pause: byDigest,
+		Say:   r.say,
+		Log:   toSyslog,
+		Now:   time.Now,
+		Sleep: func(ctx context.Context, d time.Duration) {
+			select {
+			case <-ctx.Done():
+			case <-time.After(d):
+			}
+		},
+	}
+	result, err := do(i, ctx)
+	if err == nil && result == host.Enforces {
+		// The proof, where this build has it.
+		if c, _, e := cmd.Root().Find([]string{"selftest"}); e == nil && c.Name() == "selftest" {
+			said, e := h.Run(ctx, o.Program, "selftest", "--run-dir", o.RunDir)
+			if r.say("did", "tidewaiter selftest: %s", strings.TrimSpace(said)); e != nil {
+				err = &host.Hint{Err: fmt.Errorf("the gate is installed and registered, and its test failed: %w", e), Next: "tidewaiter selftest; tidewaiter doctor", No: true}
+			}
+		}
+	}
+	refused := (*host.Hint)(nil)
+	if errors.As(err, &refused) && refused.No {
+		r.end("refused", err.Error(), refused.Next)
+		return &failure{status: exitNo}
+	}
+	if err != nil {
+		return explained(err)
+	}
+	r.end(string(result), "", "")
+	return nil
+}
+
+func explained(err error) error {
+	next := ""
+	if h := (*host.Hint)(nil); errors.As(err, &h) {
+		next = h.Next
+	}
+	return unknown(err, next)
+}
+
+// modeOf is the mode that a gate with this configuration directory would be in.
+func modeOf(dir string) (string, error) {
+	c, err := config.Load(dir)
+	if err != nil {
+		return "", err
+	}
+	return c.Mode.String(), nil
+}
+
+// byDigest is the name with its digest that an image has on the node besides name.
+// Under another the runtime would have to pull it.
+func byDigest(ctx context.Context, socket, name string) (string, error) {
+	named, err := reference.ParseDockerRef(name)
+	if err != nil {
+		return "", err
+	}
+	records, err := node.Dial(socket)
+	if err != nil {
+		return "", err
+	}
+	defer records.Close()
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	d, err := records.Image(ctx, named.String())
+	if err != nil {
+		return "", err
+	}
+	pinned := reference.TrimNamed(named).String() + "@" + d.Digest.String()
+	if _, err := records.Image(ctx, pinned); err != nil {
+		return "", fmt.Errorf("it is not on the node as %s (ctr -n k8s.io images tag %s %s): %w", pinned, named, pinned, err)
+	}
+	return pinned, nil
+}
+
+// toSyslog leaves a line where the node keeps its log: it must be seen later that
+// somebody opened the node.
+func toSyslog(message string) {
+	w, err := syslog.New(syslog.LOG_DAEMON|syslog.LOG_WARNING, "tidewaiter")
+	if err != nil {
+		return // no log of the host in a container
+	}
+	defer w.Close()
+	_ = w.Warning(fmt.Sprintf("%s (uid %d)", message, os.Getuid()))
+}
+
+// A hostReport is what install and uninstall print: lines as they come, or one
+// document at the end.
+type hostReport struct {
+	out  io.Writer
+	json bool
+
+	Schema  string     `json:"schema"`
+	Runtime string     `json:"runtime"`
+	Result  string     `json:"result"`
+	Error   string     `json:"error,omitempty"`
+	Next    []string   `json:"next"`
+	Steps   []hostStep `json:"steps"`
+}
+
+type hostStep struct {
+	Kind string `json:"kind"` // did, would, warn
+	Text string `json:"text"`
+}
+
+func (r *hostReport) say(kind, format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	if kind == "next" {
+		r.Next = append(r.Next, text)
+		return
+	}
+	r.Steps = append(r.Steps, hostStep{kind, text})
+	if r.json {
+		return
+	}
+	switch kind {
+	case "warn":
+		fmt.Fprintln(r.out, "warning: "+text)
+	case "would":
+		fmt.Fprint(r.out, "would "+text)
+	default:
+		fmt.Fprintln(r.out, text)
+	}
+}
+
+// endings are the last lines.
+var endings = map[string]string{
+	"printed":   "nothing was changed",
+	"nothing":   "nothing to do",
+	"installed": "installed",
+	"enforces":  "installed: the gate enforces, and containerd refuses containers while it is away",
+	"opened":    "containerd's configuration does not require the gate any more",
+	"removed":   "removed",
+	"refused":   "refused",
+}
+
+func (r *hostReport) end(result, problem, next string) {
+	r.Result, r.Error = result, problem
+	if next != "" {
+		r.Next = append(r.Next, next)
+	}
+	if r.json {
+		r.Next = append([]string{}, r.Next...)
+		_ = json.NewEncoder(r.out).Encode(r)
+		return
+	}
+	last := endings[result]
+	if problem != "" {
+		last += ": " + problem
+	}
+	fmt.Fprintln(r.out, last)
+	for _, n := range r.Next {
+		fmt.Fprintln(r.out, "next: "+n)
+	}
+}
