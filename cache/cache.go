@@ -399,6 +399,15 @@ func (c *Cache) Stats() Stats {
 	return s
 }
 
+// Forget forgets denials: signatures that were not there may be there now. What is
+// being verified meanwhile answers as it will.
+func (c *Cache) Forget() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.denied.Purge()
+	c.vain.Purge()
+}
+
 // Close retires c: it ends what is under way and waits for it, as long as the
 // Judge behind takes to notice. It may be called more than once and returns nil.
 // Neither that Judge nor Observe may call it.

@@ -227,6 +227,30 @@ func TestDenialIsKept(t *testing.T) {
 	}
 }
 
+// TestForget: denials are made anew, and answers that allow stay.
+func TestForget(t *testing.T) {
+	cl := newClock()
+	deny := no(verify.SignatureMissing)
+	j := &judge{f: func(ctx context.Context, q verify.Question) verify.Decision {
+		if q.Key() == ask("good").Key() {
+			return allow(q, cl.now(), start.Add(time.Hour))
+		}
+		return deny.f(ctx, q)
+	}}
+	c := open(t, j, Options{Now: cl.now})
+	for range 2 {
+		expect(t, c.Judge(bg, ask("good")), verify.Verified)
+		expect(t, c.Judge(bg, ask("bad")), verify.SignatureMissing)
+	}
+	called(t, j, 2)
+	c.Forget()
+	for range 2 {
+		expect(t, c.Judge(bg, ask("good")), verify.Verified)
+		expect(t, c.Judge(bg, ask("bad")), verify.SignatureMissing)
+	}
+	called(t, j, 3)
+}
+
 // TestClockGoesBack: what was kept under a later clock does not last for as long
 // again.
 func TestClockGoesBack(t *testing.T) {

@@ -100,7 +100,12 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	session := &nri.Session{Gate: gate, Socket: o.nri, Log: log, Audit: d.audits}
 	survey := &node.Survey{Resolver: d.resolver, Node: records, Verifier: &d.enforcer, Log: log}
 	if o.stateDir != "" {
-		d.store = store.New(o.stateDir, store.Options{Log: log, Now: time.Now, Image: records.Blob})
+		d.store = store.New(o.stateDir, store.Options{Log: log, Now: time.Now, Image: records.Blob, Changed: func() {
+			if c := d.stands().cache; c != nil {
+				c.Forget()
+			}
+			survey.Again()
+		}})
 		survey.Listed = d.store.Retain
 		d.refresher = node.NewRefresher(d.resolver, log, d.uptime, rand.Uint64())
 		survey.Refresher = d.refresher

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -40,11 +41,12 @@ type Survey struct {
 	// connection or under a new configuration. It must not block; nil is allowed.
 	Looked func()
 
-	// Listed is called with the digests of the manifests and indexes of all images of
-	// the node, each time that the list is looked at and is whole. It must not block,
+	// Listed is called with the digests of the manifests, indexes and configs of all
+	// images of the node, each time that the list is looked at and is whole. It must not block,
 	// and the map is its own; nil is allowed.
 	Listed func(map[digest.Digest]bool)
 
+	again atomic.Bool      // images that were denied are to be asked about again
 	items map[string]*item // by record name
 	turn  int              // numbers the looks
 	conns uint64           // Resolver.connections when Looked was last called
@@ -71,6 +73,7 @@ type item struct {
 	asked  bool      // there is nothing to be done before due
 	due    time.Time // when to ask again; zero: only under another configuration
 	tries  int       // answers in a row that settled nothing
+	no     bool      // the last answer was one
 }
 
 // In which order images are verified.
@@ -140,6 +143,13 @@ func (s *Survey) Run(ctx context.Context) error {
 	}
 }
 
+// Again has images that were denied verified again: there are signatures that were
+// not there before. It may be called at any time.
+func (s *Survey) Again() {
+	s.again.Store(true)
+	s.Resolver.look()
+}
+
 // watch has images that come looked at.
 func (s *Survey) watch(ctx context.Context) {
 	for wait := watchFirst; ; wait = min(2*wait, watchLast) {
@@ -190,7 +200,7 @@ func (s *Survey) look(ctx context.Context) bool {
 		for _, record := range records {
 			live[record.Target.Digest] = true
 			if l, known := r.leads.Peek(plain(record.Target)); known && l.fault == nil {
-				live[l.manifest.Digest] = true
+				live[l.manifest.Digest], live[l.config] = true, true
 			}
 		}
 		s.Listed(live)
@@ -201,13 +211,14 @@ func (s *Survey) look(ctx context.Context) bool {
 		used = s.used(ctx, o)
 	}
 	s.turn++
+	again := s.again.Swap(false)
 	for _, record := range records {
 		s.update(o, record, used)
 	}
 	for name, i := range s.items {
 		if i.turn != s.turn {
 			delete(s.items, name)
-		} else if o.Epoch != s.epoch {
+		} else if o.Epoch != s.epoch || again && i.no {
 			i.asked, i.tries = false, 0
 		}
 	}
@@ -312,12 +323,12 @@ func (s *Survey) ask(ctx context.Context, i *item) {
 	if reason == verify.AuditOnly {
 		reason = d.Would
 	}
-	i.asked, i.due = true, time.Time{}
+	i.asked, i.due, i.no = true, time.Time{}, reason != verify.Verified && reason != verify.AllowedByDigest
 	switch {
 	case d.Epoch != epoch:
 		// A configuration is being put in force.
 		i.due = now.Add(surveyEvery)
-	case again(reason):
+	case passing(reason):
 		wait := min(retryFirst<<min(i.tries, 10), retryLast)
 		i.due = now.Add(wait*3/4 + rand.N(wait/2))
 		i.tries++
@@ -336,9 +347,9 @@ func (s *Survey) verify(ctx context.Context, i *item) (verify.Decision, verify.E
 	return s.Verifier.Verify(ctx, img), img.Epoch
 }
 
-// again reports whether an answer with that reason may be different later although
+// passing reports whether an answer with that reason may be different later although
 // neither the image nor the configuration is.
-func again(r verify.Reason) bool {
+func passing(r verify.Reason) bool {
 	switch r {
 	case verify.PolicyInvalid, verify.BudgetExceeded:
 		return false // what they need is another configuration

@@ -324,6 +324,33 @@ func TestSurveyRetries(t *testing.T) {
 	})
 }
 
+// With new signatures on the node, what was denied is asked again, and nothing else.
+func TestSurveyAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := survey(t)
+		s.image("denied")
+		good := s.image("good")
+		s.asks.answer = func(img verify.Image) verify.Decision {
+			if img.Target.Digest == good.manifest.Digest {
+				return verify.Decision{Reason: verify.Verified}
+			}
+			return verify.Deny(verify.SignatureMissing, "scripted")
+		}
+		s.start()
+		defer s.end()
+		s.want("at first", "denied", "good")
+		s.Resolver.look()
+		s.settle()
+		s.want("for nothing")
+		s.Again()
+		s.settle()
+		s.want("with new signatures", "denied")
+		s.Resolver.look()
+		s.settle()
+		s.want("for nothing after that")
+	})
+}
+
 // An epoch that the Verifier does not have yet is a moment's matter.
 func TestSurveyWhileConfigured(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -498,14 +525,14 @@ func TestSurveyListed(t *testing.T) {
 		}
 		failing.err.Store(false)
 		s.settle()
-		if len(told) == 0 || len(told[0]) != 1 || !told[0][a.manifest.Digest] {
+		if len(told) == 0 || len(told[0]) != 2 || !told[0][a.manifest.Digest] || !told[0][a.config.Digest] {
 			t.Fatalf("told %v, want %s", told, a.manifest.Digest)
 		}
 		b := s.image("b")
 		s.Resolver.look()
 		s.settle()
 		last := told[len(told)-1]
-		if len(last) != 2 || !last[a.manifest.Digest] || !last[b.manifest.Digest] {
+		if len(last) != 4 || !last[a.manifest.Digest] || !last[b.manifest.Digest] {
 			t.Errorf("told %v at last", last)
 		}
 	})

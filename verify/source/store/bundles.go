@@ -101,6 +101,23 @@ func (s *Store) bundled(of relation, d digest.Digest) (list []document, err erro
 	return list, err
 }
 
+// inBundle reads a manifest or index of a bundle.
+func (s *Store) inBundle(ctx context.Context, d digest.Digest) ([]byte, error) {
+	s.mu.Lock()
+	var at *place
+	var x ocispec.Descriptor
+	for _, b := range s.bundles {
+		if have := b.catalog.blobs[d]; have != nil && b.place != nil && at == nil {
+			at, x = b.place, have.descriptor()
+		}
+	}
+	s.mu.Unlock()
+	if at == nil {
+		return nil, fs.ErrNotExist
+	}
+	return at.read(ctx, x, func(int64) error { return nil })
+}
+
 // watch looks at the bundles when they change, and now and then, until ctx ends.
 func (s *Store) watch(ctx context.Context) {
 	dir := filepath.Join(s.dir, bundlesName)

@@ -1,5 +1,7 @@
 package store
 
+import ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
 // Read is closed when the directory was read.
 func (s *Store) Read() <-chan struct{} { return s.read }
 
@@ -13,9 +15,40 @@ func (s *Store) Waiting() int {
 	return len(s.waiting)
 }
 
+// Retained reports whether the last listing was looked at.
+func (s *Store) Retained() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.news
+}
+
 // Most sets how many files there may be.
 func (s *Store) Most(files int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.most = files
+}
+
+// Hang has reads hang that come after it, of the bundle with that name or, without
+// one, of the store itself, until free is called.
+func (s *Store) Hang(bundle string) (free func(), hung func() int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.place
+	for _, b := range s.bundles {
+		if b.name == bundle {
+			p = b.place
+		}
+	}
+	end := make(chan struct{})
+	read := p.blob
+	p.blob = func(d ocispec.Descriptor) ([]byte, error) {
+		<-end
+		return read(d)
+	}
+	return func() { close(end) }, func() int {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.users
+	}
 }

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -165,6 +166,13 @@ func (s *site) read(_ context.Context, d ocispec.Descriptor) ([]byte, error) {
 		return nil, fs.ErrNotExist
 	}
 	return raw, nil
+}
+
+// empties has a listing without any of the images, and an hour pass.
+func (r *run) empties(c *clock) {
+	r.Retain(map[digest.Digest]bool{digest.FromString("another image"): true})
+	r.eventually("the listing was looked at", r.Retained)
+	c.pass(time.Hour)
 }
 
 // keep has evidence kept of an image whose target was signed.
@@ -693,7 +701,7 @@ func TestSize(t *testing.T) {
 		all, evs = append(all, d), append(evs, ev)
 		r.keep(d, d, ev)
 		r.settled()
-		clock.pass(time.Minute)
+		r.empties(clock)
 		if _, n := r.Signatures(); n > size {
 			t.Errorf("%d bytes", n)
 		}
@@ -747,7 +755,7 @@ func TestFiles(t *testing.T) {
 		all = append(all, d)
 		r.keep(d, d, ev)
 		r.settled()
-		clock.pass(time.Minute)
+		r.empties(clock)
 		r.has(d, ev)
 	}
 	n := 0
@@ -760,6 +768,186 @@ func TestFiles(t *testing.T) {
 		t.Errorf("%d files", n)
 	}
 	r.has(all[0])
+}
+
+// Before the first listing of the images nobody knows what may go to make room.
+func TestFullAtStart(t *testing.T) {
+	t.Parallel()
+	clock := newClock()
+	var c site
+	dir := t.TempDir()
+	r := start(t, dir, store.Options{Now: clock.now, Size: 8 << 10})
+	image := func(name string) (ocispec.Descriptor, verify.Evidence) {
+		d := c.Image(name)
+		return d, c.evidence(d, strings.Repeat(name[:1], 3000))
+	}
+	one, first := image("1")
+	two, second := image("2")
+	r.keep(one, one, first)
+	r.keep(two, two, second)
+	r.settled()
+	r.stop()
+
+	clock.pass(365 * 24 * time.Hour) // off
+	r = start(t, dir, store.Options{Now: clock.now, Size: 8 << 10})
+	three, third := image("3")
+	r.keep(three, three, third)
+	r.eventually("it says so", func() bool { return strings.Contains(r.Trouble(), "full") })
+	r.has(one, first)
+	r.has(two, second)
+	r.has(three)
+	r.Retain(map[digest.Digest]bool{one.Digest: true, three.Digest: true})
+	r.settled()
+	r.has(one, first)
+	r.has(two)
+	r.has(three, third)
+	r.eventually("that is over", func() bool { return r.Trouble() == "" })
+}
+
+// A listing that lacks images for a moment makes no room of them.
+func TestRoomAfterAnHour(t *testing.T) {
+	t.Parallel()
+	clock := newClock()
+	var c site
+	r := start(t, t.TempDir(), store.Options{Now: clock.now, Size: 5 << 10})
+	one := c.Image("one")
+	first := c.evidence(one, strings.Repeat("1", 3000))
+	two := c.Image("two")
+	second := c.evidence(two, strings.Repeat("2", 3000))
+	r.keep(one, one, first)
+	r.settled()
+	live := map[digest.Digest]bool{one.Digest: true}
+	other := map[digest.Digest]bool{two.Digest: true}
+	listed := func(m map[digest.Digest]bool) {
+		r.Retain(m)
+		r.eventually("the listing was looked at", r.Retained)
+	}
+	listed(live)
+	listed(other)
+	clock.pass(59 * time.Minute)
+	r.keep(two, two, second)
+	r.settled()
+	r.has(one, first)
+	r.has(two)
+	listed(live)
+	clock.pass(59 * time.Minute)
+	listed(other)
+	clock.pass(2 * time.Minute)
+	r.keep(two, two, second)
+	r.settled()
+	r.has(one, first)
+	clock.pass(time.Hour)
+	r.keep(two, two, second)
+	r.settled()
+	r.has(one)
+	r.has(two, second)
+}
+
+// What a signature lacks of its image, since the runtime was away, comes later.
+func TestCompleted(t *testing.T) {
+	t.Parallel()
+	clock := newClock()
+	var c site
+	arm, amd := c.Image("arm"), c.Image("amd")
+	index := c.index(arm, amd)
+	ev := c.evidence(index, "index")
+	bare, second := c.image("bare")
+	var up atomic.Bool
+	asked := atomic.Int32{}
+	dir := t.TempDir()
+	o := store.Options{Now: clock.now, Image: func(ctx context.Context, d ocispec.Descriptor) ([]byte, error) {
+		asked.Add(1)
+		if !up.Load() || d.Digest == arm.Digest { // which is not on the node
+			return nil, errors.New("away")
+		}
+		return c.read(ctx, d)
+	}}
+	r := start(t, dir, o)
+	r.keep(index, amd, ev)
+	r.keep(bare, bare, second)
+	r.settled()
+	if got := r.parents(amd.Digest); len(got) != 0 {
+		t.Fatalf("parents %v", got)
+	}
+	live := map[digest.Digest]bool{index.Digest: true, amd.Digest: true, bare.Digest: true}
+	listed := func() {
+		r.Retain(live)
+		mark, ev := c.image(fmt.Sprint("mark ", clock.now()))
+		r.keep(mark, mark, ev) // what is written after it says that it was looked at
+		r.settled()
+	}
+	listed()
+	up.Store(true)
+	listed() // too soon
+	if got := r.parents(amd.Digest); len(got) != 0 {
+		t.Fatalf("parents %v", got)
+	}
+	clock.pass(10 * time.Minute)
+	listed()
+	for range 2 {
+		if got := r.parents(amd.Digest); !slices.Equal(got, []digest.Digest{index.Digest}) {
+			t.Errorf("parents of the manifest %v", got)
+		}
+		if got := r.parents(c.configIn(amd)); !slices.Equal(got, []digest.Digest{amd.Digest}) {
+			t.Errorf("parents of its config %v", got)
+		}
+		if got := r.parents(c.configIn(bare)); !slices.Equal(got, []digest.Digest{bare.Digest}) {
+			t.Errorf("parents of the other config %v", got)
+		}
+		r.has(index, ev)
+		r.stop()
+		r = start(t, dir, o)
+	}
+	n := asked.Load()
+	clock.pass(time.Hour)
+	r.Retain(live)
+	r.eventually("the listing was looked at", r.Retained)
+	r.stop()
+	if asked.Load() != n {
+		t.Error("what is whole is asked for again")
+	}
+}
+
+// A document of a signature that a mirror had may lie in a bundle alone.
+func TestCompletedFromBundle(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	var c, bundle site
+	m := bundle.Image("app")
+	c.Content = sourcetest.Content{Blobs: maps.Clone(bundle.Blobs)}
+	put(t, dir, "a", bundle)
+	ev := c.evidence(m, "envelope")
+	r := start(t, dir, store.Options{})
+	r.keep(m, m, ev)
+	r.settled()
+	if err := os.RemoveAll(filepath.Join(bundles(dir), "a")); err != nil {
+		t.Fatal(err)
+	}
+	r.Look()
+	r.eventually("the bundle is gone", func() bool { return len(r.troubles()) == 0 })
+	if got := r.parents(c.configIn(m)); !slices.Equal(got, []digest.Digest{m.Digest}) {
+		t.Errorf("parents of the config %v", got)
+	}
+	r.has(m, ev)
+}
+
+// An image that was imported has the config of what was signed, and no more.
+func TestRetainConfig(t *testing.T) {
+	t.Parallel()
+	clock := newClock()
+	var c site
+	arm := c.Image("arm")
+	index := c.index(arm)
+	ev := c.evidence(index, "index")
+	r := start(t, t.TempDir(), store.Options{Now: clock.now, Image: c.read})
+	r.keep(index, arm, ev)
+	r.settled()
+	for range 100 {
+		r.Retain(map[digest.Digest]bool{c.configIn(arm): true, digest.FromString("imported"): true})
+		r.eventually("the listing was looked at", r.Retained)
+		clock.pass(24 * time.Hour)
+	}
+	r.has(index, ev)
 }
 
 // Indexes that list a great many manifests do not fill the memory.
@@ -801,7 +989,7 @@ func TestRoomShared(t *testing.T) {
 	r := start(t, t.TempDir(), store.Options{Now: clock.now, Image: c.read, Size: 8 << 10})
 	r.keep(index, arm, c.evidence(index, strings.Repeat("a", 4000))) // has expired, say
 	r.settled()
-	clock.pass(time.Minute)
+	r.empties(clock)
 	renewed := c.evidence(index, strings.Repeat("b", 4000))
 	r.keep(index, arm, renewed)
 	r.settled()
@@ -841,6 +1029,7 @@ func TestPartial(t *testing.T) {
 	}
 	r = start(t, dir, store.Options{Now: clock.now, Size: size})
 	r.has(hidden)
+	r.empties(clock)
 	big := c.Image("big")
 	three := c.evidence(big, strings.Repeat("z", 11<<10))
 	r.keep(big, big, three)

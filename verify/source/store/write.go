@@ -29,12 +29,14 @@ const (
 	imageWait  = 5 * time.Second  // longest that reading one document of an image may take
 	freshEvery = 24 * time.Hour   // how often the time of a signature is written
 	goneFor    = 24 * time.Hour   // longest that listings must not have had an image before its evidence goes
+	roomAfter  = time.Hour        // the same, where it goes to make room
+	wholeEvery = 10 * time.Minute // between tries to get a document that a signature lacks
 )
 
 // lockName is the file beside the store of which the process that writes holds the lock.
 const lockName = "store.lock"
 
-var errFull = errors.New("it is full of signatures of images that are on the node")
+var errFull = errors.New("it is full of signatures of images that are on the node, or were an hour ago")
 
 // A writer is what Run holds.
 type writer struct {
@@ -42,12 +44,13 @@ type writer struct {
 	state   *os.Root
 	dir     *layout.Dir
 	lock    *os.File
-	loaded  bool            // the directory was read
-	partial bool            // but not all of it
-	full    bool            // there was no room for what came last
-	dirty   bool            // index.json may not say what there is
-	serial  int             // numbers unfinished files
-	moved   map[string]bool // directories in which names have changed that may not last yet
+	loaded  bool                        // the directory was read
+	partial bool                        // but not all of it
+	full    bool                        // there was no room for what came last
+	dirty   bool                        // index.json may not say what there is
+	serial  int                         // numbers unfinished files
+	moved   map[string]bool             // directories in which names have changed that may not last yet
+	lacking map[digest.Digest]time.Time // signatures without a document of their image, and when that is tried again
 }
 
 // Run reads the directory and the bundles, looks at those when they change, and
@@ -65,7 +68,7 @@ func (s *Store) Run(ctx context.Context) error {
 		case <-time.After(imageWait): // a medium that hangs does not keep the program from its end
 		}
 	}()
-	w := &writer{Store: s, moved: map[string]bool{}}
+	w := &writer{Store: s, moved: map[string]bool{}, lacking: map[digest.Digest]time.Time{}}
 	defer w.close()
 	w.try(ctx)
 	close(s.read)
@@ -186,7 +189,7 @@ func (w *writer) work(ctx context.Context) bool {
 	w.mend()
 	trouble := ""
 	for {
-		w.retain()
+		w.retain(ctx)
 		w.mu.Lock()
 		if n := w.dropped; n > 0 {
 			w.dropped = 0
@@ -206,6 +209,10 @@ func (w *writer) work(ctx context.Context) bool {
 		w.full = errors.Is(err, errFull)
 		if err != nil {
 			trouble = err.Error()
+			if w.full && !w.listed() {
+				w.say(trouble) // what may go to make room nobody knows yet
+				return true
+			}
 			if !errors.Is(err, errFull) && !errors.Is(err, errUnfit) {
 				w.say(trouble)
 				if errors.Is(err, fs.ErrNotExist) {
@@ -218,6 +225,12 @@ func (w *writer) work(ctx context.Context) bool {
 		w.waiting, w.size = slices.Delete(w.waiting, 0, 1), w.size-int64(len(e.found.Document)+len(e.found.Blob))
 		w.mu.Unlock()
 	}
+}
+
+func (w *writer) listed() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.live != nil
 }
 
 var errUnfit = errors.New("the evidence is not what it seemed to be")
@@ -251,8 +264,14 @@ func (w *writer) write(ctx context.Context, e evidence) error {
 	if !ok {
 		return errFull
 	}
+	return w.lay(list)
+}
+
+// lay writes files. The last, without which the others are nothing, comes when those
+// last.
+func (w *writer) lay(list []file) error {
 	for i, f := range list {
-		if i == len(list)-1 { // the manifest, which the rest is nothing without, comes last
+		if i == len(list)-1 {
 			if err := w.sync(); err != nil {
 				return err
 			}
@@ -282,14 +301,20 @@ func configOf(raw []byte) ocispec.Descriptor {
 	return m.Config
 }
 
-// document reads a manifest or index of the node's.
+// document reads a manifest or index, of the node's or out of a bundle.
 func (w *writer) document(ctx context.Context, d ocispec.Descriptor) (f file, ok bool) {
-	if w.o.Image == nil || d.Digest == "" || d.Digest.Validate() != nil || d.Size > maxDocument {
+	if d.Digest.Validate() != nil || d.Size > maxDocument {
 		return f, false
 	}
 	ctx, cancel := context.WithTimeout(ctx, imageWait)
 	defer cancel()
-	raw, err := w.o.Image(ctx, d)
+	raw, err := []byte(nil), fs.ErrNotExist
+	if w.o.Image != nil {
+		raw, err = w.o.Image(ctx, d)
+	}
+	if err != nil {
+		raw, err = w.inBundle(ctx, d.Digest)
+	}
 	if err != nil || d.Digest.Algorithm().FromBytes(raw) != d.Digest {
 		return f, false
 	}
@@ -408,8 +433,9 @@ func (w *writer) index() {
 }
 
 // room makes room for those of list that are not there yet, and returns them. What is
-// on the node does not have to go. What goes may take with it what list was to share.
+// on the node, or may be, does not have to go. What goes may take with it what list was to share.
 func (w *writer) room(list []file) (missing []file, ok bool) {
+	now := w.o.Now()
 	for {
 		missing = nil
 		var need int64
@@ -423,7 +449,7 @@ func (w *writer) room(list []file) (missing []file, ok bool) {
 		var oldest *blob
 		for _, list := range w.signed {
 			for _, b := range list {
-				if !fits && !w.alive(b) && (oldest == nil || b.seen.Before(oldest.seen)) {
+				if !fits && w.departed(b, now) && (oldest == nil || b.seen.Before(oldest.seen)) {
 					oldest = b
 				}
 			}
@@ -439,14 +465,23 @@ func (w *writer) room(list []file) (missing []file, ok bool) {
 	}
 }
 
-// alive reports whether the last listing had an image that b is a signature for.
-// The lock must be held.
-func (s *Store) alive(b *blob) bool {
-	if s.live[b.subject] {
+// alive reports whether the last listing had an image that b is a signature for: its
+// subject, or what that leads to, down to the config. The lock must be held.
+func (s *Store) alive(b *blob) bool { return s.leads(b.subject, 2) }
+
+func (s *Store) leads(to digest.Digest, depth int) bool {
+	if s.live[to] {
 		return true
 	}
-	index := s.blobs[b.subject]
-	return index != nil && slices.ContainsFunc(index.names, func(d digest.Digest) bool { return s.live[d] })
+	x := s.blobs[to]
+	return x != nil && depth > 0 && slices.ContainsFunc(x.names, func(d digest.Digest) bool { return s.leads(d, depth-1) })
+}
+
+// departed reports whether the image of b is not on the node: no listing has had it
+// for an hour, or this process's have not and for days it was not seen before. The
+// lock must be held.
+func (s *Store) departed(b *blob, now time.Time) bool {
+	return !b.gone.IsZero() && !s.alive(b) && (now.Sub(b.gone) >= roomAfter || now.Round(0).Sub(b.seen) > 2*freshEvery)
 }
 
 // remove removes a file, and what is known of it.
@@ -540,8 +575,58 @@ func (w *writer) mend() {
 	}
 }
 
+// lacks reports whether a document that leads from the signature b to what is on the
+// node is not in the store. The lock must be held.
+func (w *writer) lacks(b *blob) bool {
+	x := w.blobs[b.subject]
+	if x == nil {
+		return true
+	}
+	for _, d := range x.names {
+		if w.live[d] && w.blobs[d] == nil && kindOf(x.mediaType) == isIndex {
+			return true
+		}
+	}
+	return false
+}
+
+// complete gets what the signature b lacks: the runtime was away when it was kept, or
+// the image's manifest came later.
+func (w *writer) complete(ctx context.Context, b *blob) bool {
+	raw, err := w.dir.Blob(b.descriptor(), func(int64) error { return nil })
+	var m ocispec.Manifest
+	if err != nil || verify.Bounded(raw) != nil || json.Unmarshal(raw, &m) != nil || m.Subject == nil {
+		return false // it has its turn when it is asked for
+	}
+	f, ok := w.document(ctx, *m.Subject)
+	if !ok {
+		return false
+	}
+	list := []file{f}
+	if kindOf(f.mediaType) == isIndex {
+		entries, _ := layout.EntriesOf(f.raw)
+		for _, d := range entries {
+			w.mu.Lock()
+			here := w.live[d.Digest]
+			w.mu.Unlock()
+			if !here {
+				continue
+			}
+			g, got := w.document(ctx, d)
+			if ok = ok && got; got {
+				list = append(list, g)
+			}
+		}
+	}
+	missing, room := w.room(list)
+	if !room {
+		return false
+	}
+	return w.lay(missing) == nil && ok
+}
+
 // retain looks at a listing of the node's images.
-func (w *writer) retain() {
+func (w *writer) retain(ctx context.Context) {
 	now := w.o.Now()
 	w.mu.Lock()
 	if !w.news {
@@ -549,12 +634,15 @@ func (w *writer) retain() {
 		return
 	}
 	w.news = false
-	var fresh, over []*blob
+	var fresh, over, lacks []*blob
 	for _, list := range w.signed {
 		for _, b := range list {
 			switch {
 			case w.alive(b):
 				b.gone = time.Time{}
+				if w.lacks(b) && !now.Before(w.lacking[b.digest]) {
+					lacks = append(lacks, b)
+				}
 				if now.Round(0).Sub(b.seen) > min(freshEvery, w.keep/4) {
 					fresh = append(fresh, b)
 				}
@@ -573,8 +661,16 @@ func (w *writer) retain() {
 			w.mu.Unlock()
 		}
 	}
+	for _, b := range lacks {
+		if w.complete(ctx, b) {
+			delete(w.lacking, b.digest)
+		} else {
+			w.lacking[b.digest] = now.Add(wholeEvery)
+		}
+	}
 	for _, b := range over {
 		_ = w.remove(b)
+		delete(w.lacking, b.digest)
 	}
 	if len(over) > 0 {
 		w.o.Log.Info("signatures of images that have left the node are removed from the store", "store", w.Name(), "signatures", len(over))
