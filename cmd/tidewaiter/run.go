@@ -40,6 +40,8 @@ type runOptions struct {
 	nri        string
 	node       string
 	logLevel   string
+
+	awaitConfig bool // without a configuration the gate does not register
 }
 
 func runCommand(stderr io.Writer) *cobra.Command {
@@ -72,6 +74,7 @@ how things stand through a socket in the run directory (tidewaiter status).`,
 	cmd.Flags().StringVar(&o.containerd, "containerd-socket", env("TIDEWAITER_CONTAINERD_SOCKET", "/run/containerd/containerd.sock"), "containerd's `SOCKET` (TIDEWAITER_CONTAINERD_SOCKET)")
 	cmd.Flags().StringVar(&o.nri, "nri-socket", env("TIDEWAITER_NRI_SOCKET", "/var/run/nri/nri.sock"), "containerd's NRI `SOCKET` (TIDEWAITER_NRI_SOCKET)")
 	cmd.Flags().StringVar(&o.node, "node", env("TIDEWAITER_NODE", host), "`NAME` of this node in messages (TIDEWAITER_NODE)")
+	cmd.Flags().BoolVar(&o.awaitConfig, "await-config", false, "do not register with containerd before there is a valid configuration, instead of denying everything until then; for nodes where nothing depends on the gate")
 	cmd.Flags().StringVar(&o.logLevel, "log-level", "info", "`LEVEL` of the log: debug, info, warn or error")
 	return cmd
 }
@@ -157,7 +160,7 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 		g.Go(func() error { return d.store.Run(after) })
 		g.Go(func() error { return d.refresher.Run(ctx) })
 	}
-	loaded := make(chan struct{}) // closed when the directory was read once
+	loaded := make(chan struct{}) // closed when the directory was read once, or with awaitConfig was valid once
 	var once sync.Once
 	manager := supervised()
 	g.Go(func() error {
@@ -178,7 +181,9 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 			if d.audits() != before {
 				session.Renew() // the hook in which the gate is asked is another
 			}
-			once.Do(func() { close(loaded) })
+			if err == nil || !o.awaitConfig {
+				once.Do(func() { close(loaded) })
+			}
 		})
 	})
 	g.Go(func() error {
@@ -245,6 +250,9 @@ func (d *daemon) apply(c *config.Config, err error) {
 		force := "the last good configuration stays in force"
 		if d.enforcer.Setup() == nil {
 			force = "no configuration is in force: every container is denied"
+			if d.options.awaitConfig {
+				force = "no configuration is in force: the gate does not register with the runtime"
+			}
 		}
 		d.reject(err)
 		d.log.Error("configuration rejected", "error", err.Error(), "consequence", force)

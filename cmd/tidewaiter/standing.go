@@ -64,7 +64,7 @@ func (d *daemon) status(n nri.State, stopping bool, troubles []string) control.S
 	s := control.Status{
 		Warnings: append([]string{}, troubles...),
 		Node:     d.options.node, Version: b.Version, Commit: b.Commit, PID: os.Getpid(), Started: d.started.UTC(),
-		Configuration: control.Configuration{Dir: d.options.configDir, Warnings: []string{}, Rejected: at.rejected},
+		Configuration: control.Configuration{Dir: d.options.configDir, Warnings: []string{}, Rejected: at.rejected, Awaited: d.options.awaitConfig},
 		Runtime: control.Runtime{
 			Registered: n.Registered, Since: known(n.Since), Name: n.Runtime, Version: n.Version, Hooks: append([]string{}, n.Hooks...),
 			Registrations: n.Registrations, Error: n.Error, ErrorAt: known(n.ErrorAt),
@@ -134,7 +134,10 @@ func running(found sweep.Status) control.Running {
 // metrics writes the metrics.
 func (d *daemon) metrics(w io.Writer, n nri.State, stopping bool) error {
 	s, at := d.status(n, stopping, nil), d.stands()
-	m := metrics.State{Ready: s.Ready, Version: s.Version, Mode: s.Mode, Epoch: s.Configuration.Epoch, Session: n}
+	m := metrics.State{Ready: s.Ready, Version: s.Version, Mode: s.Mode, Epoch: s.Configuration.Epoch, Session: n, Codes: control.Codes}
+	for _, p := range s.Problems {
+		m.Found = append(m.Found, p.Code)
+	}
 	m.Invalid = at.rejected != nil && at.rejected.Current
 	if at.cache != nil {
 		m.Cache = new(at.cache.Stats())

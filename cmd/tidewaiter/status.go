@@ -17,12 +17,14 @@ import (
 
 func statusCommand(stdout io.Writer) *cobra.Command {
 	var dir, output string
+	var ready bool
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Say how the gate on this node is",
 		Long: `Status asks the gate that runs on this node, through the socket in its run
 directory, and reads nothing else. Exit status 0: it is healthy; 1: what is wrong
-is said, with what to do next; 2: no gate answers.`,
+is said, with what to do next; 2: no gate answers. With --ready, exit status 0 means
+that the runtime asks the gate and a configuration is in force: for probes.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := checkOutput(output); err != nil {
@@ -32,15 +34,19 @@ is said, with what to do next; 2: no gate answers.`,
 			if err != nil {
 				return unknown(err, gateHint(dir))
 			}
+			yes, value, text := s.Healthy, any(s), screen
+			if ready {
+				yes, value, text = s.Ready, s.Readiness(), readiness
+			}
 			if output == "json" {
-				err = json.NewEncoder(stdout).Encode(s)
+				err = json.NewEncoder(stdout).Encode(value)
 			} else {
-				_, err = io.WriteString(stdout, screen(s))
+				_, err = io.WriteString(stdout, text(s))
 			}
 			if err != nil {
 				return unknown(err, "")
 			}
-			if !s.Healthy {
+			if !yes {
 				return &failure{status: exitNo}
 			}
 			return nil
@@ -48,7 +54,17 @@ is said, with what to do next; 2: no gate answers.`,
 	}
 	runDir(cmd, &dir)
 	outputFlag(cmd, &output)
+	cmd.Flags().BoolVar(&ready, "ready", false, "say only whether it is ready")
 	return cmd
+}
+
+// readiness is the line of --ready.
+func readiness(s *control.Status) string {
+	r := s.Readiness()
+	if r.Ready {
+		return "ready\n"
+	}
+	return fmt.Sprintf("not ready: [%s] %s\n", verify.Clean(r.Reason, 64), verify.Clean(r.Detail, 1000))
 }
 
 // screen is s for a person. What the gate has from elsewhere is cleaned.

@@ -88,6 +88,7 @@ type Status struct {
 	Findings    []Finding             // at most 100 of those that would be denied, are gone or unwitnessed
 	Pauses      []Pause               // at most 16 images of sandboxes
 	Stopped     uint64                // containers since the process began
+	Ends        map[string]time.Time  // the first end of an answer about what runs, by what ends then (verify.Finding.Ends)
 }
 
 // A Finding is one container.
@@ -169,7 +170,7 @@ func (s *Sweep) Status() Status {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := s.status
-	st.Reasons, st.Findings, st.Pauses = maps.Clone(st.Reasons), slices.Clone(st.Findings), slices.Clone(st.Pauses)
+	st.Reasons, st.Findings, st.Pauses, st.Ends = maps.Clone(st.Reasons), slices.Clone(st.Findings), slices.Clone(st.Pauses), maps.Clone(st.Ends)
 	return st
 }
 
@@ -215,7 +216,7 @@ func (s *Sweep) sweep(ctx context.Context) {
 		return // what could be said of a container is that nothing is configured
 	}
 	s.Witness.settle()
-	st := Status{Epoch: rules.Epoch, Reasons: map[verify.Reason]int{}}
+	st := Status{Epoch: rules.Epoch, Reasons: map[verify.Reason]int{}, Ends: map[string]time.Time{}}
 	known, unseen, sights := map[string]verdict{}, map[string]bool{}, map[string]sighting{}
 	alive := map[string]bool{}
 	s.lines, s.ripe = 0, nil
@@ -225,7 +226,7 @@ func (s *Sweep) sweep(ctx context.Context) {
 			return false
 		}
 		alive[c.ID] = true
-		v, img, d := s.judge(ctx, c)
+		v, img, d := s.judge(ctx, c, st.Ends)
 		if stale = d.Epoch != rules.Epoch && v.reason != ""; stale || ctx.Err() != nil {
 			return false
 		}
@@ -292,8 +293,9 @@ func merge[V any](now, old map[string]V) {
 }
 
 // judge says what enforce would answer to c now, to its image and to its volumes.
-// Decision and image are those that the verdict comes from.
-func (s *Sweep) judge(ctx context.Context, c node.Container) (verdict, verify.Image, verify.Decision) {
+// Decision and image are those that the verdict comes from. When the first of the
+// answers ends is noted in ends.
+func (s *Sweep) judge(ctx context.Context, c node.Container, ends map[string]time.Time) (verdict, verify.Image, verify.Decision) {
 	images, err := s.Binder.Running(ctx, c)
 	if errors.Is(err, node.ErrGone) && len(images) > 0 {
 		return verdict{detail: err.Error()}, images[0], verify.Decision{}
@@ -303,6 +305,9 @@ func (s *Sweep) judge(ctx context.Context, c node.Container) (verdict, verify.Im
 	for _, img = range images {
 		if d = s.verify(ctx, img); !fine(would(d)) {
 			break
+		}
+		if first, ok := ends[d.Ends]; d.Ends != "" && !d.Until.IsZero() && (!ok || d.Until.Before(first)) {
+			ends[d.Ends] = d.Until
 		}
 	}
 	return verdict{would(d), d.Detail}, img, d
@@ -439,7 +444,7 @@ func (s *Sweep) stopNext(ctx context.Context) {
 	if err != nil {
 		return // it is gone, or has its turn after the next sweep
 	}
-	v, img, d := s.judge(ctx, c)
+	v, img, d := s.judge(ctx, c, map[string]time.Time{})
 	first, ok := s.sights[id]
 	if !ok || first.epoch != rules.Epoch || s.Uptime()-first.at < apart || !s.mayStop(c, v, d, rules) || s.rules.Load() != rules {
 		return

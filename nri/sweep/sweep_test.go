@@ -294,6 +294,44 @@ func TestVolumes(t *testing.T) {
 	})
 }
 
+// The first end of all answers about what runs is kept, for each cause.
+func TestEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, end := start(t, enforcing, 9)
+		defer end()
+		day := time.Now().Add(24 * time.Hour)
+		ends := map[string]verify.Decision{
+			"late":  {Reason: verify.Verified, Until: day.Add(time.Hour), Ends: "signature"},
+			"early": {Reason: verify.Verified, Until: day, Ends: "signature"},
+			"other": {Reason: verify.Verified, Until: day.Add(time.Minute), Ends: "certificate"},
+			"never": {Reason: verify.Verified},
+			"bad":   {Reason: verify.Revoked, Until: day.Add(-time.Hour), Ends: "signature"},
+		}
+		s.Verifier = verifier(func(_ context.Context, img verify.Image) verify.Decision {
+			d := ends[img.Name.Path]
+			d.Epoch = enforcing.Epoch
+			return d
+		})
+		s.r.set(func() {
+			s.r.reasons = map[string]verify.Reason{"late": "", "never": ""}
+			for n, m := range []string{"early", "other", "bad"} {
+				s.r.list = append(s.r.list, node.Container{ID: cid(n), Kind: node.KindContainer, Image: "late", Mounts: []string{m}})
+			}
+			s.r.list = append(s.r.list, node.Container{ID: cid(5), Kind: node.KindContainer, Image: "never"})
+		})
+		s.sweepNow()
+		got := s.Status().Ends
+		if len(got) != 2 || !got["signature"].Equal(day) || !got["certificate"].Equal(day.Add(time.Minute)) {
+			t.Errorf("ends %v", got)
+		}
+		s.r.set(func() { s.r.list = nil })
+		s.sweepNow()
+		if got := s.Status().Ends; len(got) != 0 {
+			t.Errorf("of what runs no more: %v", got)
+		}
+	})
+}
+
 func TestPause(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, end := start(t, enforcing, 0)

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -490,6 +491,10 @@ func TestJudge(t *testing.T) {
 		"neither": {func(s *Status) {
 			s.Configuration.Epoch, s.Mode, s.Configuration.Rejected, s.Runtime.Registered = "", "", rejected, false
 		}, "NO_CONFIGURATION NOT_REGISTERED", false, None},
+		"awaits one": {func(s *Status) {
+			s.Configuration.Epoch, s.Mode, s.Configuration.Awaited, s.Runtime.Registered = "", "", true, false
+		}, "NO_CONFIGURATION", false, None},
+		"awaited one":        {func(s *Status) { s.Configuration.Awaited, s.Runtime.Registered = true, false }, "NOT_REGISTERED", false, None},
 		"the wrong hook":     {func(s *Status) { s.Mode = "audit" }, "REGISTERING", false, None},
 		"no hook that holds": {func(s *Status) { s.Runtime.Audit = true }, "REGISTERING", false, None},
 		"rejected":           {func(s *Status) { s.Configuration.Rejected = rejected }, "CONFIGURATION_REJECTED", true, Full},
@@ -510,6 +515,9 @@ func TestJudge(t *testing.T) {
 			var codes []string
 			for _, p := range s.Problems {
 				codes = append(codes, p.Code)
+				if !slices.Contains(Codes, p.Code) {
+					t.Errorf("%s is not in Codes", p.Code)
+				}
 				if p.Text == "" || p.Next == "" {
 					t.Errorf("%s has no text or no next step", p.Code)
 				}

@@ -60,6 +60,9 @@ const (
 	RuntimeHangs          = "RUNTIME_HANGS"
 )
 
+// Codes are the codes of all problems that there may be.
+var Codes = []string{Stopping, NoConfiguration, NotRegistered, Registering, NotRequired, Stranger, ConfigurationRejected, RuntimeHangs}
+
 // A Configuration is what is in force, and what is not.
 type Configuration struct {
 	Dir      string     `json:"dir"`
@@ -67,6 +70,7 @@ type Configuration struct {
 	Since    *time.Time `json:"since"`
 	Warnings []string   `json:"warnings"`
 	Rejected *Rejected  `json:"rejected"` // the last one that was; null: none was
+	Awaited  bool       `json:"awaited"`  // without one the gate does not register (run --await-config)
 }
 
 // A Rejected is a configuration that was not put in force.
@@ -203,9 +207,14 @@ func (s *Status) Judge() {
 		if current {
 			why = c.Rejected.Error
 		}
-		found(NoConfiguration, "put a configuration into "+c.Dir+"; it is read at once", "no configuration is in force and every container is denied: %s", why)
+		meanwhile := "every container is denied"
+		if c.Awaited {
+			meanwhile = "the gate does not register before there is one"
+		}
+		found(NoConfiguration, "put a configuration into "+c.Dir+"; it is read at once", "no configuration is in force and %s: %s", meanwhile, why)
 	}
 	switch {
+	case c.Epoch == "" && c.Awaited: // that is why
 	case !r.Registered:
 		why := "not yet"
 		if r.Error != "" {

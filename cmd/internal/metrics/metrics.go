@@ -10,6 +10,7 @@ package metrics
 
 import (
 	"io"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -22,6 +23,7 @@ import (
 	"github.com/tidewaiter/tidewaiter/nri/node"
 	"github.com/tidewaiter/tidewaiter/nri/sweep"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/notary"
 )
 
 // reasons are all that a decision may have under a configuration that enforces.
@@ -46,6 +48,9 @@ var indexOf = func() map[verify.Reason]int {
 	}
 	return m
 }()
+
+// causes are what may end an answer; "nothing" is no end.
+var causes = [...]string{notary.EndsSignature, notary.EndsCertificate}
 
 var modes = [...]verify.Mode{verify.Enforce, verify.Audit}
 
@@ -134,6 +139,8 @@ type State struct {
 	Mode    string        // in force; empty where there is no configuration
 	Epoch   string        // in force
 	Invalid bool          // what the configuration directory holds was rejected
+	Codes   []string      // of all problems that there may be (control.Codes)
+	Found   []string      // of those, the ones that there are
 	Session nri.State     // the connection to the runtime
 	Cache   *cache.Stats  // nil where there is none
 	Sweep   *sweep.Status // nil where there is none
@@ -148,13 +155,20 @@ func (c *Counters) Write(w io.Writer, s State) error {
 	p.gauge("ready", "Whether the runtime asks this gate and a configuration is in force.", one(flag(s.Ready)))
 	p.gauge("registered", "Whether the runtime asks this gate.", one(flag(s.Session.Registered)))
 	p.gauge("enforcing", "Whether the gate is ready and refuses containers.", one(flag(s.Ready && s.Mode == verify.Enforce.String())))
+	var list []sample
+	for _, code := range s.Codes {
+		list = append(list, one(flag(slices.Contains(s.Found, code)), "code", code)...)
+	}
+	if len(list) > 0 {
+		p.gauge("problem", "What tidewaiter status says is wrong.", list)
+	}
 	if s.Epoch != "" {
 		p.gauge("config_info", "The configuration in force; always 1.", one(1, "epoch", s.Epoch, "mode", s.Mode, "version", s.Version))
 	}
 	p.gauge("config_invalid", "Whether what the configuration directory holds was rejected.", one(flag(s.Invalid)))
 	p.counter("config_rejected_total", "Configurations that were rejected.", one(c.Rejected.Load()))
 
-	var list []sample
+	list = nil
 	for i, m := range modes {
 		for j, r := range reasons {
 			list = append(list, one(c.decisions[i][j].Load(), "mode", m.String(), "reason", r.String())...)
@@ -202,6 +216,15 @@ func (c *Counters) Write(w io.Writer, s State) error {
 		p.gauge("running_gone", "Of these, those that the node has no image of any more, so that nothing can be said.", one(w.Gone))
 		p.gauge("running_unwitnessed", "Of these, those about which no gate was asked.", one(w.Unwitnessed))
 		p.gauge("running_incomplete", "Whether the last look did not see everything.", one(flag(w.Error != "")))
+		list = nil
+		for _, cause := range causes {
+			if at, ok := w.Ends[cause]; ok {
+				list = append(list, one(int(at.Unix()), "cause", cause)...)
+			}
+		}
+		if len(list) > 0 {
+			p.gauge("answer_ends_timestamp_seconds", "The first end of an answer about what ran at the last look, by what ends then.", list)
+		}
 		p.counter("running_stopped_total", "Containers that the gate stopped.", one(w.Stopped))
 	}
 	if s.Refresh != nil {

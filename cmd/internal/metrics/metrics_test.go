@@ -208,6 +208,7 @@ func TestState(t *testing.T) {
 		}
 	}
 	f = write(t, &c, State{Sweep: &sweep.Status{At: time.Unix(1, 0), Error: "x", Gone: 1, Unwitnessed: 2, Stopped: 3,
+		Ends:    map[string]time.Time{"signature": time.Unix(8, 0), "nothing": time.Unix(9, 0), "made up": time.Unix(9, 0)},
 		Reasons: map[verify.Reason]int{verify.Verified: 4, verify.Revoked: 5, "": 6, "MADE_UP": 7}}})
 	for _, tt := range []struct {
 		name   string
@@ -215,7 +216,7 @@ func TestState(t *testing.T) {
 		want   float64
 	}{
 		{"running", []string{"reason", "VERIFIED"}, 4}, {"running", []string{"reason", "REVOKED"}, 5}, {"running", []string{"reason", "INTERNAL"}, 13}, {"running", []string{"reason", "PENDING"}, 0},
-		{"running_gone", nil, 1}, {"running_unwitnessed", nil, 2}, {"running_stopped_total", nil, 3}, {"running_incomplete", nil, 1},
+		{"running_gone", nil, 1}, {"running_unwitnessed", nil, 2}, {"running_stopped_total", nil, 3}, {"running_incomplete", nil, 1}, {"answer_ends_timestamp_seconds", []string{"cause", "signature"}, 8},
 	} {
 		if got := value(t, f, tt.name, tt.labels...); got != tt.want {
 			t.Errorf("%s%q is %v, want %v", tt.name, tt.labels, got, tt.want)
@@ -223,6 +224,13 @@ func TestState(t *testing.T) {
 	}
 	if n := len(f["tidewaiter_running"].GetMetric()); n != len(reasons) {
 		t.Errorf("%d series of what runs", n)
+	}
+	if n := len(f["tidewaiter_answer_ends_timestamp_seconds"].GetMetric()); n != 1 {
+		t.Errorf("%d ends of answers", n)
+	}
+	f = write(t, &c, State{Codes: []string{"A", "B"}, Found: []string{"B", "C"}})
+	if n := len(f["tidewaiter_problem"].GetMetric()); n != 2 || value(t, f, "problem", "code", "A") != 0 || value(t, f, "problem", "code", "B") != 1 {
+		t.Errorf("problems %v", f["tidewaiter_problem"])
 	}
 	if f = write(t, &c, State{Sweep: &sweep.Status{}}); f["tidewaiter_running"] != nil {
 		t.Error("what runs is told before anybody looked")
@@ -241,7 +249,8 @@ func TestDocumentation(t *testing.T) {
 	doc, err := os.ReadFile("../../../docs/control.md")
 	must(t, err)
 	var c Counters
-	f := write(t, &c, State{Epoch: "0", Cache: &cache.Stats{}, Sweep: &sweep.Status{At: time.Unix(1, 0)}})
+	f := write(t, &c, State{Epoch: "0", Cache: &cache.Stats{}, Codes: []string{"A"}, Sweep: &sweep.Status{At: time.Unix(1, 0), Ends: map[string]time.Time{"signature": {}}},
+		Refresh: &node.RefreshStatus{Last: time.Unix(1, 0), Next: time.Unix(1, 0)}})
 	for name := range f {
 		if !strings.Contains(string(doc), "| `"+name) {
 			t.Errorf("no row for %s", name)
