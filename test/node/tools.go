@@ -32,6 +32,8 @@ const (
 
 	notationVersion     = "1.3.2"
 	distributionVersion = "3.1.2"
+
+	prometheusVersion = "0.305.0" // the module's; the release is 3.5.0, with long-term support
 )
 
 // Versions returns the versions of containerd that the environment variable
@@ -121,6 +123,16 @@ func FindNotation(ctx context.Context, progress io.Writer) (string, error) {
 		module: "github.com/notaryproject/notation", packages: []string{"github.com/notaryproject/notation/cmd/notation"},
 	})
 	return filepath.Join(dir, "notation"), err
+}
+
+// FindPromtool returns the path of Prometheus' promtool, which it builds as FindTools
+// builds its tools where the cache does not hold it.
+func FindPromtool(ctx context.Context, progress io.Writer) (string, error) {
+	dir, err := install(ctx, progress, tool{
+		name: "promtool", version: prometheusVersion, takes: "5 minutes",
+		module: "github.com/prometheus/prometheus", packages: []string{"github.com/prometheus/prometheus/cmd/promtool"},
+	})
+	return filepath.Join(dir, "promtool"), err
 }
 
 // FindDistribution returns the path of the CNCF's registry, which it builds as
