@@ -7,12 +7,25 @@ STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 # grpcnotrace leaves out golang.org/x/net/trace and html/template: half a megabyte
 # that nobody looks at. test/node builds with the same.
 TAGS        = grpcnotrace
-LDFLAGS     = -s -w -X main.version=$(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+VERSION    ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+LDFLAGS     = -s -w -X main.version=$(VERSION)
+IMAGE      ?= ghcr.io/tidewaiter/tidewaiter
+IMAGEBUILD  = CGO_ENABLED=0 go build -trimpath -buildvcs=auto -tags $(TAGS) -ldflags '$(LDFLAGS)'
 
-.PHONY: build demo bench flood matrix test lint unit core386 cross fuzz e2e e2e-all e2e-k8s e2e-offline clean
+.PHONY: build image demo bench flood matrix test lint unit core386 cross fuzz e2e e2e-all e2e-k8s e2e-offline clean
 
 build: ## the static binary, in bin/
 	CGO_ENABLED=0 go build -trimpath -tags $(TAGS) -ldflags '$(LDFLAGS)' -o bin/tidewaiter ./cmd/tidewaiter
+
+image: ## in dist/: the container image of all platforms, without Docker, what is in it, and manifests that name it
+	rm -rf dist
+	GOOS=linux GOARCH=amd64 $(IMAGEBUILD) -o dist/linux-amd64/tidewaiter ./cmd/tidewaiter
+	GOOS=linux GOARCH=arm64 $(IMAGEBUILD) -o dist/linux-arm64/tidewaiter ./cmd/tidewaiter
+	GOOS=linux GOARCH=arm GOARM=7 $(IMAGEBUILD) -o dist/linux-arm-v7/tidewaiter ./cmd/tidewaiter
+	go run ./deploy/image -name $(IMAGE):$(VERSION) -o dist dist/linux-*/tidewaiter
+	mkdir dist/deploy
+	cp -r deploy/kubeadm deploy/k3s deploy/rke2 deploy/microk8s deploy/enforce deploy/alerts.yaml dist/deploy
+	sed -i 's|ghcr.io/tidewaiter/tidewaiter:devel|$(IMAGE):$(VERSION)|' dist/deploy/kubeadm/tidewaiter.yaml
 
 demo: ## a throwaway containerd node where signed images start and others do not
 	cd test && go run ./demo -containerd $(CONTAINERD)
