@@ -23,6 +23,7 @@ import (
 	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/decisions"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/explain"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/metrics"
 	"github.com/tidewaiter/tidewaiter/nri"
 	"github.com/tidewaiter/tidewaiter/nri/node"
@@ -147,9 +148,14 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	exporter := metrics.NewExporter(text, func(ctx context.Context, l net.Listener) error {
 		return control.Serve(ctx, l, control.Metrics(text))
 	}, log, time.Now)
+	explainer := &explain.Explainer{
+		Images: d.resolver, Containers: records, Enforcer: &d.enforcer, Force: d.force, Ring: d.ring, Node: o.node, Now: time.Now,
+		Assurance: func() string { return d.status(session.State(), ctx.Err() != nil, nil).Assurance },
+	}
+	endpoints := append(explainer.Endpoints(), d.ring.Endpoint(), control.RefreshEndpoint(d.refresh), control.Endpoint{Path: policyPath, Answer: d.policy})
 	socket := &control.Socket{Dir: o.runDir, Log: log, Handler: control.Handler(func() control.Status {
 		return d.status(session.State(), ctx.Err() != nil, exporter.Troubles())
-	}, text, d.ring.Endpoint(), control.RefreshEndpoint(d.refresh))}
+	}, text, endpoints...)}
 	g.Go(func() error { d.write(after); return nil })
 	g.Go(func() error { return socket.Run(after) })
 	g.Go(func() error { return exporter.Run(after) })
@@ -273,7 +279,7 @@ func (d *daemon) apply(c *config.Config, err error) {
 	if d.sweep != nil {
 		d.sweep.Configure(sweep.Rules{Epoch: setup.Epoch, Mode: setup.Mode, Stop: c.StopRunning})
 	}
-	d.stand(c, next)
+	d.stand(c, next, engine)
 	d.log.Info("configuration in force", "epoch", setup.Epoch.String(), "mode", c.Mode.String())
 	old := d.cache
 	d.cache = next

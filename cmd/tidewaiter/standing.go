@@ -1,13 +1,17 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"io"
+	"net/url"
 	"os"
 	"time"
 
 	"github.com/tidewaiter/tidewaiter/cache"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/explain"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/metrics"
 	"github.com/tidewaiter/tidewaiter/nri"
 	"github.com/tidewaiter/tidewaiter/nri/sweep"
@@ -20,14 +24,15 @@ type standing struct {
 	config   *config.Config // nil: none is in force
 	since    time.Time
 	cache    *cache.Cache
+	engine   *verify.Engine    // behind cache
 	rejected *control.Rejected // the last one; nil: none
 }
 
 // stand notes that c is in force.
-func (d *daemon) stand(c *config.Config, k *cache.Cache) {
+func (d *daemon) stand(c *config.Config, k *cache.Cache, e *verify.Engine) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.standing.config, d.standing.cache, d.standing.since = c, k, time.Now()
+	d.standing.config, d.standing.cache, d.standing.engine, d.standing.since = c, k, e, time.Now()
 	if r := d.standing.rejected; r != nil {
 		past := *r
 		past.Current = false
@@ -47,6 +52,20 @@ func (d *daemon) stands() standing {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.standing
+}
+
+// force is the configuration in force, for explanations.
+func (d *daemon) force() explain.Force {
+	s := d.stands()
+	return explain.Force{Config: s.config, Engine: s.engine}
+}
+
+// policy answers with what the configuration in force says.
+func (d *daemon) policy(context.Context, url.Values) (any, error) {
+	if c := d.stands().config; c != nil {
+		return c.Summary(), nil
+	}
+	return nil, errors.New("no configuration is in force: tidewaiter status says why")
 }
 
 // target is where the configuration in force wants metrics.

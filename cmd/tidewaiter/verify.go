@@ -79,48 +79,18 @@ func verifyImage(ctx context.Context, stdout io.Writer, o verifyOptions, ref str
 		return unknown(fmt.Errorf("%s has no digest", verify.Quote(ref, 160)),
 			"name the image as "+name.Repository()+"@sha256:...: a tag may be moved, so that a verdict about one says nothing")
 	}
-	c, err := config.Load(o.configDir)
-	if errors.Is(err, config.ErrNone) {
-		return unknown(err, "write trustpolicy.json and truststore there, or name their directory with --config-dir")
-	}
+	c, err := loadConfig(o.configDir)
 	if err != nil {
-		return unknown(err, "correct it, or name another directory with --config-dir")
+		return err
 	}
 	if err := o.listed(c); err != nil {
 		return err
 	}
-	setup, err := c.Setup(func(e *verify.Engine) verify.Judge { return e }, time.Now)
+	j, err := newJudging(c)
 	if err != nil {
-		return unknown(err, "")
+		return err
 	}
-	setup.Mode = verify.Enforce // audit would hide what is asked
-	var enforcer verify.Enforcer
-	enforcer.Swap(setup)
-
-	// The answer is for nodes whose snapshotter checks what it unpacks, as nearly all do.
-	img := verify.Image{Name: name, Asked: ref, Use: verify.UseQuestion, Vouched: true, Pod: verify.Pod{Namespace: o.namespace}}
-	img.Target = ocispec.Descriptor{Digest: name.Digest}
-	var tried []verify.Attempt
-	partial := false
-	// A rule that denies, or none, is the answer without asking anybody.
-	known := img
-	known.Name = setup.Known(name)
-	if rule := setup.Policy.Select(known); rule.Settled != "" {
-		img.Manifest, img.Binding = img.Target, verify.BoundDigest
-	} else {
-		tried, partial = newBinder(known.Name, c.Sources()(known.Name), c.Limits).bind(ctx, &img)
-	}
-	d := enforcer.Verify(ctx, img)
-	if img.Fault != nil {
-		d.Tried = tried
-	}
-	if d.Made.IsZero() { // no source was asked
-		d.Made = time.Now()
-	}
-	if partial && d.Reason == verify.SignatureMissing {
-		d.Reason = verify.ImageUnresolved
-		d.Detail = "the index has no signature, and which of its manifests this platform would run is not known: they are not where the index is"
-	}
+	d, img := j.judge(ctx, name, ref, o.namespace)
 	if !d.Allowed() && errors.Is(ctx.Err(), context.Canceled) {
 		return unknown(errors.New("interrupted before there was an answer"), "")
 	}
@@ -134,6 +104,54 @@ func verifyImage(ctx context.Context, stdout io.Writer, o verifyOptions, ref str
 		return &failure{status: exitUnknown}
 	}
 	return &failure{status: exitNo}
+}
+
+// A judging judges images by a configuration, with no daemon.
+type judging struct {
+	config   *config.Config
+	setup    *verify.Setup
+	enforcer verify.Enforcer
+	sources  func(verify.Name) []verify.Source
+}
+
+func newJudging(c *config.Config) (*judging, error) {
+	setup, err := c.Setup(func(e *verify.Engine) verify.Judge { return e }, time.Now)
+	if err != nil {
+		return nil, unknown(err, "")
+	}
+	setup.Mode = verify.Enforce // audit would hide what is asked
+	j := &judging{config: c, setup: setup, sources: c.Sources()}
+	j.enforcer.Swap(setup)
+	return j, nil
+}
+
+// judge judges the image of that name, which has a digest; ref is what was asked for.
+func (j *judging) judge(ctx context.Context, name verify.Name, ref, namespace string) (verify.Decision, verify.Image) {
+	// The answer is for nodes whose snapshotter checks what it unpacks, as nearly all do.
+	img := verify.Image{Name: name, Asked: ref, Use: verify.UseQuestion, Vouched: true, Pod: verify.Pod{Namespace: namespace}}
+	img.Target = ocispec.Descriptor{Digest: name.Digest}
+	var tried []verify.Attempt
+	partial := false
+	// A rule that denies, or none, is the answer without asking anybody.
+	known := img
+	known.Name = j.setup.Known(name)
+	if rule := j.setup.Policy.Select(known); rule.Settled != "" {
+		img.Manifest, img.Binding = img.Target, verify.BoundDigest
+	} else {
+		tried, partial = newBinder(known.Name, j.sources(known.Name), j.config.Limits).bind(ctx, &img)
+	}
+	d := j.enforcer.Verify(ctx, img)
+	if img.Fault != nil {
+		d.Tried = tried
+	}
+	if d.Made.IsZero() { // no source was asked
+		d.Made = time.Now()
+	}
+	if partial && d.Reason == verify.SignatureMissing {
+		d.Reason = verify.ImageUnresolved
+		d.Detail = "the index has no signature, and which of its manifests this platform would run is not known: they are not where the index is"
+	}
+	return d, img
 }
 
 // listed makes the layouts and mirrors of the command line, if there are any, the

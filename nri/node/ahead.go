@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -258,18 +259,14 @@ func (s *Survey) used(ctx context.Context, o *Options) map[string]bool {
 	return names
 }
 
-// update notes what record points to. One that no pod can name, such as that of
-// an image ID, is none to verify: CRI looks for the name that ParseRecord returns.
+// update notes what record points to. One that no pod can name is none to verify.
 func (s *Survey) update(o *Options, record Record, used map[string]bool) {
 	i := s.items[record.Name]
 	if i != nil && plain(i.record.Target) == plain(record.Target) {
 		i.turn = s.turn
 	} else {
-		name, err := o.ParseName(record.Name)
-		if err != nil {
-			return
-		}
-		if asked, err := o.ParseRecord(record.Name); err != nil || asked != record.Name {
+		name, can := o.nameable(record.Name)
+		if !can {
 			return
 		}
 		i = &item{name: name, record: record, turn: s.turn, rank: rankNew}
@@ -407,4 +404,43 @@ func pause(ctx context.Context, d time.Duration) bool {
 	case <-t.C:
 		return true
 	}
+}
+
+// Listed hands over the images of the node that a pod can name, in the order of their
+// names and bound as a Survey asks about them, until yield returns false. It reads
+// nothing that the Survey has not read: what that has not come to yet is PENDING.
+func (r *Resolver) Listed(ctx context.Context, yield func(verify.Image) bool) error {
+	o := r.options.Load()
+	records, err := r.records.Images(ctx)
+	if err != nil {
+		return err
+	}
+	slices.SortFunc(records, func(a, b Record) int { return cmp.Compare(a.Name, b.Name) })
+	for _, record := range records {
+		name, can := o.nameable(record.Name)
+		if !can {
+			continue
+		}
+		img := verify.Image{Name: name, Asked: record.Name, Use: verify.UseAhead, Binding: verify.BoundRecord, Epoch: o.Epoch, Target: record.Target}
+		if _, read := r.leads.Peek(plain(record.Target)); read {
+			img = r.ahead(ctx, name, record)
+		} else {
+			img.Fault = &verify.Fault{Reason: verify.Pending, Detail: "the gate has not looked at the image yet"}
+		}
+		if !yield(img) {
+			return nil
+		}
+	}
+	return nil
+}
+
+// nameable returns the name of a record, where a pod can name it. The record of an
+// image ID is none: CRI looks for the name that ParseRecord returns.
+func (o *Options) nameable(record string) (verify.Name, bool) {
+	name, err := o.ParseName(record)
+	if err != nil {
+		return verify.Name{}, false
+	}
+	asked, err := o.ParseRecord(record)
+	return name, err == nil && asked == record
 }

@@ -208,3 +208,13 @@ func openCOSE(blob []byte) (chain [][]byte, payload []byte, err error) {
 	}
 	return chain, msg.Payload, nil
 }
+
+// Chain returns the certificates that an envelope claims, the leaf first, for people
+// to look at: nothing about them has been verified. It opens what Check opens.
+func Chain(mediaType string, blob []byte, limits verify.Limits) ([]*x509.Certificate, error) {
+	e, err := open(mediaType, blob, limits.Or(verify.DefaultLimits))
+	if err != nil {
+		return nil, err
+	}
+	return e.chain, nil
+}

@@ -191,3 +191,15 @@ func (s *Store) GetCertificates(_ context.Context, t truststore.Type, name strin
 	}
 	return certs, nil
 }
+
+// All hands over every certificate with the name of its file, "ca:acme/root.crt", in
+// no order of the stores.
+func (s *Store) All(yield func(file string, c *x509.Certificate) bool) {
+	for _, list := range s.anchors {
+		for _, a := range list {
+			if !yield(a.name, a.cert) {
+				return
+			}
+		}
+	}
+}

@@ -14,6 +14,9 @@ import (
 // 127.0.0.1:31999/hub does not change 127.0.0.1:31999/hubble.
 type Alias struct{ from, to repository }
 
+// String is the alias as people read it: "from -> to".
+func (a Alias) String() string { return a.from.String() + " -> " + a.to.String() }
+
 // ParseAlias reads host or host/path, twice; a slash at the end says nothing.
 func ParseAlias(from, to string) (Alias, error) {
 	f, err := parsePrefix(from)

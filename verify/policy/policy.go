@@ -30,6 +30,8 @@ var _ verify.Policy = (*Policy)(nil)
 
 type repository struct{ host, path string }
 
+func (r repository) String() string { return verify.Name{Host: r.host, Path: r.path}.Repository() }
+
 // New makes a Policy of statements, which it checks as Parse does. requirement
 // returns the hash of a statement with its trust stores; it is not asked for a
 // statement that can allow nothing, and zero is an error.

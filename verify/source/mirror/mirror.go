@@ -316,7 +316,7 @@ func (s *Source) Manifest(ctx context.Context, in verify.Name, d digest.Digest) 
 	var got ocispec.Descriptor
 	var raw []byte
 	err = x.through(ctx, func() (err error) {
-		got, raw, err = x.manifest(ctx, d)
+		got, raw, err = x.manifest(ctx, d.String(), d)
 		return err
 	})
 	if err != nil && repeats(err.Error(), x.secrets) {
@@ -325,8 +325,34 @@ func (s *Source) Manifest(ctx context.Context, in verify.Name, d digest.Digest) 
 	return got, raw, err
 }
 
-// manifest is Manifest, except that its error may hold what must not be repeated.
-func (x *exchange) manifest(ctx context.Context, d digest.Digest) (ocispec.Descriptor, []byte, error) {
+// Resolve returns the digest of the image that a tag leads to at the mirror now. That
+// is a look ahead for people, and nothing to decide by: a tag may be moved. Errors are
+// those of Manifest.
+func (s *Source) Resolve(ctx context.Context, in verify.Name, tag string) (d digest.Digest, err error) {
+	if err := (registry.Reference{Registry: "x", Repository: "x", Reference: tag}).ValidateReferenceAsTag(); err != nil {
+		return "", fmt.Errorf("tag %s: %w", verify.Quote(tag, 80), err)
+	}
+	x, err := s.exchange(in)
+	if err != nil {
+		return "", err
+	}
+	err = x.through(ctx, func() (err error) {
+		_, raw, err := x.manifest(ctx, tag, "")
+		d = digest.FromBytes(raw)
+		return err
+	})
+	if err != nil && repeats(err.Error(), x.secrets) {
+		err = unanswered(x.conceal(err))
+	}
+	if err != nil {
+		return "", err
+	}
+	return d, nil
+}
+
+// manifest returns what the registry has under reference, the digest d or, where that
+// is empty, a tag. Its error may hold what must not be repeated.
+func (x *exchange) manifest(ctx context.Context, reference string, d digest.Digest) (ocispec.Descriptor, []byte, error) {
 	var none ocispec.Descriptor
 	repo, err := (&getter{exchange: x, limit: func() (int64, error) { return maxManifest, nil }}).at()
 	if err != nil {
@@ -336,15 +362,17 @@ func (x *exchange) manifest(ctx context.Context, d digest.Digest) (ocispec.Descr
 		ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageManifest,
 		"application/vnd.docker.distribution.manifest.list.v2+json", "application/vnd.docker.distribution.manifest.v2+json",
 	}
-	got, body, err := repo.Manifests().FetchReference(ctx, d.String())
+	got, body, err := repo.Manifests().FetchReference(ctx, reference)
 	if status(err) == http.StatusNotFound {
-		return none, nil, fmt.Errorf("the registry does not have %s: %w", d, fs.ErrNotExist)
+		return none, nil, fmt.Errorf("the registry does not have %s: %w", reference, fs.ErrNotExist)
 	}
 	if err != nil {
 		return none, nil, unanswered(err)
 	}
 	defer body.Close()
-	got.Digest = d
+	if d != "" {
+		got.Digest = d
+	}
 	raw, err := content.ReadAll(body, got)
 	if err != nil {
 		return none, nil, unanswered(err)

@@ -1,0 +1,374 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/spf13/cobra"
+
+	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/explain"
+	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/policy"
+	"github.com/tidewaiter/tidewaiter/verify/source/mirror"
+)
+
+type imagesOptions struct {
+	configDir  string
+	runDir     string
+	file       string
+	before     time.Duration
+	digests    bool
+	namespaces []string
+	output     string
+	only       []string // starts of names
+}
+
+func imagesCommand(stdout io.Writer) *cobra.Command {
+	var o imagesOptions
+	cmd := &cobra.Command{
+		Use:   "images [NAME...]",
+		Short: "List the images of this node with the answer to each, and when it ends",
+		Long: `Images asks the gate what enforce would answer to each image of this node now, also
+in audit, and when an image that is allowed will not be any more. With names it lists
+those of them: a repository, or a host and path that repositories are below.
+
+With --before only images are listed whose answer ends within that time, and the exit
+status is 1 where there are any.
+
+With --digests it prints lines of a floor file (floor: in config.yaml) for the images
+that no signature allows: these digests then run in the namespaces of --namespace
+without one. Name the images that are meant; what is listed is trusted for good.
+
+With --file it judges a list of images before they are on the node, such as that of
+the next k3s release: with the configuration directory and its sources, and with no
+gate. A tag is looked up at the mirrors, which is only a look ahead: the node itself
+never asks a registry what a tag means. Exit status 1 where one would be denied.`,
+		Example: `  tidewaiter images --before 720h
+  tidewaiter images --digests docker.io/rancher >/etc/tidewaiter/floor/k3s
+  tidewaiter images --file k3s-images.txt`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			o.only = args
+			if err := o.check(cmd.Flags().Changed); err != nil {
+				return err
+			}
+			l, err := o.list(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return o.print(stdout, l)
+		},
+	}
+	configDir(cmd, &o.configDir)
+	runDir(cmd, &o.runDir)
+	outputFlag(cmd, &o.output)
+	cmd.Flags().StringVar(&o.file, "file", "", "judge the images that `FILE` lists, one a line, instead of those of this node; - is standard input")
+	cmd.Flags().DurationVar(&o.before, "before", 0, "list only what is allowed and will not be any more within `DURATION`, such as 720h")
+	cmd.Flags().BoolVar(&o.digests, "digests", false, "print lines of a floor file for what no signature allows")
+	cmd.Flags().StringSliceVar(&o.namespaces, "namespace", []string{policy.DefaultNamespace}, "`NAMES` of the namespaces in lines of a floor file")
+	return cmd
+}
+
+var isNamespace = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+func (o *imagesOptions) check(changed func(string) bool) error {
+	const help = "run tidewaiter images --help"
+	if err := checkOutput(o.output); err != nil {
+		return err
+	}
+	switch {
+	case changed("before") && o.before <= 0:
+		return unknown(errors.New("--before: is not a time ahead"), "for example --before 720h, which is 30 days")
+	case o.before > 0 && o.digests:
+		return unknown(errors.New("--before and --digests: one of them"), help)
+	case o.digests && o.output == "json":
+		return unknown(errors.New("--digests prints lines of a floor file and no JSON"), help)
+	case changed("namespace") && !o.digests:
+		return unknown(errors.New("--namespace is for --digests"), help)
+	}
+	for _, n := range o.namespaces {
+		if !isNamespace.MatchString(n) {
+			return unknown(fmt.Errorf("--namespace: %s is not the name of a namespace", verify.Quote(n, 80)), help)
+		}
+	}
+	return nil
+}
+
+// list is what the gate says, or what is in the file.
+func (o *imagesOptions) list(ctx context.Context) (explain.List, error) {
+	var l explain.List
+	var err error
+	if o.file != "" {
+		l, err = o.ahead(ctx)
+	} else {
+		l, err = explain.AskImages(ctx, o.runDir)
+		if errors.Is(err, control.ErrRefused) {
+			return l, unknown(err, "run tidewaiter status")
+		}
+		if err != nil {
+			return l, unknown(err, gateHint(o.runDir)+"; tidewaiter images --file and tidewaiter verify need no gate")
+		}
+	}
+	if err != nil {
+		return l, err
+	}
+	if len(o.only) > 0 {
+		l.Images = slices.DeleteFunc(l.Images, func(i explain.Image) bool {
+			return !slices.ContainsFunc(o.only, func(prefix string) bool { return below(i.Image, prefix) })
+		})
+	}
+	if o.before > 0 {
+		end := time.Now().Add(o.before)
+		l.Images = slices.DeleteFunc(l.Images, func(i explain.Image) bool {
+			return !i.Allowed || i.Until == nil || i.Ends == "nothing" || !i.Until.Before(end)
+		})
+	}
+	return l, nil
+}
+
+// below reports whether name is prefix, or in the repository or path prefix.
+func below(name, prefix string) bool {
+	rest, found := strings.CutPrefix(name, strings.TrimSuffix(prefix, "/"))
+	return found && (rest == "" || strings.ContainsRune("/:@", rune(rest[0])))
+}
+
+func (o *imagesOptions) print(w io.Writer, l explain.List) error {
+	var err error
+	switch {
+	case o.digests:
+		_, err = io.WriteString(w, floorLines(l, o.namespaces))
+	case o.output == "json":
+		err = plainJSON(w, l)
+	default:
+		_, err = io.WriteString(w, o.table(l))
+	}
+	if err != nil {
+		return said(err)
+	}
+	switch {
+	case o.before > 0:
+		if len(l.Images) > 0 {
+			return &failure{status: exitNo}
+		}
+	case o.file != "" && !o.digests:
+		status := exitYes
+		for _, i := range l.Images {
+			if i.Allowed || len(i.Namespaces) > 0 {
+				continue
+			}
+			if !verify.Reason(i.Reason).Unsettled() {
+				return &failure{status: exitNo}
+			}
+			status = exitUnknown
+		}
+		if status != exitYes {
+			return &failure{status: status}
+		}
+	}
+	return nil
+}
+
+// table is l for a person. What the gate has from elsewhere is cleaned.
+func (o *imagesOptions) table(l explain.List) string {
+	var b strings.Builder
+	allowed, denied, unsettled := 0, 0, 0
+	for _, i := range l.Images {
+		answer := "allowed"
+		switch {
+		case i.Allowed:
+			allowed++
+		case len(i.Namespaces) > 0:
+			answer = "listed"
+			allowed++
+		case verify.Reason(i.Reason).Unsettled():
+			answer = "unknown"
+			unsettled++
+		default:
+			answer = "denied"
+			denied++
+		}
+		ends := "-"
+		if i.Allowed && i.Until != nil && i.Ends != "nothing" {
+			ends = date(*i.Until) + " " + i.Ends
+		}
+		fmt.Fprintf(&b, "%-7s  %-23s  %-22s  %s", answer, verify.Clean(i.Reason, 32), verify.Clean(ends, 32), verify.Clean(i.Image, 400))
+		if o.file != "" && i.Target != "" && !strings.Contains(i.Image, "@") {
+			fmt.Fprintf(&b, "@%s", verify.Clean(i.Target, 144))
+		}
+		if len(i.Namespaces) > 0 {
+			fmt.Fprintf(&b, "  listed in %s", verify.Clean(strings.Join(i.Namespaces, ","), 200))
+		}
+		if i.Resolved != "" {
+			fmt.Fprintf(&b, "  by %s", verify.Clean(i.Resolved, 200))
+		}
+		b.WriteByte('\n')
+		if o.file != "" && !i.Allowed && i.Detail != "" {
+			fmt.Fprintf(&b, "%9s%s\n", "", verify.Clean(i.Detail, 300))
+		}
+	}
+	if o.before > 0 {
+		fmt.Fprintf(&b, "%d images that are allowed now will not be within %s\n", len(l.Images), o.before)
+		return b.String()
+	}
+	fmt.Fprintf(&b, "%d images: %d allowed, %d denied, %d unknown", len(l.Images), allowed, denied, unsettled)
+	if l.Mode == verify.Audit.String() {
+		b.WriteString(" if the node enforced")
+	}
+	if l.More {
+		b.WriteString("; there are more, which are not listed")
+	}
+	b.WriteByte('\n')
+	if slices.ContainsFunc(l.Images, func(i explain.Image) bool { return i.Resolved != "" }) {
+		b.WriteString("tags were looked up at the mirrors now; when the images are pulled, they may lead elsewhere\n")
+	}
+	return b.String()
+}
+
+// floorLines are lines of a floor file (policy.ParseFloor) for what no signature allows.
+func floorLines(l explain.List, namespaces []string) string {
+	var b strings.Builder
+	seen := map[string]bool{}
+	for _, i := range l.Images {
+		if verify.Reason(i.Reason) == verify.Verified || seen[i.Target] || digest.Digest(i.Target).Validate() != nil {
+			continue
+		}
+		seen[i.Target] = true
+		// A line that is too long would not be read.
+		fmt.Fprintf(&b, "%s  %s  # %s\n", i.Target, strings.Join(namespaces, ","), verify.Clean(i.Image, 300))
+	}
+	return b.String()
+}
+
+// Bounds of a list of images.
+const (
+	maxList      = 1 << 20 // bytes
+	maxListed    = 1000    // images
+	aheadTimeout = 30 * time.Minute
+)
+
+// ahead judges the images of a file, with no gate.
+func (o *imagesOptions) ahead(ctx context.Context) (l explain.List, err error) {
+	refs, err := o.read()
+	if err != nil {
+		return l, err
+	}
+	c, err := loadConfig(o.configDir)
+	if err != nil {
+		return l, err
+	}
+	j, err := newJudging(c)
+	if err != nil {
+		return l, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, aheadTimeout)
+	defer cancel()
+	l = explain.List{Schema: explain.ImagesSchema, Mode: c.Mode.String(), Epoch: c.Epoch.String(), Images: []explain.Image{}}
+	floor := explain.FloorOf(c)
+	for _, ref := range refs {
+		l.Images = append(l.Images, j.row(ctx, ref, floor))
+		if errors.Is(ctx.Err(), context.Canceled) {
+			return l, unknown(errors.New("interrupted before there was an answer"), "")
+		}
+	}
+	return l, nil
+}
+
+// read reads the list: a name a line, and comments after #.
+func (o *imagesOptions) read() ([]string, error) {
+	in := io.Reader(os.Stdin)
+	if o.file != "-" {
+		f, err := os.Open(o.file)
+		if err != nil {
+			return nil, unknown(fmt.Errorf("--file: %w", err), "")
+		}
+		defer f.Close()
+		in = f
+	}
+	raw, err := io.ReadAll(io.LimitReader(in, maxList+1))
+	if err == nil && len(raw) > maxList {
+		err = fmt.Errorf("larger than %d bytes", maxList)
+	}
+	if err != nil {
+		return nil, unknown(fmt.Errorf("--file: %s: %w", o.file, err), "")
+	}
+	var refs []string
+	s := bufio.NewScanner(bytes.NewReader(raw))
+	s.Buffer(nil, maxList)
+	for n := 1; s.Scan(); n++ {
+		text, _, _ := strings.Cut(s.Text(), "#")
+		ref := strings.TrimSpace(text)
+		if ref == "" {
+			continue
+		}
+		if _, err := policy.ParseName(ref); err != nil {
+			return nil, unknown(fmt.Errorf("--file: %s:%d: %w", o.file, n, err), "a line is the name of an image, as in k3s-images.txt")
+		}
+		if refs = append(refs, ref); len(refs) > maxListed {
+			return nil, unknown(fmt.Errorf("--file: %s:%d: more than %d images", o.file, n, maxListed), "")
+		}
+	}
+	if len(refs) == 0 {
+		return nil, unknown(fmt.Errorf("--file: %s names no image", o.file), "")
+	}
+	return refs, nil
+}
+
+// row judges one image, of which ref is the name.
+func (j *judging) row(ctx context.Context, ref string, floor explain.Floor) explain.Image {
+	ctx, cancel := context.WithTimeout(ctx, verifyTimeout)
+	defer cancel()
+	name, err := policy.ParseName(ref)
+	if err != nil {
+		return explain.Image{Image: verify.Clean(ref, 300), Reason: verify.ImageUnresolved.String(), Detail: verify.Clean(err.Error(), 300)}
+	}
+	at := ""
+	if name.Digest == "" {
+		d, source, fault := j.resolve(ctx, name)
+		if fault != nil {
+			return explain.Row(verify.Image{Name: name, Asked: ref}, verify.Deny(fault.Reason, fault.Detail), floor)
+		}
+		name.Digest, at = d, source
+	}
+	d, img := j.judge(ctx, name, ref, "")
+	row := explain.Row(img, d, floor)
+	row.Resolved = at
+	return row
+}
+
+// resolve asks the mirrors of the image which one a tag leads to, one after the other
+// until one knows. Layouts are not asked: what is in them has no name.
+func (j *judging) resolve(ctx context.Context, name verify.Name) (digest.Digest, string, *verify.Fault) {
+	known := j.setup.Known(name)
+	tag := cmp.Or(name.Tag, "latest")
+	fault := &verify.Fault{Reason: verify.ImageUnresolved, Detail: "no mirror of " + known.Host + " is configured that could say what the tag leads to; name a digest"}
+	for _, s := range j.sources(known) {
+		m, is := s.(*mirror.Source)
+		if !is {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(ctx, j.config.Limits.Or(verify.DefaultLimits).Wall)
+		d, err := m.Resolve(ctx, known, tag)
+		cancel()
+		if err == nil {
+			return d, m.Name(), nil
+		}
+		reason := reasonOf(err)
+		if errors.Is(err, fs.ErrNotExist) && fault.Reason != verify.ImageUnresolved {
+			continue // another one could not be asked, which says more
+		}
+		fault = &verify.Fault{Reason: reason, Detail: verify.Clean(m.Name()+": "+err.Error(), verify.MaxMessage)}
+	}
+	return "", "", fault
+}

@@ -1,0 +1,293 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
+	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/policy"
+)
+
+// policyPath is where the control socket answers with what is in force.
+const policyPath = "/v1/policy"
+
+func policyCommand(stdout io.Writer) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "policy",
+		Short: "Check, show and try the configuration",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			return unknown(errors.New("policy: no verb given"), "there is policy check, policy show and policy test")
+		},
+	}
+	cmd.AddCommand(policyCheckCommand(stdout), policyShowCommand(stdout), policyTestCommand(stdout))
+	return cmd
+}
+
+func policyCheckCommand(stdout io.Writer) *cobra.Command {
+	var dir, output string
+	cmd := &cobra.Command{
+		Use:   "check",
+		Short: "Say whether a configuration directory would be put in force",
+		Long: `Check reads the configuration directory exactly as tidewaiter run does, and prints
+what its author may not mean. Exit status: 0 it would be put in force; 2 it would not,
+and what is wrong is said with its file and line.`,
+		Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			if err := checkOutput(output); err != nil {
+				return err
+			}
+			c, err := loadConfig(dir)
+			if err != nil {
+				return err
+			}
+			s := c.Summary()
+			if output == "json" {
+				return said(plainJSON(stdout, struct {
+					Schema   string   `json:"schema"`
+					Valid    bool     `json:"valid"`
+					Dir      string   `json:"dir"`
+					Epoch    string   `json:"epoch"`
+					Mode     string   `json:"mode"`
+					Warnings []string `json:"warnings"`
+				}{"tidewaiter.dev/policy-check/v1", true, s.Dir, s.Epoch, s.Mode, s.Warnings}))
+			}
+			var b strings.Builder
+			fmt.Fprintf(&b, "%s is valid: mode %s, epoch %s, %d statements, %d certificates, %d warnings\n",
+				verify.Clean(s.Dir, 300), s.Mode, s.Epoch, len(s.Statements), len(s.Stores), len(s.Warnings))
+			for _, w := range s.Warnings {
+				fmt.Fprintf(&b, "  warning  %s\n", verify.Clean(w, 600))
+			}
+			_, err = io.WriteString(stdout, b.String())
+			return said(err)
+		},
+	}
+	configDir(cmd, &dir)
+	outputFlag(cmd, &output)
+	return cmd
+}
+
+// said is a failure to write an answer.
+func said(err error) error {
+	if err != nil {
+		return unknown(fmt.Errorf("write the answer: %w", err), "")
+	}
+	return nil
+}
+
+// loadConfig is config.Load for a verb.
+func loadConfig(dir string) (*config.Config, error) {
+	c, err := config.Load(dir)
+	if errors.Is(err, config.ErrNone) {
+		return nil, unknown(err, "write trustpolicy.json and truststore there, or name their directory with --config-dir")
+	}
+	if err != nil {
+		return nil, unknown(err, "correct it, or name another directory with --config-dir")
+	}
+	return c, nil
+}
+
+func policyShowCommand(stdout io.Writer) *cobra.Command {
+	var dir, run, output string
+	cmd := &cobra.Command{
+		Use:   "show",
+		Short: "Show what is in force, or what a directory says",
+		Long: `Show asks the gate for the configuration that is in force: statements with their
+scopes, certificates of the trust stores, mirrors (those of containerd's hosts.toml
+too), aliases, and digests that are listed. With --config-dir it reads that directory
+instead and asks nobody. Secrets are not shown.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkOutput(output); err != nil {
+				return err
+			}
+			var s config.Summary
+			if cmd.Flags().Changed("config-dir") {
+				c, err := loadConfig(dir)
+				if err != nil {
+					return err
+				}
+				s = c.Summary()
+			} else {
+				err := control.Get(cmd.Context(), run, control.Question{Path: policyPath, Schema: config.SummarySchema, Bytes: 16 << 20}, &s)
+				if errors.Is(err, control.ErrRefused) {
+					return unknown(err, "run tidewaiter status")
+				}
+				if err != nil {
+					return unknown(err, gateHint(run)+"; --config-dir shows a directory")
+				}
+			}
+			if output == "json" {
+				return said(plainJSON(stdout, s))
+			}
+			_, err := io.WriteString(stdout, summary(s))
+			return said(err)
+		},
+	}
+	configDir(cmd, &dir)
+	runDir(cmd, &run)
+	outputFlag(cmd, &output)
+	return cmd
+}
+
+// summary is s for a person.
+func summary(s config.Summary) string {
+	var b strings.Builder
+	line := func(name, format string, args ...any) {
+		fmt.Fprintf(&b, "  %-13s %s\n", name, verify.Clean(fmt.Sprintf(format, args...), 1000))
+	}
+	fmt.Fprintf(&b, "%s: mode %s, epoch %s\n", verify.Clean(s.Dir, 300), s.Mode, s.Epoch)
+	for _, st := range s.Statements {
+		printStatement(line, st)
+	}
+	for _, a := range s.Stores {
+		line("certificate", "%s: %s, %s to %s, SHA-256 %s", a.File, a.Subject, date(a.NotBefore), date(a.NotAfter), a.Thumbprint)
+	}
+	for _, l := range s.Layouts {
+		line("layout", "%s", l)
+	}
+	for _, m := range s.Mirrors {
+		line("mirror", "of %s: %s (%s)", m.Host, m.URL, m.File)
+	}
+	line("network", "%s", s.Network)
+	for _, a := range s.Aliases {
+		line("alias", "%s", a)
+	}
+	for _, f := range s.Floor {
+		line("floor", "%s in %s (%s:%d)", f.Digest, strings.Join(f.Namespaces, ","), f.File, f.Line)
+	}
+	for _, w := range s.Warnings {
+		line("warning", "%s", w)
+	}
+	return b.String()
+}
+
+func printStatement(line func(name, format string, args ...any), st config.Statement) {
+	level := st.Level
+	for _, check := range slices.Sorted(maps.Keys(st.Override)) {
+		level += ", " + check + " " + st.Override[check]
+	}
+	line("statement", "%q: level %s", st.Name, level)
+	line("  scopes", "%s", listOr(st.Scopes, "none"))
+	line("  stores", "%s", listOr(st.TrustStores, "none"))
+	line("  identities", "%s", listOr(st.TrustedIdentities, "none"))
+	if st.VerifyTimestamp != "" {
+		line("  timestamp", "%s", st.VerifyTimestamp)
+	}
+}
+
+func policyTestCommand(stdout io.Writer) *cobra.Command {
+	var dir, namespace, output string
+	cmd := &cobra.Command{
+		Use:   "test IMAGE",
+		Short: "Say which rule speaks of an image name, and who would be asked",
+		Long: `Test reads the configuration directory and says which statement of the trust policy
+speaks of an image of that name, and which sources would be asked for its signatures.
+It asks none of them: tidewaiter verify does. Exit status: 0 a statement asks for
+signatures, or a floor file lists the digest; 1 the answer is no whatever signatures
+there are; 2 it could not be found out.`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return unknown(fmt.Errorf("%d images are named, not one", len(args)), "name an image as a pod does")
+			}
+			return nil
+		},
+		RunE: func(_ *cobra.Command, args []string) error {
+			if err := checkOutput(output); err != nil {
+				return err
+			}
+			return testPolicy(stdout, dir, namespace, output, args[0])
+		},
+	}
+	configDir(cmd, &dir)
+	cmd.Flags().StringVar(&namespace, "namespace", "", "`NAME` of the pod's namespace, for floor files")
+	outputFlag(cmd, &output)
+	return cmd
+}
+
+// A tried is what policy test says.
+type tried struct {
+	Schema    string            `json:"schema"`
+	Image     string            `json:"image"`   // in canonical form
+	Known     string            `json:"known"`   // what rules call it: another where an alias says so
+	Rule      string            `json:"rule"`    // empty: none
+	Settled   string            `json:"settled"` // the answer, where no signature is asked for
+	Detail    string            `json:"detail"`
+	Statement *config.Statement `json:"statement"`
+	Sources   []string          `json:"sources"` // in the order in which they are asked
+}
+
+func testPolicy(stdout io.Writer, dir, namespace, output, ref string) error {
+	name, err := policy.ParseName(ref)
+	if err != nil {
+		return unknown(err, "name an image as a pod does")
+	}
+	c, err := loadConfig(dir)
+	if err != nil {
+		return err
+	}
+	setup, err := c.Setup(func(e *verify.Engine) verify.Judge { return e }, time.Now)
+	if err != nil {
+		return unknown(err, "")
+	}
+	img := verify.Image{Name: setup.Known(name), Pod: verify.Pod{Namespace: namespace}}
+	img.Target.Digest, img.Manifest.Digest = name.Digest, name.Digest
+	rule := setup.Policy.Select(img)
+	t := tried{Schema: "tidewaiter.dev/policy-test/v1", Image: name.String(), Known: img.Name.Repository(), Rule: rule.Name, Detail: rule.Detail, Sources: []string{}}
+	if rule.Settled != "" {
+		t.Settled = rule.Settled.String()
+	}
+	for _, s := range c.Statements {
+		if s.Name == rule.Name && rule.Settled != verify.AllowedByDigest {
+			st := config.Describe(s)
+			t.Statement = &st
+		}
+	}
+	if rule.Settled == "" {
+		for _, s := range c.Sources()(img.Name) {
+			t.Sources = append(t.Sources, s.Name())
+		}
+	}
+	if output == "json" {
+		err = plainJSON(stdout, t)
+	} else {
+		_, err = io.WriteString(stdout, testText(t))
+	}
+	if err != nil {
+		return said(err)
+	}
+	if rule.Settled != "" && rule.Settled != verify.AllowedByDigest {
+		return &failure{status: exitNo}
+	}
+	return nil
+}
+
+func testText(t tried) string {
+	var b strings.Builder
+	line := func(name, format string, args ...any) {
+		fmt.Fprintf(&b, "  %-13s %s\n", name, verify.Clean(fmt.Sprintf(format, args...), 1000))
+	}
+	fmt.Fprintln(&b, verify.Clean(t.Image, 600))
+	if !strings.HasPrefix(t.Image, t.Known) {
+		line("known as", "%s", t.Known)
+	}
+	if t.Settled != "" {
+		line("answer", "[%s] %s", t.Settled, t.Detail)
+	}
+	if t.Statement != nil {
+		printStatement(line, *t.Statement)
+	}
+	for _, s := range t.Sources {
+		line("source", "%s", s)
+	}
+	return b.String()
+}
