@@ -380,6 +380,10 @@ func fixtureMirror(ts *testscript.TestScript, variable string, c sourcetest.Cont
 	if as := option["as"]; as != "" {
 		g.Repository = as
 	}
+	g.Tags = map[string]digest.Digest{}
+	for name, img := range world().images {
+		g.Tags[name] = img.target.Digest
+	}
 	end := make(chan struct{}) // closed when the script ends
 	wait := func(r *http.Request) {
 		select {

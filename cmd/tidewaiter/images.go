@@ -245,8 +245,9 @@ func floorLines(l explain.List, namespaces []string) string {
 			continue
 		}
 		seen[i.Target] = true
+		name, _, _ := strings.Cut(i.Image, "@")
 		// A line that is too long would not be read.
-		fmt.Fprintf(&b, "%s  %s  # %s\n", i.Target, strings.Join(namespaces, ","), verify.Clean(i.Image, 300))
+		fmt.Fprintf(&b, "%s  %s  # %s\n", i.Target, strings.Join(namespaces, ","), verify.Clean(name, 300))
 	}
 	return b.String()
 }

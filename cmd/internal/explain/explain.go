@@ -356,6 +356,10 @@ func (x *Explainer) image(ctx context.Context, what string, e *Explanation) erro
 	}
 	// As docker and CRI do: without tag and digest it is the tag latest. Where that is
 	// not there, all of the repository are meant.
+	bare := name.Digest == "" && name.Tag == ""
+	if bare {
+		name.Tag = "latest"
+	}
 	exact := func(img verify.Image) bool {
 		n := img.Name
 		if name.Digest != "" {
@@ -363,11 +367,8 @@ func (x *Explainer) image(ctx context.Context, what string, e *Explanation) erro
 		}
 		return n == name
 	}
-	if err := x.listed(ctx, exact, e); err != nil || len(e.About) > 0 {
+	if err := x.listed(ctx, exact, e); err != nil || len(e.About) > 0 || !bare {
 		return err
-	}
-	if name.Digest != "" || strings.Contains(what[strings.LastIndex(what, "/")+1:], ":") {
-		return nil
 	}
 	return x.listed(ctx, func(img verify.Image) bool { return img.Name.Repository() == name.Repository() }, e)
 }

@@ -15,11 +15,12 @@ import (
 // only. Set its fields before the first request. It is safe for concurrent use.
 type Registry struct {
 	Content    Content
-	Repository string // the one that there is, such as "team/app"; others are 404 NAME_UNKNOWN
-	NoAPI      bool   // no Referrers API: 404, as CNCF distribution
-	NoTags     bool   // no referrers tags
-	NoFilter   bool   // artifactType is not filtered
-	PageSize   int    // referrers a page; 0: all on one
+	Repository string                   // the one that there is, such as "team/app"; others are 404 NAME_UNKNOWN
+	Tags       map[string]digest.Digest // of images; may be nil
+	NoAPI      bool                     // no Referrers API: 404, as CNCF distribution
+	NoTags     bool                     // no referrers tags
+	NoFilter   bool                     // artifactType is not filtered
+	PageSize   int                      // referrers a page; 0: all on one
 
 	// Intercept may answer in the registry's place and then returns true.
 	Intercept func(http.ResponseWriter, *http.Request) bool
@@ -88,6 +89,10 @@ func (g *Registry) mediaType(d digest.Digest) string {
 }
 
 func (g *Registry) tag(w http.ResponseWriter, ref string) {
+	if d, ok := g.Tags[ref]; ok {
+		send(w, g.mediaType(d), d, g.Content.Blobs[d])
+		return
+	}
 	for subject, list := range g.Content.Referrers {
 		if !g.NoTags && tag(subject) == ref {
 			raw := index(list)
