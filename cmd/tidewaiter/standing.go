@@ -16,6 +16,7 @@ import (
 	"github.com/tidewaiter/tidewaiter/nri"
 	"github.com/tidewaiter/tidewaiter/nri/sweep"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/source/store"
 )
 
 // A standing is what the daemon shows of the configuration in force, and of the one
@@ -117,8 +118,23 @@ func (d *daemon) status(n nri.State, stopping bool, troubles []string) control.S
 			Asked: r.Asked, Failed: r.Failed, New: r.Fresh, Error: r.Error,
 		}
 	}
+	if d.store != nil {
+		s.Store = stored(d.store, d.options.stateDir)
+	}
 	s.Judge()
 	return s
+}
+
+// stored is how the store and bundles fare, for JSON.
+func stored(s *store.Store, dir string) *control.Store {
+	out := &control.Store{Dir: dir, Error: s.Trouble(), Bundles: []control.Bundle{}}
+	out.Signatures, out.Bytes = s.Signatures()
+	bundles, unread := s.Bundles()
+	for _, b := range bundles {
+		out.Bundles = append(out.Bundles, control.Bundle{Name: verify.Clean(b.Name, 256), Signatures: b.Signatures, Error: b.Trouble})
+	}
+	out.Unread = unread
+	return out
 }
 
 // running is what the last sweep found, for JSON.
@@ -166,6 +182,15 @@ func (d *daemon) metrics(w io.Writer, n nri.State, stopping bool) error {
 	}
 	if d.refresher != nil {
 		m.Refresh = new(d.refresher.Status())
+	}
+	if k := s.Store; k != nil {
+		m.Store = &metrics.Store{Signatures: k.Signatures, Bytes: uint64(k.Bytes), Failing: k.Error != "", Bundles: len(k.Bundles), Unread: k.Unread != ""}
+		for _, b := range k.Bundles {
+			m.Store.Bundled += b.Signatures
+			if b.Error != "" {
+				m.Store.Bad++
+			}
+		}
 	}
 	return d.counters.Write(w, m)
 }

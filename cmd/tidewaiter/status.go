@@ -123,6 +123,27 @@ func screen(s *control.Status) string {
 			}
 		}
 	}
+	if k := s.Store; k != nil {
+		line("store", "%d signatures in %d KiB below %s", k.Signatures, (k.Bytes+1023)/1024, k.Dir)
+		if k.Error != "" {
+			line("warning", "signatures are not kept: %s", k.Error)
+		}
+		for i, b := range k.Bundles {
+			if i == shown {
+				line("", "and %d more: --output json", len(k.Bundles)-shown)
+				break
+			}
+			line("bundle", "%s: %d signatures", b.Name, b.Signatures)
+		}
+		for _, b := range k.Bundles {
+			if b.Error != "" {
+				line("warning", "bundle %s cannot be read, or not all of it: %s", b.Name, b.Error)
+			}
+		}
+		if k.Unread != "" {
+			line("warning", "not all bundles are read: %s", k.Unread)
+		}
+	}
 	if n := s.Refresh; n.Every != "" {
 		text := fmt.Sprintf("signatures of %s, every %s", several(n.Images, "image"), n.Every)
 		if n.Every == "0s" {

@@ -36,6 +36,7 @@ type Status struct {
 	Cache         Cache                        `json:"cache"`     // since the configuration is in force
 	Running       Running                      `json:"running"`   // found by the last sweep
 	Refresh       Refreshing                   `json:"refresh"`
+	Store         *Store                       `json:"store"` // null: nothing is kept, and no bundles are read
 	Log           Log                          `json:"log"`
 
 	Stopping bool `json:"stopping"` // the gate was told to end
@@ -145,6 +146,23 @@ type Pause struct {
 	Reason string `json:"reason"`
 	Detail string `json:"detail,omitempty"`
 	Gone   bool   `json:"gone"`
+}
+
+// A Store is the evidence that is on the node.
+type Store struct {
+	Dir        string   `json:"dir"`        // the state directory
+	Signatures int      `json:"signatures"` // that are kept, without those in bundles
+	Bytes      int64    `json:"bytes"`
+	Error      string   `json:"error,omitempty"` // why signatures are not kept
+	Bundles    []Bundle `json:"bundles"`
+	Unread     string   `json:"unread,omitempty"` // why not all bundles are read
+}
+
+// A Bundle is an entry of the directory of bundles.
+type Bundle struct {
+	Name       string `json:"name"`
+	Signatures int    `json:"signatures"`
+	Error      string `json:"error,omitempty"` // why not all of it is read
 }
 
 // Refreshing is how signatures of the node's images are looked for again.

@@ -146,6 +146,18 @@ type State struct {
 	Sweep   *sweep.Status // nil where there is none
 
 	Refresh *node.RefreshStatus // nil where nothing is kept
+	Store   *Store              // the same
+}
+
+// A Store is the evidence that is on the node.
+type Store struct {
+	Signatures int // without those in bundles
+	Bytes      uint64
+	Failing    bool // nothing is kept
+	Bundles    int
+	Bad        int  // of these, those that cannot be read, or not whole
+	Bundled    int  // signatures in bundles
+	Unread     bool // there are more bundles than are read, or none can be
 }
 
 // Write writes everything in the Prometheus text format, in the same order each
@@ -240,6 +252,15 @@ func (c *Counters) Write(w io.Writer, s State) error {
 		if !r.Next.IsZero() {
 			p.gauge("refresh_next_timestamp_seconds", "When the next one will be.", one(int(r.Next.Unix())))
 		}
+	}
+	if k := s.Store; k != nil {
+		p.gauge("store_signatures", "Signatures that are kept on the node.", one(k.Signatures))
+		p.gauge("store_bytes", "Size of the files that are kept.", one(k.Bytes))
+		p.gauge("store_failing", "Whether new signatures cannot be kept.", one(flag(k.Failing)))
+		p.gauge("bundles", "Entries of the directory of bundles.", one(k.Bundles))
+		p.gauge("bundles_failing", "Of these, those that cannot be read, or not whole.", one(k.Bad))
+		p.gauge("bundles_unread", "Whether there are entries that are not read at all.", one(flag(k.Unread)))
+		p.gauge("bundle_signatures", "Signatures in bundles.", one(k.Bundled))
 	}
 	return p.err
 }

@@ -207,6 +207,12 @@ func TestState(t *testing.T) {
 			t.Errorf("refresh_%s is %v, want %v", name, got, want)
 		}
 	}
+	f = write(t, &c, State{Store: &Store{Signatures: 1, Bytes: 2, Failing: true, Bundles: 3, Bad: 4, Bundled: 5, Unread: true}})
+	for name, want := range map[string]float64{"store_signatures": 1, "store_bytes": 2, "store_failing": 1, "bundles": 3, "bundles_failing": 4, "bundle_signatures": 5, "bundles_unread": 1} {
+		if got := value(t, f, name); got != want {
+			t.Errorf("%s is %v, want %v", name, got, want)
+		}
+	}
 	f = write(t, &c, State{Sweep: &sweep.Status{At: time.Unix(1, 0), Error: "x", Gone: 1, Unwitnessed: 2, Stopped: 3,
 		Ends:    map[string]time.Time{"signature": time.Unix(8, 0), "nothing": time.Unix(9, 0), "made up": time.Unix(9, 0)},
 		Reasons: map[verify.Reason]int{verify.Verified: 4, verify.Revoked: 5, "": 6, "MADE_UP": 7}}})
@@ -249,7 +255,7 @@ func TestDocumentation(t *testing.T) {
 	doc, err := os.ReadFile("../../../docs/control.md")
 	must(t, err)
 	var c Counters
-	f := write(t, &c, State{Epoch: "0", Cache: &cache.Stats{}, Codes: []string{"A"}, Sweep: &sweep.Status{At: time.Unix(1, 0), Ends: map[string]time.Time{"signature": {}}},
+	f := write(t, &c, State{Epoch: "0", Cache: &cache.Stats{}, Codes: []string{"A"}, Sweep: &sweep.Status{At: time.Unix(1, 0), Ends: map[string]time.Time{"signature": {}}}, Store: &Store{},
 		Refresh: &node.RefreshStatus{Last: time.Unix(1, 0), Next: time.Unix(1, 0)}})
 	for name := range f {
 		if !strings.Contains(string(doc), "| `"+name) {
