@@ -4,8 +4,8 @@
 // has its files on the machine's own root file system, where a host has them, and
 // ends with the node.
 //
-// Pods run in the node's cgroup without a hierarchy of their own below it, and
-// those that do not use the host's network have none.
+// Pods run below the node's cgroup, and those that do not use the host's network
+// have none.
 package cluster
 
 import (
@@ -95,6 +95,9 @@ func start(ctx context.Context, o node.Options, control bool) (_ *Cluster, err e
 	if err := c.files(); err != nil {
 		return nil, err
 	}
+	if err := c.MakeCgroup(); err != nil {
+		return nil, err
+	}
 	if control {
 		if err := c.StartControlPlane(ctx); err != nil {
 			return nil, err
@@ -162,7 +165,7 @@ func (c *Cluster) files() error {
 		"syncFrequency":            "10s",
 		"cgroupDriver":             "cgroupfs",
 		"cgroupRoot":               c.Cgroup(),
-		"cgroupsPerQOS":            false,
+		"cgroupsPerQOS":            true,
 		"enforceNodeAllocatable":   []string{},
 		"failCgroupV1":             false,
 		"failSwapOn":               false,
@@ -342,7 +345,11 @@ func (c *Cluster) StartControlPlane(ctx context.Context) error {
 	); err != nil {
 		return err
 	}
-	return run("kube-scheduler", "kube-scheduler", nil,
+	return run("kube-scheduler", "kube-scheduler", func(ctx context.Context) error {
+		// Without it the API server takes no pods in: the controller manager is at work.
+		_, err := c.Kubectl(ctx, "", "get", "serviceaccount", "default")
+		return err
+	},
 		"--kubeconfig", "/etc/kubernetes/scheduler.conf", "--leader-elect=false", "--secure-port", "0")
 }
 
@@ -357,7 +364,10 @@ func (c *Cluster) StopControlPlane() {
 // PowerCut is that of the node: afterwards nothing runs.
 func (c *Cluster) PowerCut(ctx context.Context) error {
 	c.plane, c.kubelet = nil, nil
-	return c.Node.PowerCut(ctx)
+	if err := c.Node.PowerCut(ctx); err != nil {
+		return err
+	}
+	return c.MakeCgroup()
 }
 
 // Kubectl runs kubectl as an administrator with stdin and returns what it printed.
@@ -377,6 +387,9 @@ type Pod struct {
 	Metadata struct {
 		Name, Namespace, UID string
 		Labels               map[string]string
+	}
+	Spec struct {
+		Containers []struct{ Name, Image string }
 	}
 	Status struct {
 		Phase             string

@@ -12,6 +12,8 @@ import (
 
 	"go.uber.org/goleak"
 
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
 	"github.com/tidewaiter/tidewaiter/test/cluster"
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
@@ -76,6 +78,9 @@ type scene struct {
 	ctx  context.Context
 	reg  *node.Registry // registry.example
 	gate *node.Gate     // the last one started
+
+	pause  string       // an image that is on the node
+	events *node.Daemon // of containerd, see watch
 }
 
 // Where a gate has its files.
@@ -115,13 +120,34 @@ func each(t *testing.T, start func(context.Context, node.Options) (*cluster.Clus
 						t.Log("gate:\n" + tail(s.gate.Log()))
 					}
 				}
+				tasks, err := s.Ctr(context.WithoutCancel(ctx), "tasks", "list")
+				if err != nil {
+					t.Error(err)
+				}
 				if err := s.Stop(); err != nil {
 					t.Error(err)
 				}
+				gone(t, tasks)
 			}()
 			s.must(s.Use(s.reg))
+			out, err := s.Ctr(ctx, "images", "list", "--quiet")
+			s.must(err)
+			s.pause = strings.Fields(out)[0]
 			f(s)
 		})
+	}
+}
+
+// gone checks that the processes in a list of ctr have ended.
+func gone(t *testing.T, tasks string) {
+	for line := range strings.Lines(tasks) {
+		f := strings.Fields(line) // TASK PID STATUS
+		if len(f) < 3 || f[2] != "RUNNING" {
+			continue
+		}
+		if _, err := os.Stat("/proc/" + f[1] + "/exe"); err == nil {
+			t.Errorf("process %s of container %s is left", f[1], f[0])
+		}
 	}
 }
 
@@ -168,15 +194,26 @@ func (s *scene) push(word string, who *notarytest.Signer) *node.Image {
 	return img
 }
 
-// pod is a pod with one container, and a name that is its image's tag.
-func pod(img *node.Image) string {
-	name := img.Name[strings.LastIndex(img.Name, ":")+1:]
-	b, err := json.Marshal(map[string]any{
-		"apiVersion": "v1",
-		"kind":       "Pod",
-		"metadata":   map[string]any{"name": name, "namespace": "default", "labels": map[string]any{"app": name}},
-		"spec":       spec(img),
-	})
+// pod is a pod with one container.
+func pod(name string, img *node.Image) string {
+	return object("v1", "Pod", name, map[string]any{"spec": spec(img)})
+}
+
+// deployment is one with two pods, "web".
+func deployment(img *node.Image) string {
+	labels := map[string]any{"app": "web"}
+	s := spec(img)
+	delete(s, "hostNetwork") // they are the network of nobody
+	return object("apps/v1", "Deployment", "web", map[string]any{"spec": map[string]any{
+		"replicas": 2,
+		"selector": map[string]any{"matchLabels": labels},
+		"template": map[string]any{"metadata": map[string]any{"labels": labels}, "spec": s},
+	}})
+}
+
+func object(version, kind, name string, o map[string]any) string {
+	o["apiVersion"], o["kind"], o["metadata"] = version, kind, map[string]any{"name": name, "namespace": "default"}
+	b, err := json.Marshal(o)
 	if err != nil {
 		panic(err)
 	}
@@ -190,9 +227,10 @@ func spec(img *node.Image) map[string]any {
 	}
 }
 
-// static is the file of a static pod.
-func static(img *node.Image) string {
-	return cluster.ManifestDir + "/" + img.Name[strings.LastIndex(img.Name, ":")+1:] + ".json"
+// static makes a static pod.
+func (s *scene) static(name string, img *node.Image) {
+	s.Helper()
+	s.must(s.WriteFile(cluster.ManifestDir+"/"+name+".json", pod(name, img)))
 }
 
 // eventually waits until what says nil, for as long as a kubelet that is asked
@@ -214,81 +252,149 @@ func (s *scene) eventually(what func() error) {
 	}
 }
 
-// status is what the kubelet says of the container of a pod whose name starts with
-// the tag of img.
-func (s *scene) status(img *node.Image) (cluster.ContainerStatus, error) {
-	name := img.Name[strings.LastIndex(img.Name, ":")+1:]
+// A which chooses pods of the kubelet.
+type which func(cluster.Pod) bool
+
+// named chooses a pod by its name, a static one too.
+func named(name string) which {
+	return func(p cluster.Pod) bool {
+		return p.Metadata.Name == name || p.Metadata.Name == name+"-"+cluster.NodeName
+	}
+}
+
+// of chooses the pods that run an image.
+func of(img *node.Image) which {
+	return func(p cluster.Pod) bool { return p.Spec.Containers[0].Image == img.Name }
+}
+
+// status is what the kubelet says of the container of the first pod that is chosen.
+func (s *scene) status(w which) (cluster.ContainerStatus, error) {
 	pods, err := s.Pods(s.ctx)
 	if err != nil {
 		return cluster.ContainerStatus{}, err
 	}
 	for _, p := range pods {
-		if strings.HasPrefix(p.Metadata.Name, name+"-") || p.Metadata.Name == name {
-			for _, st := range p.Status.ContainerStatuses {
-				return st, nil
-			}
-			return cluster.ContainerStatus{}, fmt.Errorf("%s: no container yet, %s", p.Metadata.Name, p.Status.Phase)
+		if !w(p) {
+			continue
 		}
+		for _, st := range p.Status.ContainerStatuses {
+			return st, nil
+		}
+		return cluster.ContainerStatus{}, fmt.Errorf("%s: no container yet, %s", p.Metadata.Name, p.Status.Phase)
 	}
-	return cluster.ContainerStatus{}, fmt.Errorf("the kubelet has no pod %s: %+v", name, pods)
+	return cluster.ContainerStatus{}, fmt.Errorf("the kubelet has no such pod among %d", len(pods))
 }
 
-// runs waits until the pod of an image runs, restarted at least so often.
-func (s *scene) runs(img *node.Image, restarts int) cluster.ContainerStatus {
+// runs waits until CRI says that the container of a pod runs, restarted at least so
+// often, and returns its ID. The name of a static pod is without the node's.
+func (s *scene) runs(name string, restarts uint32) (id string) {
 	s.Helper()
-	var st cluster.ContainerStatus
-	s.eventually(func() (err error) {
-		if st, err = s.status(img); err == nil && (st.State.Running == nil || st.RestartCount < restarts) {
-			err = fmt.Errorf("%s does not run: %+v", img.Name, st)
-			if w := st.State.Waiting; w != nil {
-				err = errors.Join(err, fmt.Errorf("%s: %s", w.Reason, w.Message))
-			}
-		}
-		return err
-	})
-	return st
-}
-
-// refused waits until the kubelet says of the pod of an image that the gate
-// refused it for the reason, and checks that it never ran. It returns our line.
-func (s *scene) refused(img *node.Image, code verify.Reason) string {
-	s.Helper()
-	var line string
 	s.eventually(func() error {
-		st, err := s.status(img)
+		res, err := s.Runtime.ListContainers(s.ctx, &runtimeapi.ListContainersRequest{})
 		if err != nil {
 			return err
 		}
-		w := st.State.Waiting
-		if w == nil || st.RestartCount != 0 || st.ContainerID != "" {
-			s.Fatalf("%s: %+v, want it refused", img.Name, st)
+		var found []string
+		for _, c := range res.Containers {
+			if p := c.Labels["io.kubernetes.pod.name"]; p != name && p != name+"-"+cluster.NodeName {
+				continue
+			}
+			if c.State == runtimeapi.ContainerState_CONTAINER_RUNNING && c.Metadata.Attempt >= restarts {
+				id = c.Id
+				return nil
+			}
+			found = append(found, fmt.Sprintf("%s attempt %d", c.State, c.Metadata.Attempt))
 		}
-		_, line, _ = strings.Cut(w.Message, "tidewaiter: ")
-		if w.Reason != "CreateContainerError" || !strings.HasPrefix(line, "denied ["+string(code)+"] ") {
-			return fmt.Errorf("%s: %s: %s, want %s", img.Name, w.Reason, w.Message, code)
+		st, err := s.status(named(name))
+		return fmt.Errorf("%s does not run, or has not been restarted %d times: %v; %s %v", name, restarts, found, show(st), err)
+	})
+	return id
+}
+
+// refused waits until the kubelet says of a pod that the gate refused it for the
+// reason. It fails if the pod ran before. It returns our line. Of a pod that is not
+// static the kubelet says what the API server has taken in.
+func (s *scene) refused(w which, code verify.Reason) string {
+	s.Helper()
+	var line string
+	s.eventually(func() error {
+		st, err := s.status(w)
+		if err != nil {
+			return err
+		}
+		wait := st.State.Waiting
+		if wait == nil || st.RestartCount != 0 || st.ContainerID != "" {
+			s.Fatalf("want it refused: %s", show(st))
+		}
+		_, line, _ = strings.Cut(wait.Message, "tidewaiter: ")
+		if wait.Reason != "CreateContainerError" || !strings.HasPrefix(line, "denied ["+string(code)+"] ") {
+			return fmt.Errorf("want %s: %s", code, show(st))
 		}
 		return nil
 	})
-	s.neverRan(img)
 	return "tidewaiter: " + line
 }
 
-// neverRan checks that containerd has no container of an image.
-func (s *scene) neverRan(img *node.Image) {
-	s.Helper()
-	out, err := s.Ctr(s.ctx, "containers", "list")
-	s.must(err)
-	if strings.Contains(out, img.Name) {
-		s.Errorf("%s has a container:\n%s", img.Name, out)
+func show(st cluster.ContainerStatus) string {
+	b, err := json.Marshal(st)
+	if err != nil {
+		panic(err)
 	}
+	return string(b)
 }
 
-// end kills the container of an image, as a program that crashes.
-func (s *scene) end(img *node.Image) {
+// end kills the container of a pod, as a program that crashes.
+func (s *scene) end(name string) {
 	s.Helper()
-	st, err := s.status(img)
+	_, err := s.Ctr(s.ctx, "task", "kill", "--signal", "SIGKILL", s.runs(name, 0))
 	s.must(err)
-	_, id, _ := strings.Cut(st.ContainerID, "://")
-	_, err = s.Ctr(s.ctx, "task", "kill", "--signal", "SIGKILL", id)
+}
+
+// watch has containerd say of every container that it creates, for created. It ends
+// with containerd.
+func (s *scene) watch() {
+	s.Helper()
+	d, err := s.StartDaemon("events", s.Tools.Ctr, "--address", "/run/containerd/containerd.sock", "--namespace", "k8s.io", "events")
 	s.must(err)
+	s.events = d
+	// It says nothing when it is ready: something happens until it has heard it.
+	s.eventually(func() error {
+		mark := fmt.Sprintf("registry.example/mark:%d", time.Now().UnixNano())
+		if _, err := s.Ctr(s.ctx, "images", "tag", s.pause, mark); err != nil {
+			return err
+		}
+		time.Sleep(50 * time.Millisecond)
+		if _, err := s.Ctr(s.ctx, "images", "remove", mark); err != nil {
+			return err
+		}
+		if !strings.Contains(d.Log(), mark) {
+			return errors.New("no event of an image that was tagged")
+		}
+		return nil
+	})
+}
+
+// created returns how many containers of an image containerd has created since
+// the first watch.
+func (s *scene) created(img *node.Image) (n int) {
+	for line := range strings.Lines(s.events.Log()) {
+		if strings.Contains(line, "/containers/create") && strings.Contains(line, `"`+img.Name+`"`) {
+			n++
+		}
+	}
+	return n
+}
+
+// noEscape checks that containerd created containers of good, which must run, and
+// none of the others.
+func (s *scene) noEscape(good *node.Image, others ...*node.Image) {
+	s.Helper()
+	if s.created(good) == 0 {
+		s.Errorf("no container of %s was created, as far as events say:\n%s", good.Name, tail(s.events.Log()))
+	}
+	for _, img := range others {
+		if n := s.created(img); n > 0 {
+			s.Errorf("%d containers of %s were created", n, img.Name)
+		}
+	}
 }

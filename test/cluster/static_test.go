@@ -17,28 +17,29 @@ import (
 func TestStaticPods(t *testing.T) {
 	each(t, cluster.Standalone, node.Options{Required: true}, func(s *scene) {
 		s.must(node.WriteConfig(s.Path(configDir), s.policy("enforce")))
-		good, bare, foreign := s.push("static", release), s.push("bare", nil), s.push("foreign", stranger)
+		good, bare, foreign := s.push("good", release), s.push("bare", nil), s.push("foreign", stranger)
+
+		s.watch()
 
 		// Before the gate is there nothing starts, and it need not be there first.
-		s.must(s.WriteFile(static(good), pod(good)))
+		s.static("good", good)
 		s.eventually(func() error {
-			st, err := s.status(good)
+			st, err := s.status(named("good"))
 			if err == nil && (st.State.Waiting == nil || !strings.Contains(st.State.Waiting.Message, `required plugin "tidewaiter" not present`)) {
 				err = fmt.Errorf("without the gate: %+v", st)
 			}
 			return err
 		})
 		s.startGate()
-		s.runs(good, 0)
+		s.runs("good", 0)
 
-		for _, img := range []*node.Image{bare, foreign} {
-			s.must(s.WriteFile(static(img), pod(img)))
-		}
-		line := s.refused(bare, verify.SignatureMissing)
+		s.static("bare", bare)
+		s.static("foreign", foreign)
+		line := s.refused(named("bare"), verify.SignatureMissing)
 		if !strings.Contains(line, "; on node "+cluster.NodeName+": decision ") {
 			s.Errorf("no node and decision: %s", line)
 		}
-		s.refused(foreign, verify.SignerUntrusted)
+		s.refused(named("foreign"), verify.SignerUntrusted)
 		// What the event of a pod would say is in the log of a kubelet without an API server.
 		if log := s.KubeletLog(); !strings.Contains(log, "tidewaiter: denied [SIGNATURE_MISSING] ") {
 			s.Error("the kubelet's log does not say why")
@@ -47,31 +48,35 @@ func TestStaticPods(t *testing.T) {
 		// Without the mirror the kubelet is restarted: what runs goes on, and what ends is
 		// started again.
 		s.must(s.reg.Stop())
-		before := s.runs(good, 0)
+		before := s.runs("good", 0)
 		s.StopKubelet(syscall.SIGTERM)
 		s.must(s.StartKubelet(s.ctx))
-		if after := s.runs(good, 0); after.ContainerID != before.ContainerID {
-			s.Errorf("the restart of the kubelet restarted a pod: %+v", after)
+		if after := s.runs("good", 0); after != before {
+			s.Error("the restart of the kubelet restarted a pod")
 		}
-		s.end(good)
-		s.runs(good, 1)
-		s.refused(bare, verify.SignatureMissing)
+		s.end("good")
+		s.runs("good", 1)
+		s.refused(named("bare"), verify.SignatureMissing)
 
 		// The power fails. The kubelet and containerd are there before the gate.
 		s.must(s.PowerCut(s.ctx))
 		s.must(s.StartContainerd(s.ctx))
+		s.watch()
 		s.must(s.StartKubelet(s.ctx))
 		s.startGate()
-		s.runs(good, 2)
+		s.runs("good", 2)
 		// Nobody can say any more whether somebody signed them.
-		s.refused(bare, verify.SourceUnreachable)
-		s.refused(foreign, verify.SourceUnreachable)
+		s.refused(named("bare"), verify.SourceUnreachable)
+		s.refused(named("foreign"), verify.SourceUnreachable)
+
+		s.noEscape(good, bare, foreign)
 
 		// The mirror is back, and so is a signature.
 		s.must(s.reg.Start())
 		_, err := s.reg.Sign(s.ctx, bare, release)
 		s.must(err)
-		s.runs(bare, 0)
-		s.refused(foreign, verify.SignerUntrusted)
+		s.runs("bare", 0)
+		s.refused(named("foreign"), verify.SignerUntrusted)
+		s.noEscape(bare, foreign)
 	})
 }

@@ -164,7 +164,7 @@ func (n *Node) inside(name string) string {
 func (n *Node) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	if n.Root != "" {
 		pid := n.machine.cmd.Process.Pid
-		args = append([]string{fmt.Sprintf("--mount=/proc/%d/ns/mnt", pid), "--wd=/", "--", name}, args...)
+		args = append([]string{fmt.Sprintf("--mount=/proc/%d/ns/mnt", pid), "--", name}, args...)
 		name = "nsenter"
 	}
 	cmd := exec.CommandContext(ctx, name, args...)
@@ -260,3 +260,16 @@ func (n *Node) Changes() ([]string, error) {
 
 // Cgroup is the cgroup below which the node's containers are: "/tw-node-1234".
 func (n *Node) Cgroup() string { return cgroupParent(n.Dir) }
+
+// MakeCgroup makes Cgroup, which otherwise is there from the first container on.
+func (n *Node) MakeCgroup() error {
+	for _, m := range mounts() {
+		if m.kind != "cgroup" && m.kind != "cgroup2" {
+			continue
+		}
+		if err := os.MkdirAll(filepath.Join(m.point, n.Cgroup()), 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
+}
