@@ -110,7 +110,7 @@ const MaxMessage = 640
 
 // Message is the one line that a person reads, at most MaxMessage bytes, code
 // first since user interfaces cut it. It names img, since one Decision answers
-// for many names, and the node where the log has the whole story. Everything
+// for many names, and the node where that command has the whole story. Everything
 // that is not ours is quoted and cut.
 func (d Decision) Message(img Image, node string) string {
 	var b strings.Builder
@@ -131,7 +131,7 @@ func (d Decision) Message(img Image, node string) string {
 		tail += "; rule " + Quote(d.Rule, 64)
 	}
 	if node != "" {
-		tail += "; on node " + Clean(node, 64) + ": decision " + d.ID()
+		tail += "; on node " + Clean(node, 64) + ": tidewaiter explain " + d.ID()
 	}
 	if room := MaxMessage - b.Len() - len(tail) - len(": "); d.Detail != "" && room > 0 {
 		b.WriteString(": " + Clean(d.Detail, room))

@@ -209,12 +209,12 @@ func TestMessage(t *testing.T) {
 	}{
 		{"denied", deny("no Notary Project signature found at layout /media/usb"), img, "edge-17",
 			`tidewaiter: denied [SIGNATURE_MISSING] registry.local/app:1.2@sha256:` + sum +
-				`: no Notary Project signature found at layout /media/usb; rule "prod"; on node edge-17: decision ` + id},
+				`: no Notary Project signature found at layout /media/usb; rule "prod"; on node edge-17: tidewaiter explain ` + id},
 		{"allowed", yes, img, "edge-17",
-			`tidewaiter: allowed [VERIFIED] registry.local/app:1.2@sha256:` + sum + `; rule "prod"; on node edge-17: decision ` + yes.ID()},
+			`tidewaiter: allowed [VERIFIED] registry.local/app:1.2@sha256:` + sum + `; rule "prod"; on node edge-17: tidewaiter explain ` + yes.ID()},
 		{"audited", audit(deny("why"), Audit), img, "edge-17",
 			`tidewaiter: allowed [AUDIT_ONLY], enforce would deny [SIGNATURE_MISSING] registry.local/app:1.2@sha256:` + sum +
-				`: why; rule "prod"; on node edge-17: decision ` + id},
+				`: why; rule "prod"; on node edge-17: tidewaiter explain ` + id},
 		{"audited zero", audit(Decision{}, Audit), Image{}, "",
 			`tidewaiter: allowed [AUDIT_ONLY], enforce would deny [INTERNAL] an image without a name`},
 		{"zero", Decision{}, Image{}, "", `tidewaiter: denied [INTERNAL] an image without a name`},
@@ -229,7 +229,7 @@ func TestMessage(t *testing.T) {
 		{"detail on several lines", deny("a\r\nb\tc\x00d\u202ee\u2028f\x1b[31m\xff"), img, "",
 			`tidewaiter: denied [SIGNATURE_MISSING] registry.local/app:1.2@sha256:` + sum + `: a  b c d e f [31m ; rule "prod"`},
 		{"a quote does not end the rule", Decision{Reason: SignatureMissing, Rule: `a"; rule "b` + "\n"}, Image{}, "n\n1",
-			`tidewaiter: denied [SIGNATURE_MISSING] an image without a name; rule "a'; rule 'b "; on node n 1: decision ` +
+			`tidewaiter: denied [SIGNATURE_MISSING] an image without a name; rule "a'; rule 'b "; on node n 1: tidewaiter explain ` +
 				Decision{Reason: SignatureMissing}.ID()},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -252,7 +252,7 @@ func TestMessageLong(t *testing.T) {
 	for _, d := range []Decision{d, audit(d, Audit)} {
 		m := d.Message(img, long)
 		checkLine(t, m)
-		for _, part := range []string{"[SNAPSHOTTER_UNVERIFIED]", img.Target.Digest.String(), `; rule "é`, "decision " + d.ID(), "...@sha512:"} {
+		for _, part := range []string{"[SNAPSHOTTER_UNVERIFIED]", img.Target.Digest.String(), `; rule "é`, "tidewaiter explain " + d.ID(), "...@sha512:"} {
 			if !strings.Contains(m, part) {
 				t.Errorf("message lacks %q: %s", part, m)
 			}
@@ -298,7 +298,7 @@ func FuzzMessage(f *testing.F) {
 		if strings.HasPrefix(m, "tidewaiter: allowed [") != d.Allowed() {
 			t.Errorf("allowed=%t, message %q", d.Allowed(), m)
 		}
-		if node != "" && !strings.HasSuffix(m, ": decision "+d.ID()) {
+		if node != "" && !strings.HasSuffix(m, ": tidewaiter explain "+d.ID()) {
 			t.Errorf("message does not end with the decision: %q", m)
 		}
 		raw, err := json.Marshal(d.Report(img, node))

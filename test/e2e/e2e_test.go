@@ -404,8 +404,8 @@ func (s *scene) line(err error, code verify.Reason) string {
 	if len(line) > 640 || strings.ContainsAny(line, "\n\r\t") {
 		s.Errorf("%d bytes, or more than a line: %q", len(line), line)
 	}
-	if !strings.Contains(line, "; on node edge-1: decision ") {
-		s.Errorf("no node and decision: %s", line)
+	if !strings.Contains(line, "; on node edge-1: tidewaiter explain ") {
+		s.Errorf("no node and command: %s", line)
 	}
 	return line
 }

@@ -255,7 +255,7 @@ func TestAnswers(t *testing.T) {
 		want    string // in the denial; "": allowed
 	}{
 		"good":                 {func(context.Context) []verify.Image { return []verify.Image{image("good")} }, ""},
-		"untrusted":            {func(context.Context) []verify.Image { return []verify.Image{image("evil")} }, "tidewaiter: denied [SIGNER_UNTRUSTED] registry.example/app:1@" + digest.FromString("evil").String() + ": test: somebody else; rule \"all\"; on node edge-1: decision "},
+		"untrusted":            {func(context.Context) []verify.Image { return []verify.Image{image("evil")} }, "tidewaiter: denied [SIGNER_UNTRUSTED] registry.example/app:1@" + digest.FromString("evil").String() + ": test: somebody else; rule \"all\"; on node edge-1: tidewaiter explain "},
 		"one of two":           {func(context.Context) []verify.Image { return []verify.Image{image("good"), image("evil")} }, "[SIGNER_UNTRUSTED]"},
 		"not bound":            {func(context.Context) []verify.Image { return []verify.Image{unbound} }, "[IMAGE_UNRESOLVED]"},
 		"fault":                {func(context.Context) []verify.Image { return []verify.Image{fault} }, "[IMAGE_UNRESOLVED]"},
