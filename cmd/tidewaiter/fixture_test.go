@@ -78,6 +78,20 @@ func (i *image) sign(s *notarytest.Signer, subject, payload ocispec.Descriptor, 
 	i.signed = append(i.signed, signature{subject, notarytest.Manifest(notarytest.MustSign(s, payload, o), verify.MediaTypeJWS, subject, notarytest.ArtifactType)})
 }
 
+// attach attaches an artifact of one layer to subject.
+func (i *image) attach(subject ocispec.Descriptor, artifactType, content string) {
+	blob := func(mediaType, s string) notarytest.Blob {
+		return notarytest.Blob{Descriptor: ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromString(s), Size: int64(len(s))}, Content: []byte(s)}
+	}
+	config, layer := blob(ocispec.MediaTypeEmptyJSON, "{}"), blob(artifactType, content)
+	manifest := blob(ocispec.MediaTypeImageManifest, string(encode(ocispec.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, ArtifactType: artifactType,
+		Config: config.Descriptor, Layers: []ocispec.Descriptor{layer.Descriptor}, Subject: &subject,
+	})))
+	manifest.Descriptor.ArtifactType = artifactType
+	i.signed = append(i.signed, signature{subject, notarytest.Artifact{Manifest: manifest, Config: config, Envelope: layer}})
+}
+
 type fixtures struct {
 	root   []byte             // of the CA that configurations trust
 	signer *notarytest.Signer // whom they trust
@@ -102,6 +116,7 @@ const identity = "x509.subject: C=US, ST=WA, O=acme"
 //	unlabelled  a signed index that does not say the platforms of its manifests
 //	twofold     signed, and both a manifest and an index
 //	long        signed, with a sha512 digest
+//	attested    signed, and with an SBOM
 //	lied        signed; in front is a signature manifest that lies about its size
 var world = sync.OnceValue(func() fixtures {
 	acme, stranger := notarytest.NewCA(notarytest.CAOptions{}), notarytest.NewCA(notarytest.CAOptions{})
@@ -134,6 +149,10 @@ var world = sync.OnceValue(func() fixtures {
 	lie.Size++
 	lied.sign(theirs, lie, lie, plain)
 	lied.sign(ours, t, t, plain)
+
+	attested, t := single("attested")
+	attested.sign(ours, t, t, plain)
+	attested.attach(t, "application/spdx+json", `{"spdxVersion":"SPDX-2.3"}`)
 
 	here := &ocispec.Platform{OS: runtime.GOOS, Architecture: runtime.GOARCH}
 	there := &ocispec.Platform{OS: "plan9", Architecture: "mips"}
@@ -188,7 +207,8 @@ var world = sync.OnceValue(func() fixtures {
 //	fixture break DIR DIGEST other|pipe|link|huge
 //	fixture mirror VAR IMAGE... [without=...] [as=team/app] [does=tags|notags|refuses|hangs|floods|drips]
 //
-// A layout or mirror holds the images as team/app. A mirror stores its URL in
+// A layout or mirror holds the images as team/app, a mirror under their names as tags
+// too. A mirror stores its URL in
 // VAR, and ends with the script; what it was asked, "fixture requests VAR FILE"
 // writes down; "fixture started VAR" waits until it was asked. A configuration trusts signatures of identity for every image.
 func fixture(ts *testscript.TestScript, neg bool, args []string) {
@@ -376,7 +396,12 @@ func (l *registryList) of(url string) *sourcetest.Registry {
 }
 
 func fixtureMirror(ts *testscript.TestScript, variable string, c sourcetest.Content, option map[string]string) {
-	g := &sourcetest.Registry{Content: c, Repository: sourcetest.Name.Path}
+	g := &sourcetest.Registry{Content: c, Repository: sourcetest.Name.Path, Tags: map[string]digest.Digest{}}
+	for name, img := range world().images {
+		if _, held := c.Blobs[img.target.Digest]; held {
+			g.Tags[name] = img.target.Digest
+		}
+	}
 	if as := option["as"]; as != "" {
 		g.Repository = as
 	}

@@ -61,11 +61,16 @@ Exit status: 0 allowed, 1 denied, 2 it could not be found out.`,
 		},
 	}
 	configDir(cmd, &o.configDir)
-	cmd.Flags().StringArrayVar(&o.layouts, "layout", nil, "OCI image layout `PATH`, directory or tar file, with signatures; may be given several times")
-	cmd.Flags().StringArrayVar(&o.mirrors, "mirror", nil, "`HOST=URL` of a registry with the signatures of HOST's images; HOST * serves every host without a mirror of its own; may be given several times")
+	sourceFlags(cmd, &o)
 	cmd.Flags().StringVar(&o.namespace, "namespace", "", "`NAME` of the pod's namespace, for floor files and the report")
 	outputFlag(cmd, &o.output)
 	return cmd
+}
+
+// sourceFlags adds the flags that name sources instead of those of the configuration.
+func sourceFlags(cmd *cobra.Command, o *verifyOptions) {
+	cmd.Flags().StringArrayVar(&o.layouts, "layout", nil, "OCI image layout `PATH`, directory or tar file, with signatures; may be given several times")
+	cmd.Flags().StringArrayVar(&o.mirrors, "mirror", nil, "`HOST=URL` of a registry with the signatures of HOST's images; HOST * serves every host without a mirror of its own; may be given several times")
 }
 
 func verifyImage(ctx context.Context, stdout io.Writer, o verifyOptions, ref string) error {

@@ -298,3 +298,24 @@ func (d *directory) epoch() verify.Epoch {
 	}
 	return verify.EpochOf(b)
 }
+
+// Trust returns the files of the trust policy and the trust store in dir with their
+// bytes, by their names in dir. They need not be valid.
+func Trust(dir string) (map[string][]byte, error) {
+	d, err := openDirectory(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	if _, _, err := d.trustPolicy(); err != nil {
+		return nil, err
+	}
+	if _, err := d.trustStore(); err != nil {
+		return nil, err
+	}
+	files := map[string][]byte{}
+	for _, c := range d.read {
+		files[c.name] = c.raw
+	}
+	return files, nil
+}

@@ -39,6 +39,20 @@ func (s *Source) Find(ctx context.Context, in verify.Name, subject ocispec.Descr
 
 // find is Find, except that its error may hold what must not be repeated.
 func (x *exchange) find(ctx context.Context, subject ocispec.Descriptor, b *verify.Budget, yield func(verify.Evidence) bool) error {
+	f := &finding{exchange: x, subject: subject, b: b, yield: yield, seen: map[verify.Target]bool{}}
+	err := x.list(ctx, subject, verify.ArtifactTypeNotation, b, func(referrers []ocispec.Descriptor) error { return f.referrers(ctx, referrers) })
+	switch {
+	case errors.Is(err, errStop):
+		return nil
+	case err != nil:
+		return unanswered(err)
+	}
+	return f.failed
+}
+
+// list hands each page of the referrers of subject to fn. A registry may leave out
+// those of other types than artifactType, unless that is empty.
+func (x *exchange) list(ctx context.Context, subject ocispec.Descriptor, artifactType string, b *verify.Budget, fn func([]ocispec.Descriptor) error) error {
 	pages := &getter{
 		exchange: x,
 		limit:    func() (int64, error) { return b.MaxManifest(), b.Page() },
@@ -53,20 +67,11 @@ func (x *exchange) find(ctx context.Context, subject ocispec.Descriptor, b *veri
 	if err != nil {
 		return err
 	}
-	f := &finding{exchange: x, subject: subject, b: b, yield: yield, seen: map[verify.Target]bool{}}
-	list := func(referrers []ocispec.Descriptor) error { return f.referrers(ctx, referrers) }
-
-	err = repo.Referrers(ctx, subject, verify.ArtifactTypeNotation, list)
+	err = repo.Referrers(ctx, subject, artifactType, fn)
 	if pages.asked == 1 && unsupported(err) {
-		err = byTag(ctx, repo, subject, list)
+		err = byTag(ctx, repo, subject, fn)
 	}
-	switch {
-	case errors.Is(err, errStop):
-		return nil
-	case err != nil:
-		return unanswered(err)
-	}
-	return f.failed
+	return err
 }
 
 // unsupported reports whether err says that there is no Referrers API. The
@@ -188,14 +193,14 @@ func (f *finding) read(ctx context.Context, ev *verify.Evidence) error {
 
 // content reads the manifest or blob that d describes, from the budget that take is
 // of, and checks it.
-func (f *finding) content(ctx context.Context, d ocispec.Descriptor, take func(int64) error, manifest bool) ([]byte, error) {
+func (x *exchange) content(ctx context.Context, d ocispec.Descriptor, take func(int64) error, manifest bool) ([]byte, error) {
 	if err := d.Digest.Validate(); err != nil {
 		return nil, err
 	}
 	if err := take(d.Size); err != nil {
 		return nil, err
 	}
-	repo, err := (&getter{exchange: f.exchange, limit: func() (int64, error) { return d.Size, nil }}).at()
+	repo, err := (&getter{exchange: x, limit: func() (int64, error) { return d.Size, nil }}).at()
 	if err != nil {
 		return nil, err
 	}
