@@ -45,6 +45,7 @@ type Registry struct {
 	handler     http.Handler
 	log         *log.Logger
 	noReferrers bool
+	twoRequests bool         // to put a blob
 	busy        atomic.Int64 // requests that are being answered
 
 	mu       sync.Mutex
@@ -116,7 +117,7 @@ func (n *Node) NewDistribution(ctx context.Context, host string) (*Registry, err
 	logger := log.New(io.Discard, "", 0)
 	proxy := httputil.NewSingleHostReverseProxy(target)
 	proxy.Transport, proxy.ErrorLog = client.Transport, logger
-	r := &Registry{Host: host, Addr: "127.0.0.1:0", handler: proxy, log: logger, noReferrers: true}
+	r := &Registry{Host: host, Addr: "127.0.0.1:0", handler: proxy, log: logger, noReferrers: true, twoRequests: true}
 	for end := time.Now().Add(20 * time.Second); ; {
 		res, err := client.Get(target.String() + "/v2/")
 		if err == nil {

@@ -106,7 +106,22 @@ func (r *Registry) PutManifest(ctx context.Context, repository, reference, media
 
 // PutBlob pushes a blob.
 func (r *Registry) PutBlob(ctx context.Context, repository string, d digest.Digest, content []byte) error {
-	return r.put(ctx, http.MethodPost, "/v2/"+repository+"/blobs/uploads/?digest="+url.QueryEscape(d.String()), "application/octet-stream", content)
+	post := "/v2/" + repository + "/blobs/uploads/?digest=" + url.QueryEscape(d.String())
+	if !r.twoRequests {
+		return r.put(ctx, http.MethodPost, post, "application/octet-stream", content)
+	}
+	res, err := client.Post(r.URL()+post, "", nil)
+	if err != nil {
+		return err
+	}
+	res.Body.Close()
+	to, err := res.Location()
+	if err != nil {
+		return fmt.Errorf("POST %s%s: status %d: %w", r.Addr, post, res.StatusCode, err)
+	}
+	q := to.Query()
+	q.Set("digest", d.String())
+	return r.put(ctx, http.MethodPut, to.Path+"?"+q.Encode(), "application/octet-stream", content)
 }
 
 func (r *Registry) put(ctx context.Context, method, path, mediaType string, content []byte) error {

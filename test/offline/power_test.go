@@ -200,7 +200,7 @@ func TestPowerCut(t *testing.T) {
 				if id == "" {
 					continue // it was not pulled in time
 				}
-				if err := s.try(img.Name, word(img.Name), node.PullNever); err != nil && !strings.Contains(node.Text(err), "denied [SOURCE_UNREACHABLE]") {
+				if err := s.try(img.Name, node.PullNever); err != nil && !strings.Contains(node.Text(err), "denied [SOURCE_UNREACHABLE]") {
 					s.Errorf("%s: %v", img.Name, err)
 				}
 				s.must(s.RemoveImage(s.ctx, img.Name))
