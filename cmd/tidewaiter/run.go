@@ -111,8 +111,6 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 			survey.Again()
 		}})
 		survey.Listed = d.store.Retain
-		d.refresher = node.NewRefresher(d.resolver, log, d.uptime, rand.Uint64())
-		survey.Refresher = d.refresher
 	}
 	// The gate needs none of what is in the run directory. Why it cannot be used, the
 	// control socket says.
@@ -130,6 +128,10 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	}
 	d.ring = decisions.Open(kept, log)
 	defer d.ring.Close()
+	if d.store != nil {
+		d.refresher = node.NewRefresher(d.resolver, log, d.uptime, rand.Uint64(), kept)
+		survey.Refresher = d.refresher
+	}
 	d.witness = sweep.NewWitness(kept, log, d.uptime)
 	lock := sweep.NewLock(o.runDir)
 	defer lock.Release()

@@ -35,6 +35,7 @@ type Refresher struct {
 	log      *slog.Logger
 	uptime   func() time.Duration
 	seed     uint64
+	noted    *requirements
 	wake     chan struct{}
 	turn     chan struct{} // holds one: whoever asks
 
@@ -44,6 +45,7 @@ type Refresher struct {
 	retired   context.Context    // ended by it
 	images    map[copied]*copies // nil: not known yet
 	commanded bool               // Refresh is under way
+	assessed  bool               // it is known what is asked of the images that were there at the start
 	status    RefreshStatus
 }
 
@@ -134,8 +136,11 @@ var (
 
 // NewRefresher makes a Refresher, which does nothing until it is configured and runs.
 // uptime is a clock that nobody can set, seed what the images' times are drawn from.
-func NewRefresher(r *Resolver, log *slog.Logger, uptime func() time.Duration, seed uint64) *Refresher {
-	return &Refresher{resolver: r, log: log, uptime: uptime, seed: seed, wake: make(chan struct{}, 1), turn: make(chan struct{}, 1), retire: func() {}}
+// In dir it notes what it asks for, so that a gate that starts again finds out what is
+// new in its configuration; it belongs on a file system that a reboot empties, and where
+// it is empty nothing is noted.
+func NewRefresher(r *Resolver, log *slog.Logger, uptime func() time.Duration, seed uint64, dir string) *Refresher {
+	return &Refresher{resolver: r, log: log, uptime: uptime, seed: seed, noted: &requirements{dir: dir}, wake: make(chan struct{}, 1), turn: make(chan struct{}, 1), retire: func() {}}
 }
 
 // Configure puts a plan in force. What is being asked under the one before ends.
@@ -205,8 +210,12 @@ func (r *Refresher) draw(c copied) uint64 {
 
 // Run asks about images when their time has come. It returns when ctx ends, with nil.
 func (r *Refresher) Run(ctx context.Context) error {
+	r.noted.read()
 	for {
 		r.assess(ctx)
+		if err := r.noted.write(r.settled()); err != nil {
+			r.log.Debug("what is asked of images cannot be noted", "error", err.Error())
+		}
 		key, wait := r.next()
 		timer := time.NewTimer(wait)
 		if key == (copied{}) {
@@ -265,7 +274,30 @@ func (r *Refresher) assess(ctx context.Context) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if p != nil && r.images != nil {
+		r.assessed = true
+	}
 	r.count()
+}
+
+// settled returns what is asked of images, without that which is to be asked for
+// soon; nil: it is not known.
+func (r *Refresher) settled() map[[32]byte]bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.assessed {
+		return nil
+	}
+	list := map[[32]byte]bool{}
+	for _, c := range r.images {
+		list[c.requirement] = true
+	}
+	for _, c := range r.images {
+		if c.soon || c.plan != r.plan {
+			delete(list, c.requirement)
+		}
+	}
+	return list
 }
 
 // schedule gives an image its time under p, which asks q of it. r.mu is held.
@@ -276,10 +308,14 @@ func (r *Refresher) schedule(c *copies, p *RefreshPlan, q verify.Question) {
 		c.requirement = q.Rule.Requirement
 	}
 	now := r.uptime()
+	another := was != c.requirement
+	if first { // of images that come later, the mirrors were asked just now
+		another = !r.assessed && r.noted.strange(c.requirement)
+	}
 	switch {
 	case c.requirement == [32]byte{} || p.Every == 0:
 		c.soon, c.failures, c.due = false, 0, 0
-	case !first && was != c.requirement && (!c.soon || c.failures > 0):
+	case another && (!c.soon || c.failures > 0):
 		c.soon = true
 		c.due = now + time.Duration(c.draw%uint64(min(p.Every/refreshPart, refreshSoon)+1))
 	case c.soon || c.failures > 0: // its time was set, and stays

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -45,7 +47,7 @@ func mirror(t *testing.T, seed uint64) *mirrored {
 	s := survey(t)
 	m := &mirrored{surveyed: s, answer: func(string) (int, verify.Reason) { return 0, verify.Verified }}
 	began := time.Now()
-	m.Refresher = NewRefresher(s.Resolver, slog.New(slog.NewTextHandler(&m.log, nil)), func() time.Duration { return time.Since(began) }, seed)
+	m.Refresher = NewRefresher(s.Resolver, slog.New(slog.NewTextHandler(&m.log, nil)), func() time.Duration { return time.Since(began) }, seed, "")
 	s.Survey.Refresher = m.Refresher
 	return m
 }
@@ -153,7 +155,7 @@ func TestRefreshSpread(t *testing.T) {
 			t.Errorf("status %+v", s)
 		}
 		// Another start draws others.
-		other := NewRefresher(m.Resolver, m.Survey.Log, m.uptime, 2)
+		other := NewRefresher(m.Resolver, m.Survey.Log, m.uptime, 2, "")
 		same := 0
 		for key, c := range m.images {
 			if other.draw(key)%uint64(day) == c.draw%uint64(day) {
@@ -386,6 +388,55 @@ func TestRefreshImages(t *testing.T) {
 		asked, _ = m.take()
 		if wants(t, "after one has gone", asked, "b"); m.Status().Images != 1 {
 			t.Errorf("status %+v", m.Status())
+		}
+	})
+}
+
+// A gate that is started again with another configuration finds out what is new in
+// it; with the same one, or after the node started, nothing is.
+func TestRefreshRestart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		const year = 365 * 24 * time.Hour
+		run := func(r rules, awhile time.Duration, reason verify.Reason) []string {
+			m := mirror(t, 1)
+			m.noted.dir = dir
+			m.answer = func(string) (int, verify.Reason) { return 0, reason }
+			for _, name := range []string{"a", "b", "c"} {
+				m.image(name)
+			}
+			m.configure(year, r)
+			m.start()
+			defer m.end()
+			time.Sleep(time.Minute)
+			m.image("later")
+			m.inv.event()
+			time.Sleep(awhile)
+			synctest.Wait()
+			asked, _ := m.take()
+			slices.Sort(asked)
+			return slices.Compact(asked)
+		}
+		const whole = 11 * time.Minute
+		wants(t, "the first", run(rules{"a": 1, "b": 1, "c": 2, "later": 1}, whole, verify.Verified))
+		wants(t, "the same", run(rules{"a": 1, "b": 1, "c": 2, "later": 1}, whole, verify.Verified))
+		wants(t, "another root", run(rules{"a": 3, "b": 3, "c": 2, "later": 4}, whole, verify.SourceUnreachable), "a", "b")
+		wants(t, "still to be done", run(rules{"a": 3, "b": 3, "c": 2, "later": 4}, whole, verify.Verified), "a", "b")
+		wants(t, "done", run(rules{"a": 3, "b": 3, "c": 2, "later": 4}, whole, verify.Verified))
+		raw, err := os.ReadFile(filepath.Join(dir, "refreshed"))
+		if want := "02" + strings.Repeat("0", 62) + "\n03" + strings.Repeat("0", 62) + "\n04" + strings.Repeat("0", 62) + "\n"; err != nil || string(raw) != want {
+			t.Errorf("noted %q, %v", raw, err)
+		}
+		for name, content := range map[string]string{"gone": "", "cut": string(raw[:70]), "long": strings.Repeat("0", maxRequirements+1), "another": "x\n"} {
+			if name == "gone" {
+				err = os.Remove(filepath.Join(dir, "refreshed"))
+			} else {
+				err = os.WriteFile(filepath.Join(dir, "refreshed"), []byte(content), 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			wants(t, name, run(rules{"a": 5, "b": 6, "c": 7}, whole, verify.Verified))
 		}
 	})
 }
