@@ -100,9 +100,10 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	defer signal.Stop(hup)
 
 	log.Info("starting", "build", thisBuild(), "config", o.configDir)
-	gate := &nri.Gate{Resolver: d.resolver, Verifier: &d.enforcer, Observe: d.observe, Now: time.Now, Node: o.node}
+	judge := d.resolver.Explain(&d.enforcer)
+	gate := &nri.Gate{Resolver: d.resolver, Verifier: judge, Observe: d.observe, Now: time.Now, Node: o.node}
 	session := &nri.Session{Gate: gate, Socket: o.nri, Log: log, Audit: d.audits}
-	survey := &node.Survey{Resolver: d.resolver, Node: records, Verifier: &d.enforcer, Log: log}
+	survey := &node.Survey{Resolver: d.resolver, Node: records, Verifier: judge, Log: log}
 	if o.stateDir != "" {
 		d.store = store.New(o.stateDir, store.Options{Log: log, Now: time.Now, Image: records.Blob, Changed: func() {
 			if c := d.stands().cache; c != nil {
@@ -136,7 +137,7 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	lock := sweep.NewLock(o.runDir)
 	defer lock.Release()
 	d.sweep = &sweep.Sweep{
-		Containers: records, Binder: d.resolver, Verifier: &d.enforcer, Witness: d.witness, Leader: lock.Held,
+		Containers: records, Binder: d.resolver, Verifier: judge, Witness: d.witness, Leader: lock.Held,
 		Log: log, Node: o.node, Now: time.Now, Uptime: d.uptime,
 	}
 	survey.Looked = d.sweep.Wake // which knows by then what leads where

@@ -99,6 +99,7 @@ type lead struct {
 	config   digest.Digest
 	chain    string        // chain ID of the root filesystem
 	fault    *verify.Fault // set: the content cannot be judged
+	archived bool          // it seems that the runtime made the manifest
 }
 
 // A parsed is an image string of pods. Parsing is a matter of regular expressions
@@ -339,7 +340,7 @@ func read(ctx context.Context, blob Reader, target ocispec.Descriptor) (lead, er
 	if err != nil {
 		return lead{}, err
 	}
-	return lead{manifest: manifest, config: m.Config.Digest, chain: identity.ChainID(diffs).String()}, nil
+	return lead{manifest: manifest, config: m.Config.Digest, chain: identity.ChainID(diffs).String(), archived: archived(manifest, m)}, nil
 }
 
 // bind ties what the record leads to to the container that is being created, in a
