@@ -27,6 +27,7 @@ type hostOptions struct {
 	host.Options
 	host.Gate
 	output                                string
+	patience                              time.Duration
 	enforce, force, print, restart, purge bool
 }
 
@@ -57,6 +58,7 @@ could not be done.`,
 	cmd.Flags().BoolVar(&o.enforce, "enforce", false, "refuse containers, and have containerd require the gate")
 	cmd.Flags().BoolVar(&o.force, "force", false, "enforce though something that runs would be refused, or nobody can say")
 	cmd.Flags().BoolVar(&o.restart, "restart", false, "restart containerd, so that --enforce counts at once")
+	cmd.Flags().DurationVar(&o.patience, "wait", time.Minute, "`TIME` that the gate has to come up and to register")
 	return cmd
 }
 
@@ -97,8 +99,13 @@ func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*host.I
 	r := &hostReport{out: stdout, json: o.output == "json", Schema: installSchema, Runtime: h.Name, Steps: []hostStep{}}
 	i := &host.Installation{
 		Host: h, Gate: o.Gate, Self: self,
-		Enforce: o.enforce, Force: o.force, Print: o.print, Restart: o.restart, Purge: o.purge,
-		Ask:   func(ctx context.Context) (*control.Status, error) { return control.Ask(ctx, h.Path(o.RunDir)) },
+		Patience: o.patience, Enforce: o.enforce, Force: o.force, Print: o.print, Restart: o.restart, Purge: o.purge,
+		Ask: func(ctx context.Context) (*control.Status, error) { return control.Ask(ctx, h.Path(o.RunDir)) },
+		Look: func(ctx context.Context) (*control.Status, error) {
+			var s control.Status
+			err := control.Get(ctx, h.Path(o.RunDir), control.Question{Path: "/v1/sweep", Schema: control.StatusSchema, Longest: lookTime + 5*time.Second}, &s)
+			return &s, err
+		},
 		Load:  func() (string, error) { return modeOf(h.Path(o.ConfigDir)) },
 		Pause: byDigest,
 		Say:   r.say,

@@ -156,9 +156,8 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 		Assurance: func() string { return d.status(session.State(), ctx.Err() != nil, nil).Assurance },
 	}
 	endpoints := append(explainer.Endpoints(), d.ring.Endpoint(), control.RefreshEndpoint(d.refresh), control.Endpoint{Path: policyPath, Answer: d.policy})
-	socket := &control.Socket{Dir: o.runDir, Log: log, Handler: control.Handler(func() control.Status {
-		return d.status(session.State(), ctx.Err() != nil, exporter.Troubles())
-	}, text, endpoints...)}
+	status := func() control.Status { return d.status(session.State(), ctx.Err() != nil, exporter.Troubles()) }
+	socket := &control.Socket{Dir: o.runDir, Log: log, Handler: control.Handler(status, text, append(endpoints, d.looks(status))...)}
 	g.Go(func() error { d.write(after); return nil })
 	g.Go(func() error { return socket.Run(after) })
 	g.Go(func() error { return exporter.Run(after) })

@@ -137,6 +137,28 @@ func stored(s *store.Store, dir string) *control.Store {
 	return out
 }
 
+// looks answers with the status after what runs was looked at anew. Where that takes
+// longer than anybody waits, it is the one before: running.at says which.
+func (d *daemon) looks(status func() control.Status) control.Endpoint {
+	return control.Endpoint{Path: "/v1/sweep", Longest: lookTime, Answer: func(ctx context.Context, _ url.Values) (any, error) {
+		asked := time.Now()
+		d.sweep.Wake()
+		tick := time.NewTicker(100 * time.Millisecond)
+		defer tick.Stop()
+		for ctx.Err() == nil && d.sweep.Status().At.Before(asked) {
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+			}
+		}
+		return status(), nil
+	}}
+}
+
+// lookTime is how long it may take to look at what runs. The sweep rests for ten
+// seconds after each.
+const lookTime = 30 * time.Second
+
 // running is what the last sweep found, for JSON.
 func running(found sweep.Status) control.Running {
 	r := control.Running{

@@ -234,6 +234,13 @@ func stage(t *testing.T, files tree) *scene {
 			g.Ready = g.Runtime.Registered
 			return &g, nil
 		},
+		Look: func(ctx context.Context) (*control.Status, error) {
+			if s.away {
+				return nil, errors.New("no gate answers")
+			}
+			g := s.gate
+			return &g, nil
+		},
 		Load: func() (string, error) {
 			raw, err := os.ReadFile(filepath.Join(s.root, "/etc/tidewaiter/config.yaml"))
 			if err != nil {
@@ -483,7 +490,7 @@ func TestEnforceIsRefused(t *testing.T) {
 		"what runs":            {kubeadm, func(s *scene) { s.gate.Running.Reasons = map[string]int{"VERIFIED": 3, "SIGNATURE_MISSING": 2} }, "2 of what runs here would be refused"},
 		"no image":             {kubeadm, func(s *scene) { s.gate.Running.Gone = 1 }, "1 of what runs"},
 		"the pause image":      {kubeadm, func(s *scene) { s.gate.Running.Pauses = []control.Pause{{Image: pause, Reason: "SIGNATURE_MISSING"}} }, "1 of what runs"},
-		"not looked":           {kubeadm, func(s *scene) { s.gate.Running.At = nil }, "not looked at what runs"},
+		"not looked":           {kubeadm, func(s *scene) { s.gate.Running.At = nil }, "not looked at everything"},
 		"not seen all":         {kubeadm, func(s *scene) { s.gate.Running.Error = "timeout" }, "timeout"},
 		"no gate":              {kubeadm, func(s *scene) { s.away = true }, "no gate runs here"},
 		"no configuration":     {kubeadm, func(s *scene) { s.gate.Configuration.Epoch = "" }, "would refuse everything"},

@@ -39,6 +39,7 @@ type Installation struct {
 	Purge   bool // configuration and state too
 
 	Ask   func(context.Context) (*control.Status, error)                 // the gate
+	Look  func(context.Context) (*control.Status, error)                 // the gate, which looks at what runs first
 	Load  func() (mode string, err error)                                // reads ConfigDir as the gate would
 	Pause func(ctx context.Context, socket, name string) (string, error) // that name of an image on the node which has its digest
 	Say   func(kind, format string, args ...any)                         // kind: "did", "would", "warn" or "next"
@@ -117,7 +118,7 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 		return "", err
 	}
 	if i.Enforce {
-		if err := i.mayEnforce(ctx, status, askErr); err != nil {
+		if err := i.mayEnforce(ctx); err != nil {
 			return "", err
 		}
 	}
@@ -176,7 +177,7 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 }
 
 // mayEnforce refuses where what runs would be refused, or nobody can say.
-func (i *Installation) mayEnforce(ctx context.Context, s *control.Status, askErr error) error {
+func (i *Installation) mayEnforce(ctx context.Context) error {
 	major, minor, err := i.Version(ctx)
 	if err != nil {
 		return err
@@ -188,8 +189,10 @@ func (i *Installation) mayEnforce(ctx context.Context, s *control.Status, askErr
 		return nil
 	}
 	const first = "tidewaiter install, then tidewaiter status; --force enforces all the same"
-	if askErr != nil {
-		return refuse(first, "no gate runs here that could say what would be refused: %w", askErr)
+	asked := i.Now()
+	s, err := i.Look(ctx)
+	if err != nil {
+		return refuse(first, "no gate runs here that could say what would be refused: %w", err)
 	}
 	c, r := s.Configuration, s.Running
 	switch {
@@ -197,8 +200,8 @@ func (i *Installation) mayEnforce(ctx context.Context, s *control.Status, askErr
 		return refuse(first, "the gate has no configuration and would refuse everything")
 	case c.Rejected != nil && c.Rejected.Current:
 		return refuse("correct it; --force enforces with the one before", "the gate rejected its configuration: %s", c.Rejected.Error)
-	case r.At == nil:
-		return refuse("try again in a minute, or see tidewaiter status; --force does not wait", "the gate has not looked at what runs yet")
+	case r.At == nil || r.At.Before(asked):
+		return refuse("try again in a minute, or see tidewaiter status; --force does not wait", "the gate has not looked at everything that runs yet")
 	case r.Error != "":
 		return refuse("tidewaiter status; --force enforces all the same", "the gate could not look at everything that runs: %s", r.Error)
 	}
