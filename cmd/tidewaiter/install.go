@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/syslog"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/host"
+	"github.com/tidewaiter/tidewaiter/nri"
 	"github.com/tidewaiter/tidewaiter/nri/node"
 )
 
@@ -106,6 +108,7 @@ func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*host.I
 			err := control.Get(ctx, h.Path(o.RunDir), control.Question{Path: "/v1/sweep", Schema: control.StatusSchema, Longest: lookTime + 5*time.Second}, &s)
 			return &s, err
 		},
+		Gates: func() (int, error) { return gatesOf(h.Path(o.RunDir)) },
 		Load:  func() (string, error) { return modeOf(h.Path(o.ConfigDir)) },
 		Pause: byDigest,
 		Say:   r.say,
@@ -146,6 +149,17 @@ func explained(err error) error {
 		next = h.Next
 	}
 	return unknown(err, next)
+}
+
+// gatesOf counts the gates that share a run directory.
+func gatesOf(dir string) (int, error) {
+	here, err := nri.Join(filepath.Join(dir, "instances"))
+	if err != nil {
+		return 0, err
+	}
+	defer here.Leave()
+	n, err := here.Live()
+	return n - 1, err
 }
 
 // modeOf is the mode that a gate with this configuration directory would be in.

@@ -209,6 +209,7 @@ type scene struct {
 	stuck  bool           // it never registers after containerd was restarted
 	broken bool           // the program that was installed last does not come up
 	bad    bool           // containerd's program refuses its configuration
+	others int            // gates besides
 	digest string         // of the pause image; empty: it has no such name
 }
 
@@ -241,6 +242,7 @@ func stage(t *testing.T, files tree) *scene {
 			g := s.gate
 			return &g, nil
 		},
+		Gates: func() (int, error) { return 1 + s.others, nil },
 		Load: func() (string, error) {
 			raw, err := os.ReadFile(filepath.Join(s.root, "/etc/tidewaiter/config.yaml"))
 			if err != nil {
@@ -540,6 +542,7 @@ func TestTakenBack(t *testing.T) {
 		}, "would use the pause image", 0},
 		"the gate does not enforce":        {func(t *testing.T, s *scene) { s.gate.Runtime.Registered = false }, "not registered to enforce: after 1m0s", 0},
 		"not registered after the restart": {func(t *testing.T, s *scene) { s.stuck = true }, "not registered after the restart of containerd: after 1m0s", 2},
+		"a DaemonSet's gate":               {func(t *testing.T, s *scene) { s.others = 1 }, "2 gates run on this node", 0},
 		"no such line": {func(t *testing.T, s *scene) {
 			s.write(t, "/etc/tidewaiter/config.yaml", "version: 1\nmode:   audit\nmode: audit\n")
 		}, "not there in a form", 0},

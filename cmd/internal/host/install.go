@@ -40,6 +40,7 @@ type Installation struct {
 
 	Ask   func(context.Context) (*control.Status, error)                 // the gate
 	Look  func(context.Context) (*control.Status, error)                 // the gate, which looks at what runs first
+	Gates func() (int, error)                                            // that run on this node
 	Load  func() (mode string, err error)                                // reads ConfigDir as the gate would
 	Pause func(ctx context.Context, socket, name string) (string, error) // that name of an image on the node which has its digest
 	Say   func(kind, format string, args ...any)                         // kind: "did", "would", "warn" or "next"
@@ -502,6 +503,15 @@ func (i *Installation) enforce(ctx context.Context, mode []Change, need *require
 	}
 	if err := i.await(ctx, func(s *control.Status) bool { return s.Ready && s.Mode == "enforce" }); err != nil {
 		return "", back(fmt.Errorf("the gate is not registered to enforce: %w", err), undoMode)
+	}
+	// Whatever connects under the gate's name is present for containerd, also a second
+	// one that only audits.
+	if n, err := i.Gates(); err != nil || n > 1 {
+		if err == nil {
+			err = refuse("end the others, such as the DaemonSet that audits: kubectl -n tidewaiter-system delete daemonset tidewaiter",
+				"%d gates run on this node, and containerd would take any of them for the one that it requires", n)
+		}
+		return "", back(err, undoMode)
 	}
 	undoNeed, made, err := i.Apply(need.changes)
 	if err != nil {
