@@ -32,11 +32,11 @@ type Staged struct {
 // its trust policy and trust store, and reads the copy as the gate would. Where there
 // is no directory yet, the trust alone is the configuration. The caller calls Commit or
 // Discard.
-func Stage(dir string, trust map[string][]byte) (s *Staged, err error) {
+func Stage(dir string, trust map[string][]byte) (_ *Staged, err error) {
 	if dir, err = filepath.Abs(dir); err != nil {
 		return nil, err
 	}
-	s = &Staged{dir: dir}
+	s := &Staged{dir: dir}
 	if real, err := filepath.EvalSymlinks(dir); err == nil {
 		s.dir, s.there = real, true
 	} else if !errors.Is(err, fs.ErrNotExist) {
