@@ -354,12 +354,9 @@ func (x *Explainer) image(ctx context.Context, what string, e *Explanation) erro
 	if err != nil {
 		return errors.New("neither the ID of a decision or of a container nor the name of an image: " + verify.Clean(err.Error(), maxQuoted))
 	}
-	// As docker and CRI do: without tag and digest it is the tag latest. Where that is
-	// not there, all of the repository are meant.
-	bare := name.Digest == "" && name.Tag == ""
-	if bare {
-		name.Tag = "latest"
-	}
+	// As for docker and CRI a name without tag and digest has the tag latest. Where that
+	// is not there, all of the repository are meant.
+	bare := name.Digest == "" && !strings.Contains(what[strings.LastIndex(what, "/")+1:], ":")
 	exact := func(img verify.Image) bool {
 		n := img.Name
 		if name.Digest != "" {

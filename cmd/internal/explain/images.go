@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
 	"github.com/tidewaiter/tidewaiter/verify"
@@ -15,7 +17,8 @@ import (
 // ImagesSchema is that of a List. Fields are added and never change.
 const ImagesSchema = "tidewaiter.dev/images/v1"
 
-// A List is every image of the node that a pod can name, in the order of names.
+// A List is every image of the node that a pod can name, in the order of names. One
+// that was pulled by a tag is listed under that, and not by its digest once more.
 type List struct {
 	Schema string  `json:"schema"`
 	Node   string  `json:"node"`
@@ -68,6 +71,7 @@ func (x *Explainer) List(ctx context.Context) (*List, error) {
 	if err != nil {
 		return nil, runtimeError(err)
 	}
+	images = once(images)
 	l.Images = make([]Image, len(images))
 	ctx, cancel = context.WithTimeout(ctx, judging)
 	defer cancel()
@@ -87,6 +91,25 @@ func (x *Explainer) List(ctx context.Context) (*List, error) {
 	close(todo)
 	wg.Wait()
 	return l, nil
+}
+
+// once leaves out the second name that the runtime gives to an image which was pulled
+// by a tag: the same repository with the digest. No rule looks at a tag, so that the
+// answer is the same.
+func once(images []verify.Image) []verify.Image {
+	type content struct {
+		repository string
+		target     digest.Digest
+	}
+	tagged := map[content]bool{}
+	for _, i := range images {
+		if i.Name.Tag != "" {
+			tagged[content{i.Name.Repository(), i.Target.Digest}] = true
+		}
+	}
+	return slices.DeleteFunc(images, func(i verify.Image) bool {
+		return i.Name.Tag == "" && tagged[content{i.Name.Repository(), i.Target.Digest}]
+	})
 }
 
 // row is what enforce would answer to img.
