@@ -31,6 +31,7 @@ const (
 	cniVersion  = "1.9.1"
 
 	notationVersion     = "1.3.2"
+	orasVersion         = "1.3.1"
 	distributionVersion = "3.1.2"
 
 	prometheusVersion = "0.305.0" // the module's; the release is 3.5.0, with long-term support
@@ -170,6 +171,16 @@ func FindPrograms(ctx context.Context, progress io.Writer, p Programs) (string, 
 		name: p.Name, version: hex.EncodeToString(sum.Sum(nil)[:6]), packages: p.Packages,
 		in: p.Dir, ldflags: p.LDFlags, takes: p.Takes,
 	})
+}
+
+// FindOras returns the path of the oras CLI, which it builds as FindTools builds its
+// tools where the cache does not hold it.
+func FindOras(ctx context.Context, progress io.Writer) (string, error) {
+	dir, err := install(ctx, progress, tool{
+		name: "oras", version: orasVersion, takes: "half a minute",
+		module: "oras.land/oras", packages: []string{"oras.land/oras/cmd/oras"},
+	})
+	return filepath.Join(dir, "oras"), err
 }
 
 // Tags are the build tags with which the Makefile builds the program.
