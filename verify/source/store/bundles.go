@@ -396,7 +396,7 @@ func (r *reading) run() error {
 func (r *reading) follow(list []ocispec.Descriptor, depth int) {
 	for _, d := range list {
 		t := verify.Target{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
-		if kindOf(d.MediaType) == 0 || r.seen[t] || r.ctx.Err() != nil {
+		if !isManifest(d.MediaType) && !isIndex(d.MediaType) || r.seen[t] || r.ctx.Err() != nil {
 			continue
 		}
 		r.seen[t] = true
@@ -417,7 +417,7 @@ func (r *reading) follow(list []ocispec.Descriptor, depth int) {
 		if (b.subject != "" || len(b.names) > 0) && !r.catalog.add(b, r.left.links) {
 			r.fail(fmt.Errorf("%w: indexes that list more than %d manifests in all bundles", verify.ErrBudget, maxListed))
 		}
-		if kindOf(b.mediaType) != isIndex {
+		if !isIndex(b.mediaType) {
 			continue
 		}
 		if depth == maxDepth {
@@ -431,20 +431,4 @@ func (r *reading) follow(list []ocispec.Descriptor, depth int) {
 		}
 		r.follow(inner, depth+1)
 	}
-}
-
-// Kinds of documents.
-const (
-	isManifest = iota + 1
-	isIndex
-)
-
-func kindOf(mediaType string) int {
-	switch mediaType {
-	case ocispec.MediaTypeImageManifest, "application/vnd.docker.distribution.manifest.v2+json":
-		return isManifest
-	case ocispec.MediaTypeImageIndex, "application/vnd.docker.distribution.manifest.list.v2+json":
-		return isIndex
-	}
-	return 0
 }

@@ -3,6 +3,7 @@ package store_test
 import (
 	"archive/tar"
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -521,4 +522,52 @@ func TestBundlesDirectory(t *testing.T) {
 	}
 	r.Look()
 	r.finds(one)
+}
+
+// FuzzBundle has any bytes in what is read of a bundle.
+func FuzzBundle(f *testing.F) {
+	var c site
+	one, ev := c.image("one")
+	index := c.index(one)
+	raw, err := json.Marshal(ocispec.Index{Manifests: append(c.Referrers[one.Digest], one, index)})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(raw)
+	f.Add(c.Blobs[index.Digest])
+	f.Add(ev.Document)
+	f.Add([]byte(`{"manifests":[{"mediaType":"` + ocispec.MediaTypeImageIndex + `","digest":"` + index.Digest.String() + `","size":-1},{"digest":7},null,[]]}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		dir := t.TempDir()
+		put(t, dir, "good", c)
+		put(t, dir, "index", c)
+		put(t, dir, "document", c)
+		if err := os.WriteFile(filepath.Join(bundles(dir), "index/index.json"), raw, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		d := digest.FromBytes(raw)
+		list := fmt.Appendf(nil, `{"manifests":[{"mediaType":%q,"digest":%q,"size":%d},{"mediaType":%q,"digest":%q,"size":%d}]}`,
+			ocispec.MediaTypeImageIndex, d, len(raw), ocispec.MediaTypeImageManifest, d, len(raw))
+		if err := errors.Join(os.WriteFile(filepath.Join(bundles(dir), "document/index.json"), list, 0o600),
+			os.WriteFile(filepath.Join(bundles(dir), "document/blobs/sha256", d.Encoded()), raw, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		r := start(t, dir, store.Options{})
+		found, _ := sourcetest.Find(t.Context(), r, one, verify.Limits{})
+		if !slices.ContainsFunc(found, func(x verify.Evidence) bool { return x.Err == nil && bytes.Equal(x.Blob, ev.Blob) }) {
+			t.Error("the good signature is hidden")
+		}
+		for _, x := range found {
+			if x.Err == nil && digest.FromBytes(x.Document) != x.Manifest.Digest {
+				t.Errorf("%s is handed over as %q", x.Manifest.Digest, x.Document)
+			}
+		}
+		if got := r.parents(c.configIn(one)); !slices.Contains(got, one.Digest) {
+			t.Errorf("the config is named by %v", got)
+		}
+		if got := r.troubles(); len(got) != 3 || got[1] != "good" {
+			t.Errorf("bundles %q", got)
+		}
+		r.stop()
+	})
 }

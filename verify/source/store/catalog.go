@@ -45,8 +45,20 @@ func newCatalog() catalog {
 	return catalog{blobs: map[digest.Digest]*blob{}, signed: map[digest.Digest][]*blob{}, named: map[digest.Digest][]*blob{}}
 }
 
-// Docker's media type of an image config.
-const dockerConfig = "application/vnd.docker.container.image.v1+json"
+// Docker's media types.
+const (
+	dockerConfig   = "application/vnd.docker.container.image.v1+json"
+	dockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
+	dockerList     = "application/vnd.docker.distribution.manifest.list.v2+json"
+)
+
+func isManifest(mediaType string) bool {
+	return mediaType == ocispec.MediaTypeImageManifest || mediaType == dockerManifest
+}
+
+func isIndex(mediaType string) bool {
+	return mediaType == ocispec.MediaTypeImageIndex || mediaType == dockerList
+}
 
 // see says what raw seems to be.
 func see(d digest.Digest, raw []byte) *blob {
@@ -70,7 +82,11 @@ func see(d digest.Digest, raw []byte) *blob {
 	if err != nil {
 		return b
 	}
-	b.mediaType = mediaType
+	for _, t := range [...]string{ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex, dockerManifest, dockerList} {
+		if t == mediaType { // there are no others, and so they take no memory
+			b.mediaType = t
+		}
+	}
 	kind := m.ArtifactType
 	if kind == "" { // before image-spec 1.1, and of images
 		kind = m.Config.MediaType

@@ -583,7 +583,7 @@ func (w *writer) lacks(b *blob) bool {
 		return true
 	}
 	for _, d := range x.names {
-		if w.live[d] && w.blobs[d] == nil && kindOf(x.mediaType) == isIndex {
+		if w.live[d] && w.blobs[d] == nil && isIndex(x.mediaType) {
 			return true
 		}
 	}
@@ -603,7 +603,7 @@ func (w *writer) complete(ctx context.Context, b *blob) bool {
 		return false
 	}
 	list := []file{f}
-	if kindOf(f.mediaType) == isIndex {
+	if isIndex(f.mediaType) {
 		entries, _ := layout.EntriesOf(f.raw)
 		for _, d := range entries {
 			w.mu.Lock()
