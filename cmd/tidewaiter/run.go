@@ -274,6 +274,7 @@ func (d *daemon) apply(c *config.Config, err error) {
 	d.enforcer.Swap(setup)
 	if d.store != nil {
 		d.store.Configure(c.Keep)
+		d.store.Look()
 	}
 	if d.refresher != nil {
 		d.refresher.Configure(plan(c, setup, engine, d.store))

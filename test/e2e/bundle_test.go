@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -78,7 +79,7 @@ func (b *bundle) add(d ocispec.Descriptor, raw []byte) {
 	}
 }
 
-// holds adds a signed image.
+// bundled adds a signed image.
 func (s *scene) bundled(b *bundle, img *node.Image, a notarytest.Artifact) {
 	s.Helper()
 	b.add(img.Target, s.blob("manifests", img.Target.Digest))
@@ -212,14 +213,12 @@ func TestBundleOnly(t *testing.T) {
 func TestDockerArchive(t *testing.T) {
 	each(t, func(s *scene) {
 		never := node.ContainerOptions{Pull: node.PullNever}
-		var b bundle
 		var images []*node.Image
 		for i, o := range []node.ImageOptions{{}, {Index: true, Decoys: decoys}} {
 			o.Word = fmt.Sprint("archive", i)
 			img := s.push(s.reg, "app:"+o.Word, o)
-			a, err := s.reg.Sign(s.ctx, img, release)
+			_, err := s.reg.Sign(s.ctx, img, release)
 			s.must(err)
-			s.bundled(&b, img, a)
 			s.dockerArchive(img, img.Name)
 			images = append(images, img)
 		}
@@ -242,7 +241,12 @@ func TestDockerArchive(t *testing.T) {
 				s.Errorf("it does not say what to do: %s", line)
 			}
 		}
-		s.put(state, "images.tar", b)
+		// What it says helps.
+		file := filepath.Join(s.TempDir(), "images.tar")
+		s.tidewaiter("bundle", "create", "-o", file, "--mirror", s.reg.Host+"="+s.reg.URL(), images[0].Name, images[1].Name)
+		mark := s.gate.Mark()
+		s.tidewaiter("bundle", "import", "--config-dir", s.dir, "--state-dir", state, file)
+		s.wait(mark, func(l node.Line) bool { return l.Msg == "a bundle was read" })
 		for i, img := range images {
 			s.allowed(img.Name, fmt.Sprint("archive", i), never)
 		}
@@ -251,7 +255,7 @@ func TestDockerArchive(t *testing.T) {
 		// What the store kept of images that were pulled and verified leads to them too.
 		s.gate.Kill()
 		state = filepath.Join(s.TempDir(), "another")
-		s.configure1(s.policy())
+		s.must(node.WriteConfig(s.dir, s.policy()))
 		s.restart(state)
 		for i, img := range images {
 			s.must(s.RemoveImage(s.ctx, img.Name))
@@ -267,7 +271,7 @@ func TestDockerArchive(t *testing.T) {
 		s.gate.Kill()
 		c := s.policy()
 		c.Mirrors, c.More = nil, map[string]any{"sources": map[string]any{"network": "never"}}
-		s.configure1(c)
+		s.must(node.WriteConfig(s.dir, c))
 		s.restart(state)
 		for i, img := range images {
 			s.allowed(img.Name, fmt.Sprint("archive", i), never)
@@ -276,8 +280,11 @@ func TestDockerArchive(t *testing.T) {
 	})
 }
 
-// configure1 configures a gate that does not run.
-func (s *scene) configure1(c node.Config) {
+// tidewaiter runs a command that has to succeed.
+func (s *scene) tidewaiter(args ...string) {
 	s.Helper()
-	s.must(node.WriteConfig(s.dir, c))
+	out, err := exec.CommandContext(s.ctx, program, args...).CombinedOutput()
+	if err != nil {
+		s.Fatalf("tidewaiter %q: %v\n%s", args, err, out)
+	}
 }
