@@ -40,6 +40,7 @@ func TestFeeds(t *testing.T) {
 			"collected and imported again":   collected,
 			"tar files and a layout":         stick,
 			"tar files and bundles":          bundles,
+			"docker archive and a bundle":    carried,
 		} {
 			s.T.Run(name, func(t *testing.T) {
 				whole := s.T
@@ -511,6 +512,60 @@ func bundles(s *site) {
 		s.denied(img.Name, node.PullNever, refusals...)
 	}
 	s.sound()
+}
+
+// carried: images from an archive as `docker save` writes it, in which there is no signed
+// manifest, and from the tar file of a layout; signatures from a bundle. The power goes
+// as soon as the verb that imports it is done.
+func carried(s *site) {
+	r, err := node.NewRegistry("carried.example", node.RegistryOptions{})
+	s.must(err)
+	defer r.Stop()
+	archived, _ := s.push(r, "app:archived", node.ImageOptions{}, signing{by: release})
+	inIndex, _ := s.push(r, "app:archived-of-index", node.ImageOptions{Index: true, Decoys: decoy}, signing{by: stranger}, signing{by: release, cose: true})
+	layout, _ := s.push(r, "app:layout", node.ImageOptions{Index: true, Decoys: decoy}, signing{by: release})
+	bare, _ := s.push(r, "app:archived-bare", node.ImageOptions{})
+	good, bad := []*node.Image{archived, inIndex, layout}, []*node.Image{bare}
+
+	s.must(node.WriteConfig(s.config, policy(map[string]any{"network": "never"})))
+	dir := s.TempDir()
+	bundle := filepath.Join(dir, "site.tar")
+	s.tidewaiter("bundle", "create", "--mirror", r.Host+"="+r.URL(), "--config-dir", s.config, "-o", bundle, archived.Name, inIndex.Name, layout.Name)
+	for _, img := range []*node.Image{archived, inIndex, layout, bare} {
+		file := filepath.Join(dir, filepath.Base(img.Name))
+		if img == layout {
+			s.must(img.Save(s.ctx, file))
+		} else {
+			s.must(img.SaveDocker(file))
+		}
+		s.imported(file, img)
+	}
+	s.must(r.Stop())
+	s.registered(node.GateOptions{})
+	for _, img := range append(bad, good...) {
+		s.denied(img.Name, node.PullNever, verify.SignatureMissing)
+	}
+	s.tidewaiter("bundle", "import", "--config-dir", s.config, "--state-dir", s.disk.Dir, bundle)
+	for range 2 {
+		s.cut()
+		s.boot(good[0], node.GateOptions{})
+		for _, img := range good {
+			s.allowed(img, node.PullNever)
+		}
+		for _, img := range bad {
+			s.denied(img.Name, node.PullNever, verify.SignatureMissing)
+		}
+		s.sound()
+	}
+}
+
+// tidewaiter runs a verb.
+func (s *site) tidewaiter(args ...string) {
+	s.Helper()
+	out, err := s.Output(s.ctx, program, args...)
+	if err != nil {
+		s.Fatalf("%v\n%s", err, out)
+	}
 }
 
 // awaits waits until images start that are refused before.
