@@ -372,7 +372,7 @@ func (c *Cluster) PowerCut(ctx context.Context) error {
 
 // Kubectl runs kubectl as an administrator with stdin and returns what it printed.
 func (c *Cluster) Kubectl(ctx context.Context, stdin string, args ...string) (string, error) {
-	cmd := c.Command(ctx, filepath.Join(c.bin, "kubectl"), append([]string{"--kubeconfig", AdminConfig}, args...)...)
+	cmd := c.Command(ctx, filepath.Join(c.bin, "kubectl"), append([]string{"--kubeconfig", AdminConfig, "--cache-dir", "/tmp/kubectl"}, args...)...)
 	cmd.Stdin = strings.NewReader(stdin)
 	var out, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &stderr

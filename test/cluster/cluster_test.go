@@ -114,8 +114,14 @@ func each(t *testing.T, start func(context.Context, node.Options) (*cluster.Clus
 			t.Logf("the node was ready after %v", time.Since(began).Round(time.Second))
 			defer func() {
 				if t.Failed() {
-					t.Log("kubelet:\n" + tail(s.KubeletLog()))
-					t.Log("containerd:\n" + tail(s.Node.Log()))
+					ctx := context.WithoutCancel(ctx)
+					for _, args := range [][]string{{"get", "events", "-A"}, {"describe", "pods", "-n", namespace}, {"logs", "-n", namespace, "daemonset/tidewaiter"}} {
+						if out, err := s.Kubectl(ctx, "", args...); err == nil {
+							t.Log(tail(out))
+						}
+					}
+					t.Log("kubelet:\n" + tail(bad(s.KubeletLog())))
+					t.Log("containerd:\n" + tail(bad(s.Node.Log())))
 					if s.gate != nil {
 						t.Log("gate:\n" + tail(s.gate.Log()))
 					}
@@ -149,6 +155,17 @@ func gone(t *testing.T, tasks string) {
 			t.Errorf("process %s of container %s is left", f[1], f[0])
 		}
 	}
+}
+
+// bad leaves what a log says to be wrong.
+func bad(log string) string {
+	var b strings.Builder
+	for line := range strings.Lines(log) {
+		if strings.HasPrefix(line, "E") || strings.HasPrefix(line, "W") || strings.Contains(line, "level=warn") || strings.Contains(line, "level=error") {
+			b.WriteString(line)
+		}
+	}
+	return b.String()
 }
 
 func tail(s string) string { return s[max(0, len(s)-8<<10):] }
@@ -286,7 +303,8 @@ func (s *scene) status(w which) (cluster.ContainerStatus, error) {
 }
 
 // runs waits until CRI says that the container of a pod runs, restarted at least so
-// often, and returns its ID. The name of a static pod is without the node's.
+// often, and returns its ID. The name of a static pod is without the node's; one that
+// ends in "-" is the start of that of a pod which a controller made.
 func (s *scene) runs(name string, restarts uint32) (id string) {
 	s.Helper()
 	s.eventually(func() error {
@@ -296,7 +314,8 @@ func (s *scene) runs(name string, restarts uint32) (id string) {
 		}
 		var found []string
 		for _, c := range res.Containers {
-			if p := c.Labels["io.kubernetes.pod.name"]; p != name && p != name+"-"+cluster.NodeName {
+			p := c.Labels["io.kubernetes.pod.name"]
+			if p != name && p != name+"-"+cluster.NodeName && !(strings.HasSuffix(name, "-") && strings.HasPrefix(p, name)) {
 				continue
 			}
 			if c.State == runtimeapi.ContainerState_CONTAINER_RUNNING && c.Metadata.Attempt >= restarts {

@@ -123,7 +123,7 @@ func (s *scene) apply(object string) {
 }
 
 // rollout waits until a rollout is complete.
-func (s *scene) rollout(what string) {
+func (s *scene) rollout(what ...string) {
 	s.Helper()
-	s.kubectl("rollout", "status", what, "--timeout=150s")
+	s.kubectl(append([]string{"rollout", "status", "--timeout=150s"}, what...)...)
 }

@@ -79,6 +79,7 @@ mkdir -p run/old
 pivot_root . run/old
 umount -l /run/old
 rmdir /run/old
+mount --make-rshared /
 echo booted
 exec sleep infinity
 `
