@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -52,6 +53,7 @@ type machine struct {
 	evil    *node.Image
 
 	mu      sync.Mutex
+	notify  *net.UnixConn
 	gate    *node.Daemon // nil: its service is stopped
 	crashes string       // a program that ends with these bytes ends at once instead of running
 }
@@ -99,7 +101,13 @@ func newMachine(t *testing.T, version string) *machine {
 	m.release(m.program, "")
 	serve, end := context.WithCancel(ctx)
 	go m.serve(serve)
-	t.Cleanup(func() { end(); <-m.served })
+	t.Cleanup(func() {
+		end()
+		<-m.served
+		if m.notify != nil {
+			m.notify.Close()
+		}
+	})
 	return m
 }
 
@@ -145,7 +153,7 @@ func (m *machine) serve(ctx context.Context) {
 			select {
 			case <-m.gate.Done():
 				if err := m.startGate(); err != nil {
-					m.Error(err)
+					m.T.Log(err) // Restart=always: again
 				}
 			default:
 			}
@@ -212,13 +220,51 @@ func (m *machine) startGate() error {
 	if err != nil {
 		return err
 	}
-	command := []string{"/usr/local/bin/tidewaiter", "run", "--node", "edge-1"}
+	run := []string{"/usr/local/bin/tidewaiter", "run", "--node", "edge-1"}
 	if m.crashes != "" && strings.HasSuffix(string(program), m.crashes) {
-		command = []string{"sleep", "0.2"}
+		run = []string{"sleep", "0.2"}
 	}
-	m.gate, err = m.StartDaemon("tidewaiter", command...)
-	return err
+	ready := m.Path("/run/systemd/notify")
+	_ = os.Remove(ready)
+	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: ready, Net: "unixgram"})
+	if err != nil {
+		return err
+	}
+	m.gate, err = m.StartDaemon("tidewaiter", append([]string{"sh", "-ec", confined, "sh"}, run...)...)
+	if err != nil {
+		l.Close()
+		return err
+	}
+	if m.notify != nil {
+		m.notify.Close()
+	}
+	m.notify = l
+	// Type=notify: it has started when it says so, or has ended.
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); {
+		select {
+		case <-m.gate.Done():
+			return errors.New("it ended before it was ready")
+		default:
+		}
+		_ = l.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+		b := make([]byte, 1000)
+		if n, _ := l.Read(b); strings.HasPrefix(string(b[:n]), "READY=1\n") {
+			return nil
+		}
+	}
+	return errors.New("it did not say that it is ready")
 }
+
+// confined does to the gate what its unit has systemd do, as far as it goes without:
+// a file system that it cannot write to but for its two directories, no capability,
+// and no new privileges.
+const confined = `mkdir -p -m 0700 /run/tidewaiter /var/lib/tidewaiter
+exec unshare --mount --propagation private sh -ec '
+for d in /run/tidewaiter /var/lib/tidewaiter; do mount --bind $d $d; done
+for d in / /run; do mount -o remount,bind,ro $d; done
+if touch /etc/x /run/x 2>/dev/null; then exit 9; fi
+NOTIFY_SOCKET=/run/systemd/notify exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@"' sh "$@"
+`
 
 // tidewaiter runs the operator's program and returns what it printed. status is what
 // it must end with.
