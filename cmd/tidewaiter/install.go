@@ -30,6 +30,8 @@ type hostOptions struct {
 	host.Gate
 	output                                string
 	patience                              time.Duration
+	from                                  string
+	follow                                bool
 	enforce, force, print, restart, purge bool
 }
 
@@ -60,6 +62,8 @@ could not be done.`,
 	cmd.Flags().BoolVar(&o.enforce, "enforce", false, "refuse containers, and have containerd require the gate")
 	cmd.Flags().BoolVar(&o.force, "force", false, "enforce though something that runs would be refused, or nobody can say")
 	cmd.Flags().BoolVar(&o.restart, "restart", false, "restart containerd, so that --enforce counts at once")
+	cmd.Flags().StringVar(&o.from, "config-from", "", "`DIR` whose configuration the host gets, if it is valid there")
+	cmd.Flags().BoolVar(&o.follow, "follow", false, "go on until SIGTERM: bring what changes to the host")
 	cmd.Flags().DurationVar(&o.patience, "wait", time.Minute, "`TIME` that the gate has to come up and to register")
 	return cmd
 }
@@ -101,7 +105,7 @@ func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*host.I
 	r := &hostReport{out: stdout, json: o.output == "json", Schema: installSchema, Runtime: h.Name, Steps: []hostStep{}}
 	i := &host.Installation{
 		Host: h, Gate: o.Gate, Self: self,
-		Patience: o.patience, Enforce: o.enforce, Force: o.force, Print: o.print, Restart: o.restart, Purge: o.purge,
+		From: o.from, Patience: o.patience, Enforce: o.enforce, Force: o.force, Print: o.print, Restart: o.restart, Purge: o.purge,
 		Ask: func(ctx context.Context) (*control.Status, error) { return control.Ask(ctx, h.Path(o.RunDir)) },
 		Look: func(ctx context.Context) (*control.Status, error) {
 			var s control.Status
@@ -109,7 +113,6 @@ func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*host.I
 			return &s, err
 		},
 		Gates: func() (int, error) { return gatesOf(h.Path(o.RunDir)) },
-		Load:  func() (string, error) { return modeOf(h.Path(o.ConfigDir)) },
 		Pause: byDigest,
 		Say:   r.say,
 		Log:   toSyslog,
@@ -120,6 +123,33 @@ func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*host.I
 			case <-time.After(d):
 			}
 		},
+	}
+	i.Load = func(_ context.Context, dir string) (string, error) { return modeOf(h.Path(dir)) }
+	if h.Root != "/" && h.Manager.Name != "none" { // a host that is up, mounted here
+		i.Load = i.CheckOnHost
+	}
+	for last := ""; o.follow; {
+		round := &hostReport{out: stdout, json: o.output == "json", Schema: installSchema, Runtime: h.Name, Steps: []hostStep{}}
+		i.Say = round.say
+		result, err := do(i, ctx)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
+			next := ""
+			if h := (*host.Hint)(nil); errors.As(err, &h) {
+				next = h.Next
+			}
+			if err.Error() != last { // and not every time
+				round.end("refused", err.Error(), next)
+			}
+			last = err.Error()
+			i.Keep = true // do not try the same program again and again
+		case result != host.Nothing:
+			round.end(string(result), "", "")
+			last = ""
+		}
+		i.Sleep(ctx, bringEvery)
 	}
 	result, err := do(i, ctx)
 	if err == nil && result == host.Enforces {
@@ -142,6 +172,9 @@ func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*host.I
 	r.end(string(result), "", "")
 	return nil
 }
+
+// bringEvery is how often what is brought to the host is looked at.
+const bringEvery = 15 * time.Second
 
 func explained(err error) error {
 	next := ""

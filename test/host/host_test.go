@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -483,6 +484,64 @@ func TestHost(t *testing.T) {
 	}
 }
 
+// TestFromOutside has the program bring a configuration and itself to a host whose
+// root file system it sees in a directory, as in a pod.
+func TestFromOutside(t *testing.T) {
+	m := newMachine(t, node.Containerd24)
+	clean := m.changes()
+	from := t.TempDir()
+	outside := func(status int, args ...string) string {
+		t.Helper()
+		cmd := exec.CommandContext(m.ctx, m.program, append(args, "--root", m.Root)...)
+		out, err := cmd.CombinedOutput()
+		if cmd.ProcessState == nil {
+			t.Fatal(err)
+		}
+		if got := cmd.ProcessState.ExitCode(); got != status {
+			t.Fatalf("tidewaiter %s: exit status %d, want %d\n%s", strings.Join(args, " "), got, status, out)
+		}
+		return string(out)
+	}
+	m.must(node.WriteConfig(from, m.policy("audit")))
+	out := outside(0, "install", "--config-from", from)
+	m.says(out, "copied the configuration to /etc/tidewaiter\n")
+	m.says(out, "started the gate\ninstalled\n")
+	m.says(outside(0, "install", "--config-from", from), "nothing to do\n")
+	m.allowed(m.evil)
+	m.says(outside(1, "install", "--config-from", from, "--enforce", "--restart"), "says mode: audit")
+	m.must(node.WriteConfig(from, m.policy("enforce")))
+
+	// It follows: the configuration changes, and goes back.
+	cmd := exec.CommandContext(m.ctx, m.program, "install", "--root", m.Root, "--config-from", from, "--enforce", "--restart", "--follow")
+	log, err := os.Create(filepath.Join(t.TempDir(), "log"))
+	m.must(err)
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr = log, log
+	m.must(cmd.Start())
+	defer func() {
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("it ended with %v", err)
+		}
+		if raw, err := os.ReadFile(log.Name()); err == nil {
+			t.Logf("%s", raw)
+		}
+	}()
+	m.until("required", func() bool {
+		raw, err := os.ReadFile(log.Name())
+		return err == nil && strings.Contains(string(raw), "and containerd refuses containers while it is away")
+	})
+	m.denied(m.evil, "SIGNATURE_MISSING")
+	m.allowed(m.good)
+	m.must(node.WriteConfig(from, m.policy("audit")))
+	m.until("audit by ConfigMap", func() bool { return m.starts(m.evil) == nil })
+
+	m.says(outside(0, "uninstall", "--restart", "--purge"), "removed /etc/tidewaiter\n")
+	if c := m.changes(); !slices.Equal(c, clean) {
+		t.Errorf("left or lost: %v, was %v", c, clean)
+	}
+}
+
 // policy trusts acme for everything at the registry.
 func (m *machine) policy(mode string) node.Config {
 	prod := notarytest.Statement("prod", "x509.subject: C=US, ST=WA, O=acme, CN=release")
@@ -506,7 +565,7 @@ func (m *machine) edit(name, old, now string) {
 
 func (m *machine) until(what string, is func() bool) {
 	m.Helper()
-	for range 100 {
+	for range 400 {
 		if is() {
 			return
 		}

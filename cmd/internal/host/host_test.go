@@ -230,7 +230,7 @@ func stage(t *testing.T, files tree) *scene {
 				return nil, errors.New("no gate answers")
 			}
 			g := s.gate
-			g.Mode, _ = s.Load()
+			g.Mode, _ = s.Load(context.Background(), "/etc/tidewaiter")
 			g.Judge()
 			g.Ready = g.Runtime.Registered
 			return &g, nil
@@ -243,8 +243,8 @@ func stage(t *testing.T, files tree) *scene {
 			return &g, nil
 		},
 		Gates: func() (int, error) { return 1 + s.others, nil },
-		Load: func() (string, error) {
-			raw, err := os.ReadFile(filepath.Join(s.root, "/etc/tidewaiter/config.yaml"))
+		Load: func(_ context.Context, dir string) (string, error) {
+			raw, err := os.ReadFile(filepath.Join(s.root, dir, "config.yaml"))
 			if err != nil {
 				return "", err
 			}
@@ -753,5 +753,67 @@ func TestExec(t *testing.T) {
 	cancel()
 	if _, err := run(ctx, "sleep", "60"); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v", err)
+	}
+}
+
+// TestFollow has a mounted ConfigMap be the configuration of the host.
+func TestFollow(t *testing.T) {
+	s := stage(t, k3s)
+	s.away = true
+	from := t.TempDir()
+	write := func(version, config string) {
+		t.Helper()
+		dir := filepath.Join(from, ".."+version)
+		if err := os.MkdirAll(filepath.Join(dir, "truststore"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for name, text := range map[string]string{"config.yaml": config, "trustpolicy.json": "{}", "truststore/ca.crt": version} {
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		os.Remove(filepath.Join(from, "..data"))
+		if err := os.Symlink(".."+version, filepath.Join(from, "..data")); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"config.yaml", "trustpolicy.json", "truststore"} {
+			_ = os.Symlink("..data/"+name, filepath.Join(from, name))
+		}
+	}
+	write("one", "mode: audit\n")
+	s.From = from
+	must(t, "install", Installed)(s.Install(t.Context()))
+	if got := s.text(t, "/etc/tidewaiter/truststore/ca.crt"); got != "one" {
+		t.Errorf("%q", got)
+	}
+	must(t, "again", Nothing)(s.Install(t.Context()))
+	write("two", "mode: audit\n")
+	must(t, "a change", Installed)(s.Install(t.Context()))
+	if got := s.text(t, "/etc/tidewaiter/truststore/ca.crt"); got != "two" {
+		t.Errorf("%q", got)
+	}
+	was := snapshot(t, s.root)
+	write("three", "broken\n")
+	if _, err := s.Install(t.Context()); err == nil || !strings.Contains(err.Error(), "is not valid on the host") {
+		t.Errorf("%v", err)
+	}
+	same(t, "a broken one", was, snapshot(t, s.root))
+	write("four", "mode: audit\n")
+	s.Enforce, s.Restart = true, true
+	refused(t, "enforce", "says mode: audit")(s.Install(t.Context()))
+	write("five", "mode: enforce\n")
+	must(t, "enforce", Enforces)(s.Install(t.Context()))
+	s.Restart = false
+	// A program that does not come up is tried once.
+	s.Self, s.broken = []byte("\x00two"), true
+	refused(t, "a broken program", "did not come up")(s.Install(t.Context()))
+	s.Keep = true
+	must(t, "after that", Nothing)(s.Install(t.Context()))
+	// The way back by ConfigMap.
+	write("six", "mode: audit\n")
+	s.Enforce = false
+	must(t, "back to audit", Installed)(s.Install(t.Context()))
+	if got := s.text(t, "/etc/tidewaiter/config.yaml"); got != "mode: audit\n" {
+		t.Errorf("%q", got)
 	}
 }

@@ -32,6 +32,11 @@ type Installation struct {
 	Gate
 	Self []byte // the program that is installed
 
+	// From is a directory of this process whose configuration the host is to have;
+	// empty: the host has its own.
+	From string
+	Keep bool // the program on the host, whichever it is
+
 	Enforce bool
 	Force   bool
 	Print   bool // only say what would be done
@@ -41,7 +46,7 @@ type Installation struct {
 	Ask   func(context.Context) (*control.Status, error)                 // the gate
 	Look  func(context.Context) (*control.Status, error)                 // the gate, which looks at what runs first
 	Gates func() (int, error)                                            // that run on this node
-	Load  func() (mode string, err error)                                // reads ConfigDir as the gate would
+	Load  func(ctx context.Context, dir string) (mode string, err error) // reads a configuration directory as the gate would
 	Pause func(ctx context.Context, socket, name string) (string, error) // that name of an image on the node which has its digest
 	Say   func(kind, format string, args ...any)                         // kind: "did", "would", "warn" or "next"
 	Log   func(message string)                                           // to the node's log
@@ -127,16 +132,26 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 	if err != nil {
 		return "", err
 	}
+	changed, undoCopy := false, func() error { return nil }
+	if i.From != "" && !i.Print {
+		if changed, undoCopy, err = i.follow(ctx); err != nil {
+			return "", err
+		}
+		defer os.RemoveAll(i.Path(i.ConfigDir + ".next")) // the one before
+	}
 	start, err := i.configuration()
 	if err != nil {
 		return "", err
 	}
 	if len(start) == 0 {
-		mode, err := i.Load()
+		mode, err := i.Load(ctx, i.ConfigDir)
 		if err != nil {
 			return "", hint("correct it, or delete it and start with one that audits", "the configuration is not valid, and the gate would refuse everything with it: %w", err)
 		}
 		if mode == "enforce" && !i.Enforce && was != "enforce" {
+			if err := undoCopy(); err != nil {
+				return "", err
+			}
 			return "", refuse("tidewaiter install --enforce, or write mode: audit into "+path.Join(i.ConfigDir, "config.yaml"), "the configuration says mode: enforce")
 		}
 	}
@@ -144,7 +159,7 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 	var mode []Change
 	var need *requirement
 	if i.Enforce {
-		if mode, err = i.mode(); err != nil {
+		if mode, err = i.mode(ctx); err != nil {
 			return "", err
 		}
 		if need, err = i.requirement(ctx, before); err != nil {
@@ -160,7 +175,7 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 		i.print(base, mode, need)
 		return Printed, nil
 	}
-	if idle && (askErr == nil || i.Manager.start() == nil) && !i.Restart {
+	if idle && !changed && (askErr == nil || i.Manager.start() == nil) && !i.Restart {
 		if askErr != nil {
 			i.byHand()
 		}
@@ -260,6 +275,9 @@ func (i *Installation) service(before *Effective) ([]Change, error) {
 		return err
 	}
 	old, err := os.ReadFile(i.Path(i.Program))
+	if err == nil && i.Keep {
+		i.Self = old
+	}
 	if err == nil && !bytes.Equal(old, i.Self) {
 		if err := add(i.Program+".previous", 0o755, old, "the program as it was, for the way back"); err != nil {
 			return nil, err
@@ -346,9 +364,12 @@ func (i *Installation) configuration() ([]Change, error) {
 }
 
 // mode are the changes that make the gate enforce.
-func (i *Installation) mode() ([]Change, error) {
-	if mode, err := i.Load(); err != nil || mode == "enforce" {
+func (i *Installation) mode(ctx context.Context) ([]Change, error) {
+	if mode, err := i.Load(ctx, i.ConfigDir); err != nil || mode == "enforce" {
 		return nil, err
+	}
+	if i.From != "" {
+		return nil, refuse("write mode: enforce there", "the configuration that is copied from %s says mode: audit", i.From)
 	}
 	return i.enforced(path.Join(i.ConfigDir, "config.yaml"))
 }
@@ -452,7 +473,7 @@ func (i *Installation) begin(ctx context.Context, changes []Change, before *cont
 		return nil
 	}
 	if err := i.Manager.run(ctx, start); err != nil {
-		return back(err)
+		return back(fmt.Errorf("the gate did not come up: %w", err))
 	}
 	registered := before != nil && before.Runtime.Registered
 	if err := i.await(ctx, func(s *control.Status) bool {

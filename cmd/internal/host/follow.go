@@ -1,0 +1,164 @@
+package host
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Bounds of a configuration that is copied.
+const (
+	maxCopied = 32 << 20 // bytes
+	maxFiles  = 2000
+	maxDepth  = 6
+)
+
+// files reads what a configuration directory holds, by path below it. Links are
+// followed as far as they stay inside, as in a mounted ConfigMap; names that start
+// with ".." are Kubernetes' own.
+func files(dir string) (map[string][]byte, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	all, left := map[string][]byte{}, maxCopied
+	var walk func(at string, depth int) error
+	walk = func(at string, depth int) error {
+		if depth > maxDepth {
+			return fmt.Errorf("%s: deeper than %d directories", at, maxDepth)
+		}
+		d, err := root.Open(at)
+		if err != nil {
+			return err
+		}
+		names, err := d.Readdirnames(maxFiles + 1)
+		d.Close()
+		if err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		for _, name := range names {
+			if strings.HasPrefix(name, "..") {
+				continue
+			}
+			file := path.Join(at, name)
+			info, err := root.Stat(file)
+			if err != nil {
+				return err
+			}
+			if info.IsDir() {
+				if err := walk(file, depth+1); err != nil {
+					return err
+				}
+				continue
+			}
+			if !info.Mode().IsRegular() {
+				return fmt.Errorf("%s is not a regular file", file)
+			}
+			if left -= int(min(info.Size(), maxCopied)); left < 0 || len(all) == maxFiles {
+				return fmt.Errorf("there are more than %d files or %d bytes", maxFiles, maxCopied)
+			}
+			if all[file], err = root.ReadFile(file); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	return all, walk(".", 0)
+}
+
+// follow makes the configuration on the host the one in i.From, in one step, if it is
+// valid there. undo goes back to the one before.
+func (i *Installation) follow(ctx context.Context) (changed bool, undo func() error, err error) {
+	undo = func() error { return nil }
+	want, err := files(i.From)
+	if err != nil {
+		return false, nil, hint("mount a configuration there", "read the configuration to copy: %w", err)
+	}
+	have, err := files(i.Path(i.ConfigDir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, nil, err
+	}
+	fresh := err != nil
+	if maps.EqualFunc(want, have, slices.Equal) {
+		return false, undo, nil
+	}
+	next := i.ConfigDir + ".next"
+	if err := os.RemoveAll(i.Path(next)); err != nil {
+		return false, nil, err
+	}
+	if _, err := i.mkdir(path.Dir(next)); err != nil {
+		return false, nil, err
+	}
+	for _, name := range slices.Sorted(maps.Keys(want)) {
+		if _, err := i.mkdir(path.Dir(path.Join(next, name))); err != nil {
+			return false, nil, err
+		}
+		if err := i.put(Change{Path: path.Join(next, name), Mode: 0o600, New: slices.Concat([]byte{}, want[name])}); err != nil {
+			return false, nil, err
+		}
+	}
+	// A configuration that the gate would not put in force does not get there: after a
+	// restart nothing else would be.
+	if _, err := i.Load(ctx, next); err != nil {
+		return false, nil, errors.Join(hint("correct it", "the configuration in %s is not valid on the host: %w", i.From, err), os.RemoveAll(i.Path(next)))
+	}
+	swap := func() error {
+		flags := uint(unix.RENAME_EXCHANGE)
+		if fresh {
+			flags = 0
+		}
+		if err := unix.Renameat2(unix.AT_FDCWD, i.Path(next), unix.AT_FDCWD, i.Path(i.ConfigDir), flags); err != nil {
+			return fmt.Errorf("put %s in the place of %s: %w", next, i.ConfigDir, err)
+		}
+		return syncDir(filepath.Dir(i.Path(next)))
+	}
+	if err := swap(); err != nil {
+		return false, nil, err
+	}
+	i.Say("did", "copied the configuration to %s", i.ConfigDir)
+	return true, func() error {
+		if fresh {
+			return os.RemoveAll(i.Path(i.ConfigDir))
+		}
+		return swap()
+	}, nil
+}
+
+// CheckOnHost says what mode a configuration directory of the host means, as the
+// program that is installed sees it there: what the configuration names may be on the
+// host alone.
+func (i *Installation) CheckOnHost(ctx context.Context, dir string) (mode string, err error) {
+	check := i.Program + ".check"
+	defer os.Remove(i.Path(check))
+	_, made, err := i.Apply([]Change{{Path: check, Mode: 0o700, New: i.Self}})
+	defer func() {
+		os.Remove(i.Path(check))
+		for _, d := range slices.Backward(made) {
+			os.Remove(i.Path(d))
+		}
+	}()
+	if err != nil {
+		return "", err
+	}
+	out, err := i.Run(ctx, check, "policy", "check", "--config-dir", dir, "--output", "json")
+	if err != nil {
+		return "", err
+	}
+	var said struct{ Mode string }
+	if err := json.Unmarshal([]byte(out), &said); err != nil {
+		return "", fmt.Errorf("policy check: %w", err)
+	}
+	return said.Mode, nil
+}
