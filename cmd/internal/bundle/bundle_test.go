@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,6 +29,7 @@ import (
 	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
 	"github.com/tidewaiter/tidewaiter/verify/source/layout"
 	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
+	"github.com/tidewaiter/tidewaiter/verify/source/store"
 )
 
 // A child is this program again, killed at a step.
@@ -239,6 +241,133 @@ func TestTrustIsKilledAtEachStep(t *testing.T) {
 				t.Errorf("%d steps", len(seen))
 			}
 		})
+	}
+}
+
+// A gate that runs reads what an import puts there, and no longer what it replaces or
+// what is removed.
+func TestGateReadsImports(t *testing.T) {
+	t.Parallel()
+	state := t.TempDir()
+	dir, subject, want := site(t)
+	if err := save(dir, state, "site"); err != nil {
+		t.Fatal(err)
+	}
+	gate := store.New(state, store.Options{Log: slog.New(slog.NewTextHandler(t.Output(), nil)), Now: time.Now})
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() { ended <- gate.Run(ctx) }()
+	defer func() {
+		cancel()
+		<-ended
+	}()
+	finds := func(want ...verify.Evidence) {
+		t.Helper()
+		for end := time.Now().Add(25 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+			got, err := sourcetest.Find(t.Context(), gate, subject, verify.Limits{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(got) == len(want) && (len(got) == 0 || string(got[0].Blob) == string(want[0].Blob)) {
+				sourcetest.Check(t, got, want, 0)
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%d signatures", len(got))
+			}
+		}
+		if list, trouble := gate.Bundles(); trouble != "" || len(want) > 0 && (len(list) != 1 || list[0].Trouble != "") {
+			t.Errorf("%+v %s", list, trouble)
+		}
+	}
+	finds(want)
+	var c sourcetest.Content
+	c.Image("app")
+	other := c.Sign(subject, verify.MediaTypeJWS, "other")
+	next := t.TempDir()
+	sourcetest.Layout(t, next, c, false)
+	if err := save(next, state, "site"); err != nil {
+		t.Fatal(err)
+	}
+	finds(other)
+
+	// A directory of that name is replaced too.
+	if err := os.Rename(filepath.Join(state, "bundles/site.tar"), filepath.Join(t.TempDir(), "gone")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(filepath.Join(state, "bundles/site"), os.DirFS(next)); err != nil {
+		t.Fatal(err)
+	}
+	if err := save(dir, state, "site"); err != nil {
+		t.Fatal(err)
+	}
+	finds(want)
+	s, err := OpenShelf(t.Context(), state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if err := s.Remove("site"); err != nil {
+		t.Fatal(err)
+	}
+	finds()
+}
+
+// Who watches the configuration notices that all of it is another one.
+func TestWatchersNoticeTrust(t *testing.T) {
+	t.Parallel()
+	from, dir := t.TempDir(), filepath.Join(t.TempDir(), "etc")
+	trustConfig(t, from, "x509.subject: C=US, ST=WA, O=new")
+	trustConfig(t, dir, "x509.subject: C=US, ST=WA, O=old")
+	current, err := config.Load(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := config.Trust(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	seen, ended := make(chan verify.Epoch, 10), make(chan error)
+	hup := make(chan os.Signal)
+	go func() {
+		ended <- config.Watch(ctx, dir, current, hup, func(c *config.Config, err error) {
+			if err != nil {
+				t.Errorf("invalid meanwhile: %v", err)
+				return
+			}
+			seen <- c.Epoch
+		})
+	}()
+	defer func() {
+		cancel()
+		<-ended
+	}()
+	hup <- syscall.SIGHUP // taken once it watches
+	for range 2 {
+		s, err := Stage(dir, files)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Commit(time.Unix(1e9, 0)); err != nil {
+			t.Fatal(err)
+		}
+		now, err := config.Load(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case epoch := <-seen:
+			if epoch != now.Epoch {
+				t.Error("another configuration was noticed")
+			}
+		case <-time.After(50 * time.Second): // it looks each minute by itself
+			t.Fatal("nothing was noticed")
+		}
+		// And once more, with what was before.
+		if files, err = config.Trust(dir + ".before-20010909T014640Z"); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
