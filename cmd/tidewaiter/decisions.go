@@ -54,7 +54,7 @@ nothing to list; 2 where no gate answers.`,
 	runDir(cmd, &o.runDir)
 	outputFlag(cmd, &o.output)
 	cmd.Flags().BoolVarP(&o.follow, "follow", "f", false, "go on with what comes, until interrupted")
-	cmd.Flags().BoolVar(&o.filter.Denied, "denied", false, "only what enforce refuses, or would refuse")
+	cmd.Flags().BoolVar(&o.filter.Denied, "denied", false, "only what enforce refuses or would refuse, without PENDING, which the next try settles")
 	cmd.Flags().DurationVar(&o.since, "since", 0, "only what is not older than `DURATION`, such as 1h")
 	cmd.Flags().StringVar(&o.filter.Reason, "reason", "", "only answers with `CODE`; of audit, what enforce would have said")
 	return cmd

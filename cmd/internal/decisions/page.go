@@ -33,7 +33,7 @@ type Page struct {
 type Filter struct {
 	After  uint64    // only those with a higher Seq
 	Since  time.Time // only those that are not older
-	Denied bool      // only those that enforce denies or would deny
+	Denied bool      // only those that enforce denies or would deny, without PENDING
 	Reason string    // only those of which enforce has that reason
 	ID     string    // only those with that ID
 }

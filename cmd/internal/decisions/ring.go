@@ -96,10 +96,12 @@ func (s Said) Enforced() string {
 	return s.Reason
 }
 
-// Denied reports whether enforce denies.
+// Denied reports whether enforce denies, for good: PENDING is settled by the next try,
+// and what comes of it has a line of its own. In audit, where nobody waits, it is what
+// most images begin with.
 func (s Said) Denied() bool {
 	r := verify.Reason(s.Enforced())
-	return r != verify.Verified && r != verify.AllowedByDigest
+	return r != verify.Verified && r != verify.AllowedByDigest && r != verify.Pending
 }
 
 // Dir is the directory in the run directory.
@@ -224,7 +226,7 @@ func (r *Ring) Add(e Entry) {
 	e.Seq = r.seq
 	raw, err := e.line()
 	if err != nil {
-		return // our own structs: cannot be
+		return // nothing that a runtime sends is that long
 	}
 	if r.file != nil {
 		if err := r.write(raw); err == nil {
@@ -248,8 +250,11 @@ func (e *Entry) line() ([]byte, error) {
 		raw, err = json.Marshal(e)
 	}
 	if err == nil && len(raw) >= maxLine {
-		e.Decision.Tried, e.Decision.Signers = nil, nil
+		e.Decision.Tried, e.Decision.Signers, e.Decision.Pod = nil, nil, nil
 		raw, err = json.Marshal(e)
+	}
+	if err == nil && len(raw) >= maxLine {
+		err = errors.New("the line is too long")
 	}
 	return append(raw, '\n'), err
 }

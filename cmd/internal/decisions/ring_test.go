@@ -183,7 +183,13 @@ func TestBounds(t *testing.T) {
 	}
 	e.Decision.Metadata = map[string]string{"k": strings.Repeat("v", maxLine)}
 	r.Add(e)
-	if lines := read(t, r, 0); len(lines) != 1 || len(lines[0].Decision) > maxLine {
+	long := entry(start, strings.Repeat("p", maxLine), "app") // so long a name of a pod as there is none
+	long.Container = "c"
+	r.Add(long)
+	e.Container = strings.Repeat("c", maxLine)
+	e.Decision.ID = "other"
+	r.Add(e) // not kept: it would hide what comes after
+	if lines := read(t, r, 0); len(lines) != 2 || lines[1].Kind != Answer || strings.Contains(string(lines[1].Decision), "ppp") || len(lines[0].Decision) > maxLine {
 		t.Errorf("%d lines", len(lines))
 	}
 }
