@@ -124,7 +124,7 @@ func screen(s *control.Status) string {
 		}
 	}
 	if k := s.Store; k != nil {
-		line("store", "%d signatures in %d KiB below %s", k.Signatures, (k.Bytes+1023)/1024, k.Dir)
+		line("store", "%s in %d KiB below %s", several(k.Signatures, "signature"), (k.Bytes+1023)/1024, k.Dir)
 		if k.Error != "" {
 			line("warning", "signatures are not kept: %s", k.Error)
 		}
@@ -133,7 +133,7 @@ func screen(s *control.Status) string {
 				line("", "and %d more: --output json", len(k.Bundles)-shown)
 				break
 			}
-			line("bundle", "%s: %d signatures", b.Name, b.Signatures)
+			line("bundle", "%s: %s", b.Name, several(b.Signatures, "signature"))
 		}
 		for _, b := range k.Bundles {
 			if b.Error != "" {

@@ -6,7 +6,6 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -17,6 +16,7 @@ import (
 	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
 	"github.com/tidewaiter/tidewaiter/verify/source/store"
 )
 
@@ -42,8 +42,26 @@ func judgeWith(t *testing.T, c *config.Config, dir string, img verify.Image) ver
 	return enforcer.Verify(t.Context(), img)
 }
 
-// TestHostileStore has a state directory that an attacker has filled: whatever is
-// in it, an image is allowed only where the directory holds a signature by a
+// hostile puts files into the store below dir, or into a bundle that lists them all.
+func hostile(t *testing.T, dir string, bundle bool, files map[digest.Digest][]byte) {
+	t.Helper()
+	c := sourcetest.Content{Blobs: files}
+	for name, raw := range files {
+		if mediaType, err := verify.MediaTypeOf(raw, ""); err == nil {
+			c.Images = append(c.Images, ocispec.Descriptor{MediaType: mediaType, Digest: name, Size: int64(len(raw))})
+		}
+	}
+	at := "store"
+	if bundle {
+		at = "bundles/evil"
+	}
+	if err := writeLayout(filepath.Join(dir, at), c); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestHostileStore has a state directory that an attacker has filled, the store or a
+// bundle: whatever is in it, an image is allowed only where the directory holds a signature by a
 // trusted signer of the image, or of an index that lists its manifest.
 func TestHostileStore(t *testing.T) {
 	conf := t.TempDir()
@@ -99,11 +117,7 @@ func TestHostileStore(t *testing.T) {
 	allowed := 0
 	for round := range 60 {
 		dir := t.TempDir()
-		at := filepath.Join(dir, "store/blobs/sha256")
-		if err := os.MkdirAll(at, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		held := map[digest.Digest]bool{}
+		files := map[digest.Digest][]byte{}
 		for _, raw := range pool {
 			if round > 0 && random.IntN(4) == 0 {
 				continue
@@ -117,15 +131,17 @@ func TestHostileStore(t *testing.T) {
 				raw = append([]byte{}, raw...)
 				raw[random.IntN(len(raw))] ^= 1 << random.IntN(8)
 			}
-			if err := os.WriteFile(filepath.Join(at, name.Encoded()), raw, 0o644); err != nil {
-				t.Fatal(err)
-			}
-			held[name] = digest.FromBytes(raw) == name
+			files[name] = raw
+		}
+		hostile(t, dir, round%2 == 1, files)
+		held := func(d digest.Digest) bool {
+			raw, ok := files[d]
+			return ok && digest.FromBytes(raw) == d
 		}
 		has := func(a notarytest.Artifact) bool {
-			return held[a.Manifest.Descriptor.Digest] && held[a.Envelope.Descriptor.Digest]
+			return held(a.Manifest.Descriptor.Digest) && held(a.Envelope.Descriptor.Digest)
 		}
-		justified := has(good) || has(goodIndex) && held[both.Digest]
+		justified := has(good) || has(goodIndex) && held(both.Digest)
 		got := ask(dir, app)
 		if got.Allowed() != justified {
 			t.Errorf("round %d: app: allowed %v, justified %v: %s %s", round, got.Allowed(), justified, got.Reason, got.Detail)

@@ -186,7 +186,7 @@ func TestBundleOnly(t *testing.T) {
 		s.allowed(index.Name, "bundled-index", never)
 		s.denied(bare.Name, verify.SignatureMissing, never)
 		text := s.status(0, "on edge-1: healthy\n")
-		for _, want := range []string{"  bundle         images: 1 signatures\n", "  bundle         more.tar: 1 signatures\n"} {
+		for _, want := range []string{"  bundle         images: 1 signature\n", "  bundle         more.tar: 1 signature\n"} {
 			if !strings.Contains(text, want) {
 				s.Errorf("no %q in\n%s", want, text)
 			}
