@@ -126,7 +126,7 @@ func (o *imagesOptions) list(ctx context.Context) (explain.List, error) {
 	}
 	if len(o.only) > 0 {
 		l.Images = slices.DeleteFunc(l.Images, func(i explain.Image) bool {
-			return !slices.ContainsFunc(o.only, func(prefix string) bool { return below(i.Image, prefix) })
+			return !slices.ContainsFunc(o.only, func(name string) bool { return below(i.Image, name) || below(i.Image, canonical(name)) })
 		})
 	}
 	if o.before > 0 {
@@ -136,6 +136,19 @@ func (o *imagesOptions) list(ctx context.Context) (explain.List, error) {
 		})
 	}
 	return l, nil
+}
+
+// canonical is a name as it is listed: "nginx" is docker.io/library/nginx. What is the
+// start of a name and none itself stays as it is.
+func canonical(s string) string {
+	n, err := policy.ParseName(s)
+	if err != nil {
+		return s
+	}
+	if n.Digest == "" && !strings.Contains(s[strings.LastIndex(s, "/")+1:], ":") {
+		return n.Repository()
+	}
+	return n.String()
 }
 
 // below reports whether name is prefix, or in the repository or path prefix.
