@@ -444,7 +444,18 @@ func TestLife(t *testing.T) {
 			if !slices.Contains(s.commands, tt.restart) {
 				t.Errorf("no %s in %v", tt.restart, s.commands)
 			}
-			same(t, "restart", enforced, snapshot(t, s.root))
+			restarted := snapshot(t, s.root)
+			delete(enforced, "/var/lib/tidewaiter/install.json")
+			delete(restarted, "/var/lib/tidewaiter/install.json")
+			same(t, "restart", enforced, restarted)
+			// What enforces already is not restarted again, nor asked what it would refuse.
+			s.gate.Running.Reasons = map[string]int{"REVOKED": 1}
+			n := len(s.commands)
+			must(t, "restart again", Nothing)(s.Install(ctx))
+			if len(s.commands) != n {
+				t.Errorf("ran %v", s.commands[n:])
+			}
+			s.gate.Running.Reasons = nil
 
 			s.Restart = false
 			s.clock = s.clock.Add(time.Second)
@@ -650,7 +661,7 @@ func TestRequiredBefore(t *testing.T) {
 		t.Error(text)
 	}
 	s.heard(t, "warn: containerd lets every pod with the annotation skip.example do without")
-	must(t, "again", Enforces)(s.Install(t.Context()))
+	must(t, "again", Nothing)(s.Install(t.Context()))
 }
 
 // TestOpenWithoutAnything opens a node on which nothing is recognised and no record

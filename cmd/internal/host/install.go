@@ -63,6 +63,7 @@ type record struct {
 	Directories []string  `json:"directories"` // that were made, outer ones first
 	DropIns     []string  `json:"dropIns"`     // directories
 	Configs     []string  `json:"configs"`     // files of containerd's configuration
+	Pending     bool      `json:"pending"`     // what containerd reads was changed, and it was not restarted by us
 	Opened      time.Time `json:"opened,omitzero"`
 }
 
@@ -124,7 +125,7 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 		return "", err
 	}
 	if i.Enforce {
-		if err := i.mayEnforce(ctx); err != nil {
+		if err := i.canEnforce(ctx); err != nil {
 			return "", err
 		}
 	}
@@ -167,33 +168,44 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 		}
 	}
 
-	idle := len(base) == 0 && len(mode) == 0 && (need == nil || len(need.changes) == 0)
+	due := need != nil && (len(mode)+len(need.changes) > 0 || i.Restart && i.remembered().Pending)
+	idle := len(base) == 0 && !due
 	if i.Print {
 		if idle {
 			return Nothing, nil
 		}
+		if due {
+			if err := i.mayEnforce(ctx); err != nil {
+				i.Say("warn", "it would not be done: %v", err)
+			}
+		}
 		i.print(base, mode, need)
 		return Printed, nil
 	}
-	if idle && !changed && (askErr == nil || i.Manager.start() == nil) && !i.Restart {
-		if askErr != nil {
-			i.byHand()
-		}
-		return Nothing, nil
-	}
-	if len(base) > 0 || askErr != nil {
-		if err := i.begin(ctx, base, status, askErr); err != nil {
+	if due {
+		if err := i.mayEnforce(ctx); err != nil {
 			return "", err
 		}
 	}
-	if !i.Enforce {
-		return Installed, nil
+	switch {
+	case len(base) > 0 || askErr != nil && i.Manager.start() != nil:
+		if err := i.begin(ctx, base, status, askErr); err != nil {
+			return "", err
+		}
+	case askErr != nil:
+		i.byHand()
 	}
-	return i.enforce(ctx, mode, need)
+	switch {
+	case due:
+		return i.enforce(ctx, mode, need)
+	case idle && !changed && (askErr == nil || i.Manager.start() == nil):
+		return Nothing, nil
+	}
+	return Installed, nil
 }
 
-// mayEnforce refuses where what runs would be refused, or nobody can say.
-func (i *Installation) mayEnforce(ctx context.Context) error {
+// canEnforce refuses where containerd cannot be made to refuse.
+func (i *Installation) canEnforce(ctx context.Context) error {
 	major, minor, err := i.Version(ctx)
 	if err != nil {
 		return err
@@ -201,6 +213,11 @@ func (i *Installation) mayEnforce(ctx context.Context) error {
 	if major < 2 || major == 2 && minor < 2 {
 		return refuse("containerd 2.2 or later is needed to enforce", "this is containerd %d.%d, which goes on without a plugin that fails", major, minor)
 	}
+	return nil
+}
+
+// mayEnforce refuses where what runs would be refused, or nobody can say.
+func (i *Installation) mayEnforce(ctx context.Context) error {
 	if i.Force {
 		return nil
 	}
@@ -541,6 +558,7 @@ func (i *Installation) enforce(ctx context.Context, mode []Change, need *require
 	r := i.remembered()
 	r.Directories = append(append(r.Directories, madeMode...), made...)
 	r.Opened = time.Time{}
+	r.Pending = r.Pending || len(need.changes) > 0
 	for _, c := range need.changes {
 		if path.Base(c.Path) == dropIn || path.Base(c.Path) == dropInPause {
 			r.DropIns = add(r.DropIns, path.Dir(c.Path))
@@ -578,6 +596,10 @@ func (i *Installation) enforce(ctx context.Context, mode []Change, need *require
 		return n.Ready && n.Mode == "enforce" && (n.PID != s.PID || n.Runtime.Registrations > s.Runtime.Registrations)
 	}); err != nil {
 		return "", back(fmt.Errorf("the gate is not registered after the restart of %s: %w", i.Name, err), undoNeed, undoMode, again)
+	}
+	r.Pending = false
+	if err := i.remember(r); err != nil {
+		i.Say("warn", "%v", err)
 	}
 	return Enforces, nil
 }
