@@ -424,6 +424,12 @@ func TestHost(t *testing.T) {
 			m.allowed(m.good)
 			m.denied(m.evil, "SIGNATURE_MISSING")
 
+			// Locked out: the gate ends again and again. The program before it, by hand.
+			_, err = m.Output(m.ctx, "sh", "-ec", "mv /usr/local/bin/tidewaiter.previous /usr/local/bin/tidewaiter; systemctl restart tidewaiter.service")
+			m.must(err)
+			m.allowed(m.good)
+			m.denied(m.evil, "SIGNATURE_MISSING")
+
 			// Locked out: back to audit by a file.
 			m.edit("/etc/tidewaiter/config.yaml", "mode: enforce", "mode: audit")
 			m.until("audit", func() bool { return m.starts(m.evil) == nil })

@@ -508,6 +508,7 @@ func TestEnforceIsRefused(t *testing.T) {
 		"no gate":              {kubeadm, func(s *scene) { s.away = true }, "no gate runs here"},
 		"no configuration":     {kubeadm, func(s *scene) { s.gate.Configuration.Epoch = "" }, "would refuse everything"},
 		"rejected":             {kubeadm, func(s *scene) { s.gate.Configuration.Rejected = &control.Rejected{Current: true, Error: "line 3"} }, "line 3"},
+		"NRI off":              {kubeadm.with(tree{"/etc/containerd/conf.d/10.toml": "version = 3\n[plugins.'io.containerd.nri.v1.nri']\n  disable = true\n"}), func(*scene) {}, "NRI is switched off"},
 		"imports no directory": {kubeadm.with(tree{"/etc/containerd/config.toml": "version = 3\nimports = ['/etc/containerd/other.toml']\n", "/etc/containerd/other.toml": "version = 3\n"}), func(*scene) {}, "no directory for a file of ours"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -542,9 +543,6 @@ func TestTakenBack(t *testing.T) {
 			}
 		}, "containerd does not accept its new configuration", 0},
 		"a later file": {func(t *testing.T, s *scene) { s.write(t, "/etc/containerd/conf.d/zz.toml", zz) }, "another file overrides ours", 0},
-		"NRI off later": {func(t *testing.T, s *scene) {
-			s.write(t, "/etc/containerd/conf.d/zz.toml", "version = 3\n[plugins.'io.containerd.nri.v1.nri']\n  disable = true\n")
-		}, "switches NRI off", 0},
 		"no connections": {func(t *testing.T, s *scene) {
 			s.write(t, "/etc/containerd/conf.d/50.toml", "version = 3\n[plugins.'io.containerd.nri.v1.nri']\n  disable_connections = true\n")
 		}, "takes no connections", 0},

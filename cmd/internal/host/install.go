@@ -125,7 +125,7 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 		return "", err
 	}
 	if i.Enforce {
-		if err := i.canEnforce(ctx); err != nil {
+		if err := i.canEnforce(ctx, before); err != nil {
 			return "", err
 		}
 	}
@@ -205,7 +205,11 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 }
 
 // canEnforce refuses where containerd cannot be made to refuse.
-func (i *Installation) canEnforce(ctx context.Context) error {
+func (i *Installation) canEnforce(ctx context.Context, before *Effective) error {
+	if before.NRIDisabled {
+		return refuse("remove disable = true of the plugin io.containerd.nri.v1.nri, restart containerd, and look at tidewaiter status",
+			"NRI is switched off in containerd's configuration, so that no gate can be asked")
+	}
 	major, minor, err := i.Version(ctx)
 	if err != nil {
 		return err

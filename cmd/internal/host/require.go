@@ -165,8 +165,6 @@ func (h *Host) check(ctx context.Context, r *requirement) error {
 		return fmt.Errorf("containerd does not accept its new configuration: %w", err)
 	case !e.Knows:
 		return refuse("containerd 2.2 or later is needed", "this containerd cannot require a plugin")
-	case e.NRIDisabled:
-		return refuse("remove disable = true of the plugin io.containerd.nri.v1.nri", "another file switches NRI off after ours")
 	case e.ConnectionsDisabled:
 		return refuse("remove disable_connections = true of the plugin io.containerd.nri.v1.nri", "containerd takes no connections of plugins")
 	case !e.Requires(gate):
