@@ -205,6 +205,9 @@ func (s *Store) survey(ctx context.Context, dir string) (news bool) {
 			after++
 		}
 		at := stampsOf(filepath.Join(dir, name))
+		if at[0] == (stamp{}) {
+			continue // it went meanwhile
+		}
 		if before != nil && before.at == at && (before.trouble == "" || s.o.Now().Before(before.due)) {
 			next = append(next, before)
 			continue
@@ -217,13 +220,17 @@ func (s *Store) survey(ctx context.Context, dir string) (news bool) {
 		}
 		b := readBundle(ctx, filepath.Join(dir, name), left)
 		if ctx.Err() != nil {
-			b.place.close()
+			for _, b := range append(next, b) {
+				if !slices.Contains(old, b) {
+					b.place.close()
+				}
+			}
 			return false
 		}
 		b.name, b.at = name, at
 		s.report(dir, before, b)
 		next = append(next, b)
-		news = news || b.place != nil
+		news = news || b.place != nil && (before == nil || before.at != at || before.trouble != b.trouble)
 	}
 	s.mu.Lock()
 	s.bundles, s.astray = next, astray
@@ -233,7 +240,7 @@ func (s *Store) survey(ctx context.Context, dir string) (news bool) {
 			continue
 		}
 		b.place.close()
-		if !slices.Contains(names, b.name) {
+		if !slices.ContainsFunc(next, func(n *bundle) bool { return n.name == b.name }) {
 			s.o.Log.Info("a bundle is gone", "bundle", verify.Clean(b.name, 128))
 		}
 	}
@@ -315,9 +322,18 @@ func stampsOf(name string) (s [5]stamp) {
 }
 
 // readBundle reads the documents that index.json of a bundle leads to, as far as what
-// is left goes.
-func readBundle(ctx context.Context, name string, left limits) *bundle {
-	b := &bundle{catalog: newCatalog()}
+// is left goes. A panic in a parser costs only the bundle.
+func readBundle(ctx context.Context, name string, left limits) (b *bundle) {
+	b = &bundle{catalog: newCatalog()}
+	var dir *layout.Dir
+	defer func() {
+		if p := recover(); p != nil {
+			if dir != nil {
+				dir.Close()
+			}
+			b = &bundle{catalog: newCatalog(), trouble: verify.Clean(fmt.Sprintf("panic while reading it: %v", p), 256)}
+		}
+	}()
 	dir, err := openBundle(ctx, name)
 	r := &reading{ctx: ctx, dir: dir, catalog: &b.catalog, left: left, bytes: maxBundle, seen: map[verify.Target]bool{}}
 	if err == nil {

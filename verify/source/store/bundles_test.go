@@ -571,3 +571,44 @@ func FuzzBundle(f *testing.F) {
 		r.stop()
 	})
 }
+
+// A bundle that is bad is read again after a while, and later and later, and counts
+// when it has been mended without a trace.
+func TestBadBundleAgain(t *testing.T) {
+	t.Parallel()
+	clock := newClock()
+	dir := t.TempDir()
+	var c site
+	one, ev := c.image("one")
+	put(t, dir, "a", c)
+	name := filepath.Join(bundles(dir), "a/blobs/sha256", ev.Manifest.Digest.Encoded())
+	overwrite := func(raw []byte) { // in place, which no directory shows
+		f, err := os.OpenFile(name, os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = f.Write(raw)
+		if err := errors.Join(err, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	bad := bytes.Repeat([]byte("x"), len(ev.Document))
+	overwrite(bad)
+	var changed atomic.Int32
+	r := start(t, dir, store.Options{Now: clock.now, Changed: func() { changed.Add(1) }})
+	r.has(one)
+	clock.pass(time.Minute)
+	r.Look()
+	overwrite(ev.Document)
+	r.eventually("it is read again", func() bool {
+		clock.pass(time.Minute)
+		r.Look()
+		return len(r.troubles()) == 1 && r.troubles()[0] == "a"
+	})
+	r.has(one, ev)
+	r.eventually("that is told", func() bool { return changed.Load() == 1 })
+	r.stop()
+	if n := strings.Count(r.log.String(), "WARN"); n != 1 {
+		t.Errorf("%d warnings:\n%s", n, r.log.String())
+	}
+}
