@@ -10,8 +10,10 @@ package offline
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -204,11 +206,31 @@ func (s *site) stop() {
 	s.must(s.gate.Stop())
 }
 
-// cut takes the power away.
+// cut takes the power away. What is then in the store by its name is whole.
 func (s *site) cut() {
 	s.Helper()
 	s.must(s.PowerCut(s.ctx))
 	s.pod = nil
+	err := filepath.WalkDir(filepath.Join(s.disk.Dir, "store"), func(name string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() || strings.HasPrefix(e.Name(), ".unfinished-") {
+			return err
+		}
+		raw, err := os.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		if filepath.Base(filepath.Dir(name)) == "sha256" {
+			if got := digest.FromBytes(raw).Encoded(); got != e.Name() {
+				s.Errorf("after the power cut %s has %d bytes, which are not its digest's", name, len(raw))
+			}
+		} else if !json.Valid(raw) {
+			s.Errorf("after the power cut %s is %q", name, raw)
+		}
+		return nil
+	})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		s.Error(err)
+	}
 }
 
 // A signing is one signature of an image.
