@@ -245,7 +245,7 @@ func (s *Status) Judge() {
 	s.Ready = len(s.Problems) == 0
 
 	if s.Ready && s.Mode == "enforce" && len(r.Plugins) > 0 && !slices.Contains(r.Plugins, validator) {
-		found(NotRequired, "make containerd require the plugin tidewaiter (required_plugins of its NRI default validator), and restart it",
+		found(NotRequired, "tidewaiter install --enforce --restart",
 			"containerd does not require the gate: when the gate is away containers start without being asked about")
 	}
 	if r.Strangers > 0 {
