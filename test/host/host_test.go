@@ -525,7 +525,7 @@ func TestFromOutside(t *testing.T) {
 	defer log.Close()
 	cmd.Stdout, cmd.Stderr = log, log
 	m.must(cmd.Start())
-	defer func() {
+	end := sync.OnceFunc(func() {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
 		if err := cmd.Wait(); err != nil {
 			t.Errorf("it ended with %v", err)
@@ -533,7 +533,8 @@ func TestFromOutside(t *testing.T) {
 		if raw, err := os.ReadFile(log.Name()); err == nil {
 			t.Logf("%s", raw)
 		}
-	}()
+	})
+	defer end()
 	m.until("required", func() bool {
 		raw, err := os.ReadFile(log.Name())
 		return err == nil && strings.Contains(string(raw), "and containerd refuses containers while it is away")
@@ -542,6 +543,7 @@ func TestFromOutside(t *testing.T) {
 	m.allowed(m.good)
 	m.must(node.WriteConfig(from, m.policy("audit")))
 	m.until("audit by ConfigMap", func() bool { return m.starts(m.evil) == nil })
+	end()
 
 	m.says(outside(0, "uninstall", "--restart", "--purge"), "removed /etc/tidewaiter\n")
 	if c := m.changes(); !slices.Equal(c, clean) {
