@@ -37,25 +37,24 @@ func Join(dir string) (*Instance, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("register this instance: %w", err)
 	}
-	// Who counts may take a new file for an ended instance's, and remove it before
-	// it is locked here: then it is made again.
-	for range 10 {
-		name := strconv.Itoa(os.Getpid()) + "-" + strings.ToLower(rand.Text())
-		path := filepath.Join(dir, name)
-		f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+	name := strconv.Itoa(os.Getpid()) + "-" + strings.ToLower(rand.Text())
+	path := filepath.Join(dir, name)
+	// Locked before it has the name that others count by: they would take it for one
+	// that an ended instance left.
+	beside := filepath.Join(dir, "."+name)
+	f, err := os.OpenFile(beside, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+	if err == nil {
+		if err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
+			err = os.Rename(beside, path)
+		}
 		if err != nil {
-			return nil, fmt.Errorf("register this instance: %w", err)
+			err = errors.Join(err, f.Close(), os.Remove(beside))
 		}
-		if syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) == nil {
-			mine, err := f.Stat()
-			there, err2 := os.Lstat(path)
-			if err == nil && err2 == nil && os.SameFile(mine, there) {
-				return &Instance{dir, name, f}, nil
-			}
-		}
-		f.Close()
 	}
-	return nil, fmt.Errorf("register this instance: files in %s do not stay", dir)
+	if err != nil {
+		return nil, fmt.Errorf("register this instance: %w", err)
+	}
+	return &Instance{dir, name, f}, nil
 }
 
 // Live counts the instances that run, this one included, and removes what ended
@@ -72,7 +71,7 @@ func (i *Instance) Live() (int, error) {
 	}
 	live := 1
 	for _, name := range names {
-		if name == i.name {
+		if name == i.name || strings.HasPrefix(name, ".") {
 			continue
 		}
 		held, err := held(filepath.Join(i.dir, name))

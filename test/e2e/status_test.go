@@ -48,6 +48,7 @@ func TestStatus(t *testing.T) {
 		s.gate, err = s.StartGate(s.ctx, node.GateOptions{ConfigDir: s.dir, NodeName: "edge-1", Binary: program})
 		s.must(err)
 		s.wait(0, func(l node.Line) bool { return l.Msg == "not registered with the runtime" })
+		s.eventually("a control socket", func() bool { _, err := os.Lstat(filepath.Join(s.RunDir(), "tidewaiter.sock")); return err == nil })
 		s.ready("NOT_REGISTERED")
 		s.status(1, "[NOT_REGISTERED] the runtime does not ask this gate: connect to the runtime: ")
 		for name, want := range map[string]float64{"ready": 0, "registered": 0, "enforcing": 0, "registrations_total": 0} {
