@@ -34,6 +34,7 @@ const (
 	orasVersion         = "1.3.1"
 	distributionVersion = "3.1.2"
 
+	helmVersion       = "3.19.0"
 	prometheusVersion = "0.305.0" // the module's; the release is 3.5.0, with long-term support
 )
 
@@ -134,6 +135,16 @@ func FindPromtool(ctx context.Context, progress io.Writer) (string, error) {
 		module: "github.com/prometheus/prometheus", packages: []string{"github.com/prometheus/prometheus/cmd/promtool"},
 	})
 	return filepath.Join(dir, "promtool"), err
+}
+
+// FindHelm returns the path of helm, which it builds as FindTools builds its tools
+// where the cache does not hold it.
+func FindHelm(ctx context.Context, progress io.Writer) (string, error) {
+	dir, err := install(ctx, progress, tool{
+		name: "helm", version: helmVersion, takes: "4 minutes",
+		packages: []string{"helm.sh/helm/v3/cmd/helm"},
+	})
+	return filepath.Join(dir, "helm"), err
 }
 
 // FindDistribution returns the path of the CNCF's registry, which it builds as
