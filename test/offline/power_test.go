@@ -154,8 +154,9 @@ func TestPowerCut(t *testing.T) {
 
 		bare, _ := s.push(p.reg, "app:bare", node.ImageOptions{})
 		foreign, _ := s.push(p.reg, "app:foreign", index, signing{by: stranger})
-		hidden, _ := s.push(p.reg, "app:hidden", node.ImageOptions{}, signing{by: release})
-		// The mirror never shows the signature of one image: good, and never verified.
+		hidden, _ := s.push(p.reg, "hidden:1", node.ImageOptions{}, signing{by: release})
+		// The mirror never shows the signature of one image: good, and never verified. It
+		// has a repository of its own, since one that fails is left alone for a while.
 		p.reg.Fault(func(h http.Handler) http.Handler {
 			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				time.Sleep(time.Duration(p.latency.Load()))
