@@ -77,15 +77,21 @@ func hostFlags(cmd *cobra.Command, o *hostOptions) {
 	f := cmd.Flags()
 	f.BoolVar(&o.print, "print", false, "say what would be done, every file and byte, and do nothing")
 	f.StringVar(&o.Program, "program", host.GateBinary, "`FILE` that the program is installed as")
+	runtimeFlags(cmd, &o.Options)
+	f.StringVar(&o.NRI, "nri-socket", "", "containerd's NRI `SOCKET`")
+	f.StringVar(&o.Restart, "restart-command", "", "`COMMAND` that restarts containerd, split at spaces")
+	f.StringVar(&o.Options.Gate, "gate-command", "", "`COMMAND` that restarts the gate, split at spaces")
+}
+
+// runtimeFlags adds the flags of verbs that find the node's containerd by themselves.
+func runtimeFlags(cmd *cobra.Command, o *host.Options) {
+	f := cmd.Flags()
 	f.StringVar(&o.Root, "root", "/", "`DIR` where the host is mounted; its programs are run with it as their root")
 	f.StringVar(&o.Runtime, "runtime", "", "`NAME` of what runs pods here: k3s, rke2, microk8s, containerd (as with kubeadm)")
 	f.StringVar(&o.Config, "containerd-config", "", "`FILE` that containerd is started with")
 	f.StringVar(&o.Binary, "containerd-binary", "", "containerd's program `FILE`")
 	f.StringVar(&o.Socket, "containerd-socket", "", "containerd's `SOCKET`")
-	f.StringVar(&o.NRI, "nri-socket", "", "containerd's NRI `SOCKET`")
 	f.StringVar(&o.Service, "service", "", "`KIND` of services here: systemd, openrc or none")
-	f.StringVar(&o.Restart, "restart-command", "", "`COMMAND` that restarts containerd, split at spaces")
-	f.StringVar(&o.Options.Gate, "gate-command", "", "`COMMAND` that restarts the gate, split at spaces")
 }
 
 // onHost does what is to be done, and prints how it went.

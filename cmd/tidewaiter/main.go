@@ -111,7 +111,7 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 			return cmd.Help()
 		},
 	})
-	root.AddCommand(bundleCommand(os.Stdin, stdout, stderr), decisionsCommand(stdout), explainCommand(stdout), imagesCommand(stdout), policyCommand(stdout))
+	root.AddCommand(bundleCommand(os.Stdin, stdout, stderr), decisionsCommand(stdout), doctorCommand(stdout), explainCommand(stdout), imagesCommand(stdout), policyCommand(stdout))
 	root.AddCommand(refreshCommand(stdout), runCommand(stderr), statusCommand(stdout), verifyCommand(stdout), versionCommand(stdout))
 	root.AddCommand(installCommand(stdout), uninstallCommand(stdout))
 	return root

@@ -33,6 +33,7 @@ type Effective struct {
 	Snapshotter  string            // default
 	Snapshotters map[string]string // by runtime handler, where one has its own
 	Runtimes     map[string]string // type, by runtime handler
+	Handler      string            // of pods that name none
 	CertsD       string            // registry.config_path
 }
 
@@ -111,7 +112,9 @@ func parseDump(raw []byte) (*Effective, error) {
 	e.Pause = text(table(images, "pinned_images"), "sandbox")
 	e.Snapshotter = text(images, "snapshotter")
 	e.CertsD = text(table(images, "registry"), "config_path")
-	for name, r := range table(table(table(plugins, "io.containerd.cri.v1.runtime"), "containerd"), "runtimes") {
+	handlers := table(table(plugins, "io.containerd.cri.v1.runtime"), "containerd")
+	e.Handler = text(handlers, "default_runtime_name")
+	for name, r := range table(handlers, "runtimes") {
 		if r, ok := r.(map[string]any); ok {
 			e.Runtimes[name] = text(r, "runtime_type")
 			if s := text(r, "snapshotter"); s != "" {

@@ -1,0 +1,199 @@
+package doctor
+
+import (
+	"errors"
+	"io/fs"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
+)
+
+// gate is what the gate says of itself.
+func (x *examination) gate() {
+	s := x.Gate
+	if s == nil {
+		next := "start it: tidewaiter run, or systemctl start tidewaiter"
+		if errors.Is(x.GateErr, fs.ErrPermission) {
+			x.unknown("gate", "run it as root", "the gate cannot be asked: %v", x.GateErr)
+			return
+		}
+		then := ""
+		if e := x.Effective; e != nil && e.Requires(plugin) {
+			then = "; containerd refuses every container until one does"
+		}
+		x.add(Fail, "gate", next, "no gate runs here, or it cannot be asked: %v%s", x.GateErr, then)
+		return
+	}
+	x.ok("gate", "tidewaiter %s runs since %s: process %d", s.Version, when(s.Started), s.PID)
+	registered := s.Runtime.Registered
+	for _, p := range s.Problems {
+		switch p.Code {
+		case control.ConfigurationRejected, control.NoConfiguration:
+			continue // which the directory says, with file and line
+		case control.NotRegistered, control.Registering:
+			registered = false
+		case control.NotRequired:
+			x.strict(Fail, "registered", p.Next, "%s", p.Text)
+			continue
+		}
+		x.add(Fail, "registered", p.Next, "%s", p.Text)
+	}
+	r := s.Runtime
+	if registered {
+		x.ok("registered", "%s %s asks this gate in %s since %s", r.Name, r.Version, strings.Join(r.Hooks, " and "), stamp(r.Since))
+	} else if e := x.Effective; e != nil && !same(e.NRISocket, r.Socket) {
+		x.add(Fail, "registered", "start the gate with --nri-socket "+e.NRISocket, "the gate connects to %s, and containerd listens at %s", r.Socket, e.NRISocket)
+	}
+	switch {
+	case s.Mode == "":
+	case s.Mode == "audit":
+		x.ok("mode", "audit: nothing is refused")
+	case s.Assurance == control.None:
+		x.add(Fail, "mode", "tidewaiter status", "enforce, and nothing is refused by this gate: see above")
+	default:
+		x.ok("mode", "enforce, assurance %s", s.Assurance)
+	}
+	for _, name := range r.Plugins {
+		if i, other, _ := strings.Cut(name, "-"); i == index && other != plugin {
+			x.strict(Warn, "plugins", "give it a lower index", "the plugin %s has the gate's index: it may work after the gate was counted as present", name)
+		}
+	}
+}
+
+// configuration compares what is on the disk with what is in force.
+func (x *examination) configuration() {
+	const check = "configuration"
+	s := x.Gate
+	if s != nil && s.Configuration.Dir != "" && s.Configuration.Dir != x.ConfigDir {
+		x.add(Warn, check, "tidewaiter doctor --config-dir "+s.Configuration.Dir, "the gate reads %s, and this is about %s", s.Configuration.Dir, x.ConfigDir)
+	}
+	if err := x.ConfigErr; err != nil {
+		next := "tidewaiter policy check --config-dir " + x.ConfigDir
+		then := ""
+		switch {
+		case errors.Is(err, fs.ErrPermission):
+			x.unknown(check, "run it as root", "the configuration cannot be read: %v", err)
+			return
+		case s == nil:
+		case s.Configuration.Epoch == "":
+			then = "; none is in force: every container is refused"
+		default:
+			then = "; the last good one stays in force"
+		}
+		if errors.Is(err, config.ErrNone) {
+			next = "write config.yaml and trustpolicy.json into " + x.ConfigDir
+		}
+		x.add(Fail, check, next, "the configuration is not valid: %v%s", err, then)
+		return
+	}
+	c := x.Config
+	switch {
+	case s == nil:
+		x.ok(check, "%s is valid, mode %s", c.Dir, c.Mode)
+	case s.Configuration.Epoch != c.Epoch.String():
+		x.add(Fail, check, "send the gate SIGHUP (systemctl kill -s HUP tidewaiter), and read its log", "what %s holds (epoch %s, mode %s) is not what is in force (epoch %s, mode %s)", c.Dir, c.Epoch, c.Mode, s.Configuration.Epoch, s.Mode)
+	default:
+		x.ok(check, "%s is valid and in force: mode %s, epoch %s", c.Dir, c.Mode, c.Epoch)
+	}
+	for i, w := range c.Warnings {
+		if i == shown {
+			x.add(Warn, check, "tidewaiter policy check", "and %d more", len(c.Warnings)-shown)
+			break
+		}
+		x.add(Warn, check, "tidewaiter policy check", "%s", w.String())
+	}
+}
+
+// same reports whether two paths are those of one socket: /var/run is a link to /run.
+func same(a, b string) bool {
+	short := func(s string) string { return strings.TrimPrefix(s, "/var") }
+	return a == "" || b == "" || short(a) == short(b)
+}
+
+// state is what the gate keeps.
+func (x *examination) state() {
+	const check = "state"
+	switch s := x.State; {
+	case x.StateDir == "":
+		x.add(Warn, check, "", "nothing is kept: without a mirror no image is allowed after a restart")
+	case s == nil:
+	case s.Err != nil:
+		x.add(Fail, check, "make it writable for the gate", "%s: %v", x.StateDir, s.Err)
+	case s.Free < full:
+		x.add(Fail, check, "make room", "%s: %d of %d MiB are free: signatures are not kept", x.StateDir, s.Free>>20, s.Size>>20)
+	case s.Free < tight:
+		x.add(Warn, check, "make room", "%s: only %d of %d MiB are free", x.StateDir, s.Free>>20, s.Size>>20)
+	default:
+		x.ok(check, "%s can be written to, and %d MiB are free", x.StateDir, s.Free>>20)
+	}
+	if x.Gate == nil || x.Gate.Store == nil {
+		return
+	}
+	k := x.Gate.Store
+	if k.Error != "" {
+		x.add(Fail, check, "look at "+k.Dir, "signatures are not kept: %s", k.Error)
+	}
+	bad := 0
+	for _, b := range k.Bundles {
+		if b.Error == "" {
+			continue
+		}
+		if bad++; bad <= shown {
+			x.add(Warn, "bundles", "tidewaiter bundle inspect "+b.Name+", in bundles of the state directory", "bundle %s cannot be read, or not all of it: %s", b.Name, b.Error)
+		}
+	}
+	if k.Unread != "" {
+		x.add(Warn, "bundles", "take some away", "not all bundles are read: %s", k.Unread)
+	}
+	if bad == 0 && k.Unread == "" {
+		x.ok("bundles", "%d signatures are kept, and %d bundles can be read", k.Signatures, len(k.Bundles))
+	}
+}
+
+// Bounds of the state directory, in bytes. A signature takes some kilobytes.
+const (
+	full  = 1 << 20
+	tight = 32 << 20
+)
+
+// clock looks for signs that it is wrong. Certificates are judged by it.
+func (x *examination) clock() {
+	after, what := x.Built, "this program was built"
+	if c := x.Gate; c != nil && c.Started.After(after) {
+		after, what = c.Started, "the gate was started"
+	}
+	for _, f := range x.Files {
+		if f.Changed.After(after) {
+			after, what = f.Changed, f.Path+" changed"
+		}
+	}
+	switch {
+	case x.Now.Before(after.Add(-slack)):
+		x.add(Fail, "clock", "set the clock: timedatectl", "it is %s, and %s at %s", when(x.Now), what, when(after))
+	case x.Synchronised != nil && !*x.Synchronised:
+		x.add(Warn, "clock", "timedatectl, or chronyc tracking", "it is %s, and nothing keeps the clock right: the kernel calls it unsynchronised", when(x.Now))
+	default:
+		x.ok("clock", "it is %s", when(x.Now))
+	}
+}
+
+// slack is what clocks of file servers may differ.
+const slack = 2 * time.Minute
+
+func (x *examination) sources() {
+	const check = "sources"
+	if x.Config == nil || x.Offline {
+		return
+	}
+	if len(x.Sources) == 0 {
+		x.ok(check, "nobody is asked for signatures: the node has what it has")
+		return
+	}
+	slices.SortStableFunc(x.Sources, func(a, b Source) int { return strings.Compare(a.Name, b.Name) })
+	for _, s := range x.Sources {
+		s.finding(x)
+	}
+}

@@ -1,0 +1,375 @@
+package doctor
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/host"
+	"github.com/tidewaiter/tidewaiter/nri/node"
+)
+
+// plugin is how the gate registers.
+const (
+	plugin = "tidewaiter"
+	index  = "99"
+)
+
+// Keys of containerd's configuration.
+var (
+	nriTable  = []string{"plugins", "io.containerd.nri.v1.nri"}
+	validator = append(slices.Clone(nriTable), "default_validator")
+	pauseKey  = []string{"plugins", "io.containerd.cri.v1.images", "pinned_images", "sandbox"}
+)
+
+// guarded is the annotation for which we ship an admission policy
+// (deploy/enforce/admission.yaml).
+const guarded = "without-gate.tidewaiter.dev"
+
+// runtime looks at containerd: what runs, and what it is configured with.
+func (x *examination) runtime() {
+	status := "systemctl status " + cmp.Or(x.Host.Service, "containerd")
+	switch p := x.Process; {
+	case x.ProcessErr != nil && errors.Is(x.ProcessErr, fs.ErrPermission):
+		x.unknown("runtime", "run it as root", "containerd at %s: %v", x.Host.Socket, x.ProcessErr)
+	case x.ProcessErr != nil:
+		x.add(Fail, "runtime", status, "containerd does not answer at %s: %v", x.Host.Socket, x.ProcessErr)
+	case p.Replaced:
+		x.add(Warn, "runtime", x.Restart, "containerd (process %d) runs since %s and its program was replaced since; what follows is what the new one makes of its configuration", p.PID, when(p.Started))
+	default:
+		x.ok("runtime", "containerd runs since %s: process %d, at %s, configured by %s", when(p.Started), p.PID, x.Host.Socket, cmp.Or(x.Host.Config, "nothing"))
+	}
+	switch major, minor := x.Version[0], x.Version[1]; {
+	case x.EffectiveErr != nil:
+		next := x.Host.Binary + " --config " + x.Host.Config + " config dump"
+		if h := (*host.Hint)(nil); errors.As(x.EffectiveErr, &h) && h.Next != "" {
+			next = h.Next
+		}
+		x.unknown("nri", next, "containerd does not say what its configuration comes to: %v", x.EffectiveErr)
+		return
+	case x.VersionErr == nil && (major < 2 || major == 2 && minor < 2):
+		x.strict(Fail, "version", "upgrade containerd to 2.2 or later, or audit", "this is containerd %d.%d, which goes on without a plugin that fails", major, minor)
+	case x.VersionErr == nil && (major == 2 && minor < 4):
+		x.ok("version", "containerd %d.%d: what was verified is what runs; the image's config is compared when the container starts", major, minor)
+	case x.VersionErr == nil:
+		x.ok("version", "containerd %d.%d: what was verified is what runs", major, minor)
+	}
+	x.plugins()
+	x.required()
+	x.age()
+	x.toleration()
+	x.timeouts()
+	x.handlers()
+	x.pause()
+}
+
+func (x *examination) plugins() {
+	e := x.Effective
+	switch {
+	case e.NRIDisabled:
+		who := ""
+		for _, s := range x.settings() {
+			if is(s, nriTable, "disable") && s.Values[0] == "true" || is(s, nil, "disabled_plugins") && slices.Contains(s.Values, nriTable[1]) {
+				who = ", by " + s.At()
+			}
+		}
+		x.add(Fail, "nri", "remove that setting, then "+x.Restart, "NRI is switched off%s: containerd asks no plugin", who)
+	case e.ConnectionsDisabled:
+		who := ""
+		if s := x.last(nriTable, "disable_connections"); s != nil {
+			who = ", by " + s.At()
+		}
+		x.add(Fail, "nri", "remove that setting, then "+x.Restart, "containerd takes no connections of plugins%s", who)
+	case x.NRISocket != nil:
+		x.add(Fail, "nri", x.Restart, "NRI is on, and nothing can connect to %s: %v", e.NRISocket, x.NRISocket)
+	default:
+		x.ok("nri", "NRI is on, and takes connections at %s", e.NRISocket)
+	}
+}
+
+// required is whether containerd refuses containers while the gate is away.
+func (x *examination) required() {
+	e := x.Effective
+	const check = "required"
+	var asks, stray []host.Setting
+	for _, s := range x.settings() {
+		list := len(s.Key) > 0 && s.Key[len(s.Key)-1] == "required_plugins" && slices.ContainsFunc(s.Values, ours)
+		named := slices.ContainsFunc(s.Key, func(k string) bool { return strings.Contains(k, "default_validator") })
+		switch {
+		case len(s.Key) == len(validator)+1 && slices.Equal(s.Key[:len(validator)], validator):
+			if list {
+				asks = append(asks, s)
+			}
+		case list || named:
+			if !slices.ContainsFunc(stray, func(o host.Setting) bool {
+				return o.File == s.File && slices.Equal(o.Key[:len(o.Key)-1], s.Key[:len(s.Key)-1])
+			}) {
+				stray = append(stray, s)
+			}
+		}
+	}
+	place := `[plugins."io.containerd.nri.v1.nri".default_validator]`
+	misplaced := func(s host.Setting) string {
+		return fmt.Sprintf("%s sets %s in the table %s, which containerd does not look at", s.At(), s.Key[len(s.Key)-1], tableName(s.Key[:len(s.Key)-1]))
+	}
+	last, enable := x.last(validator, "required_plugins"), x.last(validator, "enable")
+	requires := e.Requires(plugin) || e.Requires(index+"-"+plugin)
+	switch {
+	case requires && last == nil:
+		x.ok(check, "containerd refuses containers while the gate is away")
+	case requires && len(x.also(last)) > 0:
+		x.ok(check, "containerd refuses containers while the gate is away: %s, which wins over %s", last.At(), strings.Join(x.also(last), ", "))
+	case requires:
+		x.ok(check, "containerd refuses containers while the gate is away: %s", last.At())
+	case !e.Knows && !e.NRIDisabled:
+		x.strict(Fail, check, "upgrade containerd to 2.2 or later, or audit", "this containerd cannot require a plugin: without the gate, containers start unasked")
+	case len(asks) > 0 && last != nil && !slices.ContainsFunc(last.Values, ours):
+		x.strict(Fail, check, "correct "+last.File+", then "+x.Restart, "containerd does not require the gate: %s does, and %s, which is read later, says %q instead", asks[len(asks)-1].At(), last.At(), last.Values)
+	case len(asks) > 0 && enable != nil && !slices.Equal(enable.Values, []string{"true"}):
+		x.strict(Fail, check, "correct "+enable.File+", then "+x.Restart, "containerd does not require the gate: %s does, and %s, which is read later, switches the validator off", asks[len(asks)-1].At(), enable.At())
+	case len(asks) > 0 && e.NRIDisabled:
+		x.strict(Fail, check, "switch NRI on", "containerd does not require the gate: %s does, and NRI is switched off", last.At())
+	case len(asks) > 0 && enable == nil:
+		x.strict(Fail, check, "add enable = true below "+place+" in "+last.File+", then "+x.Restart, "containerd does not require the gate: %s does, and the validator is not enabled", last.At())
+	case len(stray) > 0:
+		x.strict(Fail, check, "move it to "+place+", then "+x.Restart, "containerd does not require the gate: %s", misplaced(stray[0]))
+		return
+	case x.NotImported != "":
+		x.strict(Fail, check, x.Enforces, "containerd does not require the gate: %s is there, and no file imports it", x.NotImported)
+	default:
+		x.strict(Fail, check, x.Enforces, "containerd does not require the gate: no file of its configuration says so, and without the gate containers start unasked")
+	}
+	for i, s := range stray {
+		if i == shown {
+			break
+		}
+		x.strict(Warn, check, "remove it", "%s", misplaced(s))
+	}
+}
+
+// shown bounds findings of one kind.
+const shown = 5
+
+func ours(name string) bool { return name == plugin || name == index+"-"+plugin }
+
+// also are the other places that set what s does.
+func (x *examination) also(s *host.Setting) (list []string) {
+	for _, o := range x.settings() {
+		if slices.Equal(o.Key, s.Key) && o.At() != s.At() {
+			list = append(list, o.At())
+		}
+	}
+	return list
+}
+
+// age is whether the containerd that runs has read the files as they are.
+func (x *examination) age() {
+	const check = "restart"
+	if x.FilesErr != nil {
+		x.add(Warn, check, "", "not all files of containerd's configuration could be looked at: %v", x.FilesErr)
+	}
+	if x.Process == nil {
+		return // which the runtime's finding says
+	}
+	var newest time.Time
+	what := ""
+	see := func(name string, t time.Time) {
+		if t.After(newest) {
+			newest, what = t, name
+		}
+	}
+	for _, f := range x.Files {
+		see(f.Path, f.Changed)
+		if f.Err != nil {
+			x.add(Warn, check, "", "%s: %v", f.Path, f.Err)
+		}
+	}
+	for _, d := range x.Dirs {
+		see(d.Path, d.Changed)
+	}
+	if newest.After(x.Process.Started.Add(grain)) {
+		x.strict(Fail, check, x.Restart, "containerd runs since %s and has not read %s, which changed at %s: what it does is not what its files say", when(x.Process.Started), what, when(newest))
+		return
+	}
+	x.ok(check, "containerd was started after its configuration changed last")
+}
+
+// grain is how exactly times of files and of processes can be compared.
+const grain = 50 * time.Millisecond
+
+func (x *examination) toleration() {
+	key := x.Effective.Toleration
+	at := ""
+	if s := x.last(validator, "tolerate_missing_plugins_annotation"); s != nil {
+		at = ": " + s.At()
+	}
+	switch {
+	case key == "":
+		x.ok("toleration", "no annotation lets a pod do without the gate")
+	case key == guarded:
+		x.strict(Warn, "toleration", "kubectl get validatingadmissionpolicybinding", "pods with the annotation %s do without the gate while it is away (tolerate_missing_plugins_annotation%s): only an admission policy keeps them from it", key, at)
+	default:
+		x.strict(Fail, "toleration", "remove the setting, then "+x.Restart, "every pod with the annotation %s does without the gate while it is away (tolerate_missing_plugins_annotation%s)", key, at)
+	}
+}
+
+// timeouts compares how long containerd waits with how long the gate may wait.
+func (x *examination) timeouts() {
+	e := x.Effective
+	wait := config.DefaultWait
+	if x.Config != nil {
+		wait = x.Config.Gate.Wait
+	}
+	request, err := time.ParseDuration(cmp.Or(e.RequestTimeout, "2s"))
+	register, err2 := time.ParseDuration(cmp.Or(e.RegistrationTimeout, "5s"))
+	const next = "remove plugin_request_timeout and plugin_registration_timeout, or raise them"
+	switch {
+	case err != nil || err2 != nil || request <= 0 || register <= 0:
+		x.add(Warn, "timeouts", next, "containerd's timeouts of plugins are %q and %q", e.RequestTimeout, e.RegistrationTimeout)
+	case request <= 2*wait:
+		x.add(Fail, "timeouts", next+"; or lower gate.wait", "containerd drops a plugin after %v, and gate.wait is %v", request, wait)
+	case request < time.Second || register < time.Second:
+		x.add(Warn, "timeouts", next, "containerd drops a plugin after %v, and one that registers after %v: a busy node takes longer", request, register)
+	default:
+		x.ok("timeouts", "containerd waits %v for an answer, and the gate at most %v for a signature", request, wait)
+	}
+}
+
+// handlers looks at what creates and starts containers.
+func (x *examination) handlers() {
+	e := x.Effective
+	snapshotters, types := slices.Clone(node.Snapshotters), slices.Clone(node.Runtimes)
+	var listed []string
+	if x.Config != nil {
+		snapshotters, types = append(snapshotters, x.Config.Gate.Snapshotters...), append(types, x.Config.Gate.Runtimes...)
+		listed = append(slices.Clone(x.Config.Gate.Snapshotters), x.Config.Gate.Runtimes...)
+	}
+	const list = "list it under gate.%s in config.yaml if you trust it to run what containerd was asked for"
+	look := func(check, field, what string, of map[string]string, main string, trusted []string) {
+		bad := false
+		for _, handler := range slices.Sorted(maps.Keys(of)) {
+			v := of[handler]
+			switch level := Warn; {
+			case v == "" || slices.Contains(trusted, v):
+			case handler == main:
+				level = Fail
+				fallthrough
+			default:
+				bad = true
+				x.strict(level, check, fmt.Sprintf(list, field), "%s %s of handler %s: all of its containers are refused", what, v, handler)
+			}
+		}
+		if !bad {
+			used := slices.Sorted(maps.Values(of))
+			used = slices.DeleteFunc(slices.Compact(used), func(s string) bool { return s == "" })
+			text := strings.Join(used, ", ")
+			if slices.ContainsFunc(used, func(s string) bool { return slices.Contains(listed, s) }) {
+				text += ", trusted because config.yaml says so"
+			}
+			x.ok(check, "%s: %s", what, text)
+		}
+	}
+	by := map[string]string{}
+	for handler := range e.Runtimes {
+		by[handler] = cmp.Or(e.Snapshotters[handler], e.Snapshotter)
+	}
+	if len(by) == 0 {
+		by[e.Handler] = e.Snapshotter
+	}
+	look("snapshotter", "snapshotters", "snapshotter", by, e.Handler, snapshotters)
+	look("shim", "runtimes", "runtime type", e.Runtimes, e.Handler, types)
+}
+
+// pause looks at the image that runs before any plugin is asked.
+func (x *examination) pause() {
+	image := x.Effective.Pause
+	if image == "" {
+		x.add(Warn, "pause", "", "containerd does not say which image pods are made of")
+		return
+	}
+	at, file := "", x.Host.Config
+	if s := x.last(pauseKey[:3], pauseKey[3]); s != nil {
+		at, file = " ("+s.At()+")", s.File
+	}
+	if !strings.Contains(image, "@") {
+		next := "name it by digest in " + file + ", then " + x.Restart
+		if x.Host.Extends {
+			next = "write pause-image with a digest into /etc/rancher/" + x.Host.Name + "/config.yaml, then " + x.Restart
+		}
+		x.strict(Fail, "pause", next, "the pause image %s%s is named by a tag and not by digest, and runs before any gate is asked", image, at)
+		return
+	}
+	if x.Images != nil {
+		for _, i := range x.Images.Images {
+			if i.Image != image {
+				continue
+			}
+			if i.Allowed || i.Reason == "ALLOWED_BY_DIGEST" {
+				x.ok("pause", "the pause image %s%s is named by digest, and %s", image, at, i.Reason)
+				return
+			}
+			x.strict(Warn, "pause", "sign it, or list its digest in a floor file: tidewaiter explain "+image, "the pause image %s%s is named by digest, and would be refused if it were asked about: %s", image, at, i.Reason)
+			return
+		}
+	}
+	x.ok("pause", "the pause image %s%s is named by digest; whether it is verified is not known", image, at)
+}
+
+// settings are those of all files, in the order of containerd.
+func (x *examination) settings() (all []host.Setting) {
+	for _, f := range x.Files {
+		all = append(all, f.Settings...)
+	}
+	return all
+}
+
+// last is the setting of a key that counts; nil: none sets it.
+func (x *examination) last(table []string, key string) *host.Setting {
+	var found *host.Setting
+	for _, s := range x.settings() {
+		if is(s, table, key) {
+			found = &s
+		}
+	}
+	return found
+}
+
+func is(s host.Setting, table []string, key string) bool {
+	return len(s.Key) == len(table)+1 && s.Key[len(table)] == key && slices.Equal(s.Key[:len(table)], table)
+}
+
+// tableName is a key as TOML writes the table.
+func tableName(key []string) string {
+	var b strings.Builder
+	for i, k := range key {
+		if i > 0 {
+			b.WriteByte('.')
+		}
+		if strings.ContainsFunc(k, func(r rune) bool {
+			return !(r == '_' || r == '-' || r >= '0' && r <= '9' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z')
+		}) {
+			k = `"` + k + `"`
+		}
+		b.WriteString(k)
+	}
+	if len(key) == 0 {
+		return "at the top"
+	}
+	return "[" + b.String() + "]"
+}
+
+func when(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+
+// stamp is when for a time that may not be known.
+func stamp(t *time.Time) string {
+	if t == nil {
+		return "a time that is not known"
+	}
+	return when(*t)
+}

@@ -1,0 +1,7 @@
+//go:build !linux
+
+package doctor
+
+func synchronised() *bool { return nil }
+
+func space(string) *Space { return nil }

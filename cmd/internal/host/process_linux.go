@@ -1,0 +1,38 @@
+package host
+
+import (
+	"io/fs"
+	"net"
+	"syscall"
+	"time"
+)
+
+// listener is the process at the other end of c; 0: one that has no number here.
+func listener(c *net.UnixConn) (pid int, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *syscall.Ucred
+	var failed error
+	if err := raw.Control(func(fd uintptr) {
+		cred, failed = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
+	}); err != nil {
+		return 0, err
+	}
+	if failed != nil {
+		return 0, failed
+	}
+	return int(cred.Pid), nil
+}
+
+// changed is when a file became what it is, also by being moved there.
+func changed(info fs.FileInfo) time.Time {
+	t := info.ModTime()
+	if s, ok := info.Sys().(*syscall.Stat_t); ok {
+		if c := time.Unix(s.Ctim.Unix()); c.After(t) {
+			t = c
+		}
+	}
+	return t
+}
