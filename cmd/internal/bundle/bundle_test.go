@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -599,6 +600,28 @@ func TestBounds(t *testing.T) {
 				c.Close()
 			}
 		}
+	}
+
+	// Small indexes of which each lists the next forty times.
+	var often sourcetest.Content
+	d = often.Image("app")
+	for range maxDepth {
+		raw, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: slices.Repeat([]ocispec.Descriptor{d}, 40)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d = often.Add(ocispec.MediaTypeImageIndex, raw)
+	}
+	often.Images = []ocispec.Descriptor{d}
+	at := t.TempDir()
+	sourcetest.Layout(t, at, often, false)
+	opened, err := Open(t.Context(), at, nil, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer opened.Close()
+	if _, err := opened.Inspect(t.Context(), at, nil, nil); !errors.Is(err, verify.ErrBudget) {
+		t.Errorf("often: error %v", err)
 	}
 
 	// A referrer that is too big is left out, and not the rest.

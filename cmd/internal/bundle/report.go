@@ -113,6 +113,9 @@ func (c *Contents) Inspect(ctx context.Context, name string, j *Judge, trust map
 		i.Name = verify.Clean(nameOf(e), 512)
 		v.answer(i)
 		r.Images = append(r.Images, i)
+		if v.images > maxLinks {
+			return nil, fmt.Errorf("%w: indexes that list indexes again and again, and so more than %d images", verify.ErrBudget, maxLinks)
+		}
 	}
 	// What refers to something that is not there: a bundle may hold signatures alone.
 	var loose []*Image
@@ -143,9 +146,10 @@ func (c *Contents) Inspect(ctx context.Context, name string, j *Judge, trust map
 type visit struct {
 	*Contents
 	*Report
-	ctx   context.Context
-	judge *Judge
-	seen  map[digest.Digest]bool // referrers
+	ctx    context.Context
+	judge  *Judge
+	seen   map[digest.Digest]bool // referrers
+	images int                    // visited, each time that something lists them
 }
 
 func (v *visit) image(e ocispec.Descriptor, depth int) *Image {
@@ -155,6 +159,10 @@ func (v *visit) image(e ocispec.Descriptor, depth int) *Image {
 		i.Missing = true
 	} else if depth < maxDepth {
 		for _, m := range d.manifests {
+			// Of few documents that list each other often there are more paths than memory.
+			if v.images++; v.images > maxLinks || v.ctx.Err() != nil {
+				break
+			}
 			if isDocument(m.MediaType) && m.Digest.Validate() == nil {
 				i.Manifests = append(i.Manifests, v.image(m, depth+1))
 			}
