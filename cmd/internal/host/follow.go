@@ -13,8 +13,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-
-	"golang.org/x/sys/unix"
 )
 
 // Bounds of a configuration that is copied.
@@ -115,11 +113,11 @@ func (i *Installation) follow(ctx context.Context) (changed bool, undo func() er
 		return false, nil, errors.Join(hint("correct it", "the configuration in %s is not valid on the host: %w", i.From, err), os.RemoveAll(i.Path(next)))
 	}
 	swap := func() error {
-		flags := uint(unix.RENAME_EXCHANGE)
+		put := exchange
 		if fresh {
-			flags = 0
+			put = os.Rename
 		}
-		if err := unix.Renameat2(unix.AT_FDCWD, i.Path(next), unix.AT_FDCWD, i.Path(i.ConfigDir), flags); err != nil {
+		if err := put(i.Path(next), i.Path(i.ConfigDir)); err != nil {
 			return fmt.Errorf("put %s in the place of %s: %w", next, i.ConfigDir, err)
 		}
 		return syncDir(filepath.Dir(i.Path(next)))
