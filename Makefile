@@ -73,7 +73,7 @@ e2e: ## on real containerd, 2.4.2 and 2.2.9; needs root on Linux
 	cd test && go test -race -count=1 -p 1 -timeout 30m ./...
 
 e2e-k8s: ## on a real Kubernetes 1.36 of one node, containerd 2.4.2 and 2.2.9; needs root on Linux
-	cd test && TIDEWAITER_TEST_KUBERNETES=1 go test -count=1 -timeout 60m -v ./cluster
+	cd test && TIDEWAITER_TEST_KUBERNETES=1 go test -count=1 -p 1 -timeout 60m -v ./cluster ./deploy
 
 e2e-all: ## the same on three versions and one older, and every failure 1,000 creations long; needs root and an hour
 	cd test && TIDEWAITER_TEST_CONTAINERD='2.4.2 2.3.7 2.2.9 2.1.9' go test -race -count=1 -p 1 -timeout 60m ./node ./e2e

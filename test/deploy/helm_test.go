@@ -19,6 +19,9 @@ import (
 	"github.com/tidewaiter/tidewaiter/test/node"
 )
 
+// wanted asks for the tests that build what takes long (make e2e-k8s).
+const wanted = "TIDEWAITER_TEST_KUBERNETES"
+
 // objects are those of a YAML stream, by kind and name.
 func objects(t *testing.T, raw []byte) map[string]map[string]any {
 	t.Helper()
@@ -59,6 +62,9 @@ func at(t *testing.T, o any, path ...string) any {
 // The chart makes what the manifest has, but for where the configuration comes from,
 // and says it of each kind of node as its kustomization does.
 func TestChart(t *testing.T) {
+	if os.Getenv(wanted) == "" {
+		t.Skip("NOT RUN: helm takes five minutes to build; make e2e-k8s does")
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	defer cancel()
 	helm, err := node.FindHelm(ctx, t.Output())

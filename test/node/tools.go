@@ -34,8 +34,7 @@ const (
 	orasVersion         = "1.3.1"
 	distributionVersion = "3.1.2"
 
-	helmVersion       = "3.19.0"
-	prometheusVersion = "0.305.0" // the module's; the release is 3.5.0, with long-term support
+	helmVersion = "3.19.0"
 )
 
 // Versions returns the versions of containerd that the environment variable
@@ -127,14 +126,60 @@ func FindNotation(ctx context.Context, progress io.Writer) (string, error) {
 	return filepath.Join(dir, "notation"), err
 }
 
-// FindPromtool returns the path of Prometheus' promtool, which it builds as FindTools
-// builds its tools where the cache does not hold it.
+// FindPromtool returns the path of Prometheus' promtool: of the machine's own, else of
+// Debian's package prometheus, which is taken apart in the cache and not installed.
 func FindPromtool(ctx context.Context, progress io.Writer) (string, error) {
-	dir, err := install(ctx, progress, tool{
-		name: "promtool", version: prometheusVersion, takes: "5 minutes",
-		module: "github.com/prometheus/prometheus", packages: []string{"github.com/prometheus/prometheus/cmd/promtool"},
-	})
-	return filepath.Join(dir, "promtool"), err
+	const promtool, inside = "promtool", "usr/bin/promtool"
+	if path, err := exec.LookPath(promtool); err == nil {
+		return path, nil
+	}
+	dir, err := cached("prometheus-debian")
+	if err != nil {
+		return "", err
+	}
+	unlock, err := lock(ctx, dir)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	if _, err := os.Stat(dir); err == nil {
+		return filepath.Join(dir, inside), nil
+	}
+	if _, err := exec.LookPath("apt-get"); err != nil {
+		return "", errors.New("there is no promtool, and no apt-get to have Debian's package of prometheus from")
+	}
+	fmt.Fprintln(progress, "fetching promtool from Debian's package of prometheus")
+	tmp, err := building(dir)
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(tmp)
+	fetch := func() error {
+		cmd := aptGet(ctx, "download", "prometheus")
+		cmd.Dir = tmp
+		return run(cmd)
+	}
+	if fetch() != nil { // on a new machine apt knows no packages yet
+		if os.Geteuid() == 0 {
+			if err := run(aptGet(ctx, "update")); err != nil {
+				return "", err
+			}
+		}
+		if err := fetch(); err != nil {
+			return "", err
+		}
+	}
+	packages, err := filepath.Glob(filepath.Join(tmp, "*.deb"))
+	if err != nil || len(packages) != 1 {
+		return "", fmt.Errorf("apt-get fetched %q, not one package", packages)
+	}
+	if err := run(exec.CommandContext(ctx, "dpkg-deb", "-x", packages[0], tmp)); err != nil {
+		return "", err
+	}
+	if err := os.Remove(packages[0]); err != nil {
+		return "", err
+	}
+	return filepath.Join(dir, inside), os.Rename(tmp, dir)
 }
 
 // FindHelm returns the path of helm, which it builds as FindTools builds its tools
