@@ -8,7 +8,9 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
@@ -16,6 +18,7 @@ import (
 	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
 	"github.com/tidewaiter/tidewaiter/nri/node"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/notary"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
 	"github.com/tidewaiter/tidewaiter/verify/source/store"
 )
@@ -145,25 +148,90 @@ func (d *daemon) refresh(ctx context.Context, images []string, yield func(contro
 func plan(c *config.Config, setup *verify.Setup, engine *verify.Engine, s *store.Store) *node.RefreshPlan {
 	return &node.RefreshPlan{Setup: setup, Sources: engine.Sources, Every: c.Refresh,
 		Ask: func(ctx context.Context, q verify.Question) (int, []verify.Attempt) {
-			k := &newcomers{Store: s}
+			k := &newcomers{Store: s, Checker: engine.Checker, ctx: ctx, in: q.Image.Name, statement: q.Rule.Statement, limits: engine.Limits,
+				looked: map[digest.Digest]bool{}, worths: map[digest.Digest]worth{}}
 			again := *engine
-			again.Store = k
+			again.Store, again.Checker = k, watched{k}
 			_, tried := again.Refresh(ctx, q)
 			return k.n, tried
 		}}
 }
 
-// newcomers is the store, for one image, and counts the signatures that it had not.
+// alike is how many signatures of an image are kept that are worth the same.
+const alike = 2
+
+// A worth is what a signature that meets the rule is good for. Whoever has one can make
+// any number of it that do, with other annotations in the manifest or more spaces in the
+// envelope, and a mirror could fill the store with them. But they are by the same
+// certificate, reach the same root and end at the same time.
+type worth struct {
+	subject digest.Digest
+	signer  verify.Signer
+	until   time.Time // zero: it does not end
+}
+
+// newcomers is the store, for one image, and counts the signatures that it had not. It
+// takes few of those that are worth the same. It is not safe for concurrent use.
 type newcomers struct {
 	*store.Store
-	n int
+	verify.Checker
+	ctx       context.Context
+	in        verify.Name
+	statement string
+	limits    verify.Limits
+	n         int
+	looked    map[digest.Digest]bool  // subjects of which worths has what the store has
+	worths    map[digest.Digest]worth // by the manifest of the signature
 }
 
 // Keep implements verify.Keeper.
 func (k *newcomers) Keep(img verify.Image, subject ocispec.Descriptor, ev verify.Evidence) {
-	had := k.Has(ev.Manifest.Digest)
+	if k.Has(ev.Manifest.Digest) {
+		return
+	}
+	if !k.looked[subject.Digest] {
+		k.looked[subject.Digest] = true
+		_ = k.Find(k.ctx, k.in, subject, verify.NewBudget(k.limits), func(ev verify.Evidence) bool {
+			k.weigh(ev, subject)
+			return true
+		})
+	}
+	same := 0
+	for manifest, w := range k.worths {
+		if w == k.worths[ev.Manifest.Digest] && k.Has(manifest) {
+			same++
+		}
+	}
+	if same >= alike {
+		return
+	}
 	k.Store.Keep(img, subject, ev)
-	if !had && k.Has(ev.Manifest.Digest) {
+	if k.Has(ev.Manifest.Digest) {
 		k.n++
 	}
+}
+
+// weigh notes what a signature that the store has is worth, if it meets the rule. A
+// panic in a parser costs only that.
+func (k *newcomers) weigh(ev verify.Evidence, subject ocispec.Descriptor) {
+	defer func() { _ = recover() }()
+	if ev.Err == nil {
+		_ = watched{k}.Check(k.ctx, ev, subject, k.statement)
+	}
+}
+
+// watched is the Checker of newcomers, and notes what signatures are worth.
+type watched struct{ *newcomers }
+
+// Check implements verify.Checker.
+func (k watched) Check(ctx context.Context, ev verify.Evidence, want ocispec.Descriptor, statement string) verify.Finding {
+	f := k.Checker.Check(ctx, ev, want, statement)
+	if f.Reason == verify.Verified {
+		w := worth{want.Digest, f.Signer, f.Until.UTC()}
+		if f.Ends == notary.EndsNothing {
+			w.until = time.Time{}
+		}
+		k.worths[ev.Manifest.Digest] = w
+	}
+	return f
 }

@@ -57,6 +57,7 @@ const (
 const (
 	maxFiles    = 32768            // files looked at in the directory
 	maxDocument = 4 << 20          // bytes of one file
+	maxManifest = 64 << 10         // bytes of the manifest of a signature that is kept; they have about one thousand
 	maxListed   = 1 << 16          // manifests that all indexes list; an index beyond shows nothing
 	maxKept     = maxFiles / 4 * 3 // files written to it: all are read at the next start
 	maxWaiting  = 4 << 20          // bytes of evidence that waits to be written
@@ -346,7 +347,7 @@ func (s *Store) Look() {
 
 // Keep implements [verify.Keeper].
 func (s *Store) Keep(img verify.Image, subject ocispec.Descriptor, ev verify.Evidence) {
-	if ev.Document == nil || ev.Err != nil {
+	if ev.Document == nil || ev.Err != nil || len(ev.Document) > maxManifest {
 		return
 	}
 	n := int64(len(ev.Document) + len(ev.Blob))

@@ -1163,9 +1163,12 @@ func TestUnfit(t *testing.T) {
 	var c site
 	one, first := c.image("one")
 	two, second := c.image("two")
+	// A manifest has room for any annotations, and the store has not.
+	padded := c.Sign(one, verify.MediaTypeJWS, "padded", func(m *ocispec.Manifest) { m.Annotations["x"] = strings.Repeat("x", 64<<10) })
+	padded.Document = c.Blobs[padded.Manifest.Digest]
 	r := start(t, dir, store.Options{})
 	for _, ev := range []verify.Evidence{
-		{},
+		{}, padded,
 		{Manifest: first.Manifest, Document: first.Document, Blob: second.Blob, MediaType: first.MediaType},
 		{Manifest: first.Manifest, Document: second.Document, Blob: second.Blob, MediaType: first.MediaType},
 		{Manifest: ocispec.Descriptor{Digest: "sha256:../../x"}, Document: first.Document, Blob: first.Blob},
