@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -35,6 +37,8 @@ type Effective struct {
 	Runtimes     map[string]string // type, by runtime handler
 	Handler      string            // of pods that name none
 	CertsD       string            // registry.config_path
+
+	rest map[string]any // everything that install does not change
 }
 
 // Requires reports whether containerd refuses containers while a plugin of this name
@@ -122,7 +126,40 @@ func parseDump(raw []byte) (*Effective, error) {
 			}
 		}
 	}
+	delete(all, "imports")
+	delete(nri, "disable")
+	if v := table(nri, "default_validator"); v != nil {
+		delete(v, "enable")
+		delete(v, "required_plugins")
+	}
+	delete(table(images, "pinned_images"), "sandbox")
+	e.rest = all
 	return e, nil
+}
+
+// differs is the key of something in which e and f differ besides what install
+// changes; empty: nothing.
+func (e *Effective) differs(f *Effective) string { return differing("", e.rest, f.rest) }
+
+func differing(at string, a, b map[string]any) string {
+	keys := slices.Sorted(maps.Keys(a))
+	for k := range b {
+		if _, both := a[k]; !both {
+			keys = append(keys, k)
+		}
+	}
+	for _, k := range keys {
+		s, one := a[k].(map[string]any)
+		t, two := b[k].(map[string]any)
+		if one && two {
+			if d := differing(at+k+".", s, t); d != "" {
+				return d
+			}
+		} else if !reflect.DeepEqual(a[k], b[k]) && (len(s) > 0 || len(t) > 0 || !one && !two) {
+			return at + k
+		}
+	}
+	return ""
 }
 
 // What is not there, or of another type, is the zero value.

@@ -209,6 +209,7 @@ type scene struct {
 	stuck  bool           // it never registers after containerd was restarted
 	broken bool           // the program that was installed last does not come up
 	bad    bool           // containerd's program refuses its configuration
+	loses  string         // key that is gone with our drop-in
 	others int            // gates besides
 	digest string         // of the pause image; empty: it has no such name
 }
@@ -335,7 +336,17 @@ func (s *scene) dump(config string) (string, error) {
 			}
 		}
 		delete(one, "version")
+		// Version 2 as containerd migrates it.
+		if cri := table(table(one, "plugins"), "io.containerd.grpc.v1.cri"); cri != nil {
+			delete(table(one, "plugins"), "io.containerd.grpc.v1.cri")
+			table(one, "plugins")["io.containerd.cri.v1.images"] = map[string]any{"pinned_images": map[string]any{"sandbox": cri["sandbox_image"]}}
+		}
 		merge(merged, one)
+		if s.loses != "" && path.Base(pending[0]) != dropIn {
+			merged[s.loses] = 1
+		} else if s.loses != "" {
+			delete(merged, s.loses)
+		}
 	}
 	out, err := toml.Marshal(merged)
 	return string(out), err
@@ -390,6 +401,7 @@ func TestLife(t *testing.T) {
 		"k3s":                 {k3s, "systemctl restart k3s-agent.service", k3sDir + "config-v3.toml.d/99-tidewaiter.toml", true},
 		"older k3s":           {oldK3s, "systemctl restart k3s-agent.service", k3sDir + "config-v3.toml.tmpl", false},
 		"k3s with a template": {ownK3s, "systemctl restart k3s-agent.service", k3sDir + "config-v3.toml.tmpl", false},
+		"k3s, version 2":      {k3s.with(tree{k3sDir + "config.toml": "version = 2\n", k3sDir + "config.toml.tmpl": "version = 2\n"}), "systemctl restart k3s-agent.service", k3sDir + "config.toml.tmpl", false},
 		"k3s on Alpine":       {alpineTree(), "rc-service k3s restart", k3sDir + "config-v3.toml.d/99-tidewaiter.toml", true},
 		"RKE2":                {rke2, "systemctl restart rke2-server.service", rke2Dir + "config-v3.toml.d/99-tidewaiter.toml", true},
 		"MicroK8s":            {microk8s, "systemctl restart snap.microk8s.daemon-containerd.service", snapDir + "containerd.d/99-tidewaiter.toml", true},
@@ -425,6 +437,9 @@ func TestLife(t *testing.T) {
 			s.heard(t, "next: "+tt.restart)
 			if slices.Contains(s.commands, tt.restart) {
 				t.Fatal("containerd was restarted unasked")
+			}
+			if name == "MicroK8s" && !strings.Contains(s.text(t, tt.required), "\nversion = 2\n") {
+				t.Error(s.text(t, tt.required))
 			}
 			if text := s.text(t, tt.required); !strings.Contains(text, `required_plugins = ["tidewaiter"]`) {
 				t.Errorf("%s:\n%s", tt.required, text)
@@ -546,6 +561,7 @@ func TestTakenBack(t *testing.T) {
 		"no connections": {func(t *testing.T, s *scene) {
 			s.write(t, "/etc/containerd/conf.d/50.toml", "version = 3\n[plugins.'io.containerd.nri.v1.nri']\n  disable_connections = true\n")
 		}, "takes no connections", 0},
+		"more than that": {func(t *testing.T, s *scene) { s.loses = "oom_score" }, "would be another one in oom_score, too", 0},
 		"another pause image": {func(t *testing.T, s *scene) {
 			s.write(t, "/etc/containerd/conf.d/99-zz.toml", "version = 3\n[plugins.'io.containerd.cri.v1.images'.pinned_images]\n  sandbox = '"+pause+"'\n")
 		}, "would use the pause image", 0},

@@ -26,12 +26,16 @@ const (
 // program reads it.
 const checkFile = ".tidewaiter-check.toml"
 
+// olderTemplate is where k3s and RKE2 have the template of a configuration of version 2.
+const olderTemplate = "config.toml.tmpl"
+
 // A requirement is what makes containerd require the gate.
 type requirement struct {
 	changes   []Change
 	candidate []byte // what Config will be after the restart, where that is generated; nil: what it is
 	pause     string // named by digest in the end; empty: as it was
 	pinned    bool   // by one of the changes, or before
+	before    *Effective
 }
 
 // require finds out what is to be changed. before is the configuration as it is, and
@@ -50,7 +54,12 @@ func (h *Host) require(before *Effective, pause string) (*requirement, error) {
 	if h.Source != "" {
 		source = h.Source
 	}
-	r := &requirement{pause: pause}
+	// The templates of k3s and RKE2 are another file in the older form, and creating the
+	// newer one would hide it.
+	if h.Extends && c.Version == 2 {
+		source = path.Join(path.Dir(h.Source), olderTemplate)
+	}
+	r := &requirement{pause: pause, before: before}
 	dir := h.imported(c, dropIn)
 	const why = "containerd reads the files that are put there"
 	imports := fmt.Sprintf("imports = [%q] # %s\n", path.Join(h.DropIns, "*.toml"), marker)
@@ -68,7 +77,7 @@ func (h *Host) require(before *Effective, pause string) (*requirement, error) {
 		dir = h.DropIns
 	case h.Extends:
 		tables := h.tables(before)
-		template, err := h.read(h.Source)
+		template, err := h.read(source)
 		if err != nil {
 			return nil, err
 		}
@@ -98,6 +107,13 @@ func (h *Host) require(before *Effective, pause string) (*requirement, error) {
 		return r, nil
 	}
 	text := strings.Replace(deploy.DropIn, `required_plugins = ["tidewaiter"]`, "required_plugins = "+required(before), 1)
+	pinning := strings.ReplaceAll(deploy.Pause, "$PAUSE", pause)
+	if c.Version == 2 {
+		// containerd 2.2 reads a file of version 2 as one of version 3, and so without its
+		// CRI, if another of version 3 is merged into it. MicroK8s has version 2.
+		text = strings.Replace(text, "version = 3", "version = 2", 1)
+		pinning = strings.NewReplacer("version = 3", "version = 2", `"io.containerd.cri.v1.images".pinned_images]`, `"io.containerd.grpc.v1.cri"]`, "  sandbox =", "  sandbox_image =").Replace(pinning)
+	}
 	more, err := h.change(path.Join(dir, dropIn), 0o644, []byte(text), "containerd refuses containers while the gate is away")
 	if err != nil {
 		return nil, err
@@ -105,7 +121,7 @@ func (h *Host) require(before *Effective, pause string) (*requirement, error) {
 	r.changes = append(r.changes, more...)
 	r.pinned = strings.Contains(before.Pause, "@")
 	if pause != "" && !r.pinned {
-		more, err := h.change(path.Join(dir, dropInPause), 0o644, []byte(strings.ReplaceAll(deploy.Pause, "$PAUSE", pause)), "the pause image is named by digest")
+		more, err := h.change(path.Join(dir, dropInPause), 0o644, []byte(pinning), "the pause image is named by digest")
 		if err != nil {
 			return nil, err
 		}
@@ -170,6 +186,9 @@ func (h *Host) check(ctx context.Context, r *requirement) error {
 	case !e.Requires(gate):
 		return refuse("look for a later file that sets default_validator: containerd --config "+h.Config+" config dump",
 			"containerd would not require the gate with its new configuration: another file overrides ours")
+	case e.differs(r.before) != "":
+		return refuse("compare containerd --config "+h.Config+" config dump with and without "+dropIn,
+			"with the new files containerd's configuration would be another one in %s, too", e.differs(r.before))
 	case r.pause != "" && e.Pause != r.pause:
 		return refuse("look for a later file that sets pinned_images", "containerd would use the pause image %s: another file overrides ours", e.Pause)
 	}
@@ -186,6 +205,11 @@ func (h *Host) open(extra, configs []string) ([]Change, error) {
 	const why = "containerd does without the gate"
 	seen := map[string]bool{}
 	for _, l := range append(Layouts(), h.Layout) {
+		older := ""
+		if l.Extends {
+			older = path.Join(path.Dir(l.Source), olderTemplate)
+			extra = append(extra, path.Join(path.Dir(l.Source), "config.toml.d"))
+		}
 		for _, dir := range append([]string{l.DropIns}, extra...) {
 			for _, name := range []string{dropIn, dropInPause} {
 				file := path.Join(dir, name)
@@ -197,7 +221,7 @@ func (h *Host) open(extra, configs []string) ([]Change, error) {
 				all, failed = append(all, c...), errors.Join(failed, err)
 			}
 		}
-		for _, file := range append([]string{l.Config, l.Source}, configs...) {
+		for _, file := range append([]string{l.Config, l.Source, older}, configs...) {
 			if file == "" || seen[file] {
 				continue
 			}
