@@ -550,7 +550,7 @@ func (i *Installation) enforce(ctx context.Context, mode []Change, need *require
 	// one that only audits.
 	if n, err := i.Gates(); err != nil || n > 1 {
 		if err == nil {
-			err = refuse("end the others, such as the DaemonSet that audits: kubectl -n tidewaiter-system delete daemonset tidewaiter",
+			err = refuse("take the DaemonSet's gate off this node: kubectl label node NAME tidewaiter.dev/gate=host",
 				"%d gates run on this node, and containerd would take any of them for the one that it requires", n)
 		}
 		return "", back(err, undoMode)
