@@ -395,7 +395,7 @@ func TestHost(t *testing.T) {
 			if m.configured() != configured {
 				t.Errorf("it was not taken back:\n%s", m.configured())
 			}
-			m.allowed(m.evil)
+			m.until("audit again", func() bool { return m.starts(m.evil) == nil })
 
 			// Enforce. The pause image is named by digest, and pods still start.
 			out = m.tidewaiter(0, "install", "--enforce")
@@ -460,7 +460,7 @@ func TestHost(t *testing.T) {
 			}
 			m.must(syscall.Kill(m.pid(), syscall.SIGCONT))
 			m.must(os.Remove(m.Path("/usr/local/bin/restart-and-break")))
-			m.allowed(m.evil)
+			m.until("audit again", func() bool { return m.starts(m.evil) == nil })
 
 			// Locked out: the daemon is dead, the mirror is gone. One command.
 			m.says(m.tidewaiter(0, "install", "--enforce", "--restart"), "installed: the gate enforces")
