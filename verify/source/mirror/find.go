@@ -34,7 +34,7 @@ func (s *Source) Find(ctx context.Context, in verify.Name, subject ocispec.Descr
 		return err
 	}
 	x.ahead = b.Ahead
-	return x.conceal(x.through(ctx, func() error { return x.find(ctx, subject, b, yield) }))
+	return x.conceal(x.through(ctx, subject.Digest, func() error { return x.find(ctx, subject, b, yield) }))
 }
 
 // find is Find, except that its error may hold what must not be repeated.

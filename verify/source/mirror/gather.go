@@ -25,7 +25,7 @@ func (s *Source) Referrers(ctx context.Context, in verify.Name, subject ocispec.
 		return nil, err
 	}
 	var all []ocispec.Descriptor
-	err = x.through(ctx, func() error {
+	err = x.through(ctx, subject.Digest, func() error {
 		return x.list(ctx, subject, artifactType, b, func(page []ocispec.Descriptor) error {
 			for range page {
 				if err := b.Referrer(); err != nil {
@@ -50,7 +50,7 @@ func (s *Source) Fetch(ctx context.Context, in verify.Name, d ocispec.Descriptor
 		return nil, err
 	}
 	var raw []byte
-	err = x.through(ctx, func() (err error) {
+	err = x.through(ctx, d.Digest, func() (err error) {
 		raw, err = x.content(ctx, d, take, manifest)
 		return err
 	})

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/time/rate"
 
 	"github.com/tidewaiter/tidewaiter/verify"
@@ -21,6 +23,7 @@ const (
 	maxOpen  = 4 * time.Second  // so that what is right again is found so within 5 s
 	maxAfter = 30 * time.Second // longest that Retry-After is honoured
 	maxLinks = 256              // circuits that are not closed, and paces, remembered
+	maxBlame = 8                // subjects that failed, remembered of each circuit
 
 	aheadRate  = 20 // requests a second and registry for what is asked ahead of time
 	aheadBurst = 4  // as one question takes
@@ -49,8 +52,12 @@ const (
 // Two failures in a row open a circuit for a second, and each more for twice as long,
 // up to 4 seconds, less up to a quarter at random so that nodes do not ask in step;
 // a Retry-After opens it at once, for up to 30 seconds. After that one question is let
-// through to find out, and what it gets decides. While a circuit is open the source
-// was not asked, and says so: that is ErrUnreachable and never an answer.
+// through to find out, and what it gets decides. A repository that fails for one image
+// need not fail for the next: one question at a time is let through early where it is
+// about a subject that did not fail, up to 8 of which are remembered, unless the
+// registry asked for silence. Else an image that always fails, and is asked for again
+// and again, would be the one that finds out for all. While a circuit is open the
+// source was not asked, and says so: that is ErrUnreachable and never an answer.
 type Links struct {
 	now    func() time.Time
 	random func() float64
@@ -66,6 +73,8 @@ type circuit struct {
 	since    time.Time
 	until    time.Time // open until then; zero: not yet
 	probed   bool      // somebody is finding out
+	silent   bool      // the registry said for how long
+	blame    []digest.Digest
 	why      string
 }
 
@@ -83,6 +92,7 @@ type result struct {
 	what  outcome
 	why   string        // with fails
 	after time.Duration // with fails: how long the registry wants not to be asked, or 0
+	blame digest.Digest // with fails: what was asked about; empty: it says nothing of that
 }
 
 type outcome int
@@ -93,9 +103,10 @@ const (
 	fails
 )
 
-// enter asks whether the link may be used, and returns why not. If probe, the
-// caller finds out for all, and must call leave.
-func (l *Links) enter(key, what string) (probe bool, err error) {
+// enter asks whether the link may be used for a question about subject, which is empty
+// where failures are not about one, and returns why not. If probe, the caller finds
+// out for all, and must call leave.
+func (l *Links) enter(key, what string, subject digest.Digest) (probe bool, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	c, ok := l.circuits.Get(key)
@@ -104,7 +115,8 @@ func (l *Links) enter(key, what string) (probe bool, err error) {
 	}
 	next := "it is being tried now"
 	// A clock that was set back does not keep it open.
-	if wait := c.until.Sub(l.now()); wait > 0 && wait <= maxAfter {
+	early := subject != "" && !c.silent && !c.probed && len(c.blame) < maxBlame && !slices.Contains(c.blame, subject)
+	if wait := c.until.Sub(l.now()); wait > 0 && wait <= maxAfter && !early {
 		next = "tried again in " + max(wait.Round(100*time.Millisecond), 100*time.Millisecond).String()
 	} else if !c.probed {
 		c.probed = true
@@ -132,7 +144,10 @@ func (l *Links) leave(key string, probe bool, r result) {
 		if c.failures++; c.failures == 1 {
 			c.since = now
 		}
-		c.why = r.why
+		c.why, c.silent = r.why, r.after > 0
+		if r.blame != "" && len(c.blame) < maxBlame && !slices.Contains(c.blame, r.blame) {
+			c.blame = append(slices.Clone(c.blame), r.blame)
+		}
 		if r.after > 0 {
 			c.until = now.Add(min(r.after, maxAfter))
 		} else if more := c.failures - inARow; more >= 0 {
@@ -182,18 +197,18 @@ func (e *exchange) reached() {
 }
 
 // through puts the circuits before a question that ask puts to the registry.
-func (e *exchange) through(ctx context.Context, ask func() error) error {
+func (e *exchange) through(ctx context.Context, subject digest.Digest, ask func() error) error {
 	if e.links == nil {
 		return ask()
 	}
 	registry, repository := e.origin, e.origin+" "+e.host+" "+e.repository
 	var all, own result // of the registry, and of this repository
-	probe, err := e.links.enter(registry, "the registry")
+	probe, err := e.links.enter(registry, "the registry", "")
 	if err != nil {
 		return err
 	}
 	defer func() { e.links.leave(registry, probe, all) }() // also where ask panics
-	probes, err := e.links.enter(repository, "this repository")
+	probes, err := e.links.enter(repository, "this repository", subject)
 	if err != nil {
 		return err
 	}
@@ -218,6 +233,7 @@ func (e *exchange) through(ctx context.Context, ask func() error) error {
 	case errors.Is(ctx.Err(), context.Canceled): // who asked has gone
 	case busy || f.lost && f.connected:
 		own = failed
+		own.blame = subject
 	case f.lost && ctx.Err() == nil:
 		all = failed
 	case !f.lost: // where the question's time ended before there was a connection, nothing is known

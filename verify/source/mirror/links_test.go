@@ -85,14 +85,17 @@ func (b *bench) source() *mirror.Source {
 }
 
 // find asks about a repository and returns how many requests that cost.
-func (b *bench) find(path string) (int64, error) {
+func (b *bench) find(path string) (int64, error) { b.t.Helper(); return b.about(path, "app") }
+
+// about asks about one of its images.
+func (b *bench) about(path, word string) (int64, error) {
 	b.t.Helper()
 	var c sourcetest.Content
 	before := b.asked.Load()
 	name := verify.Name{Host: sourcetest.Name.Host, Path: path}
 	ctx := &deadline{b.t.Context(), make(chan struct{})}
 	b.late.Store(ctx)
-	err := b.source().Find(ctx, name, c.Image("app"), verify.NewBudget(verify.Limits{}), func(verify.Evidence) bool { return true })
+	err := b.source().Find(ctx, name, c.Image(word), verify.NewBudget(verify.Limits{}), func(verify.Evidence) bool { return true })
 	return b.asked.Load() - before, err
 }
 
@@ -287,6 +290,66 @@ func TestProbe(t *testing.T) {
 	b.source().Find(ctx, sourcetest.Name, subject, verify.NewBudget(verify.Limits{}), func(verify.Evidence) bool { return true })
 	b.answers(status(404))
 	b.open(sourcetest.Name.Path, false)
+}
+
+// An image that fails whenever it is asked for, and is asked for without end, does not
+// keep the others of its repository from being asked for.
+func TestBlame(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	bad := func(code int, header ...string) {
+		t.Helper()
+		b.answers(status(code, header...))
+		for range 5 {
+			if n, err := b.find("team/app"); !errors.Is(err, verify.ErrUnreachable) {
+				t.Fatalf("%d requests, error %v", n, err)
+			}
+		}
+	}
+	bad(503)
+	if n, err := b.find("team/app"); n != 0 {
+		t.Errorf("the image that fails: %d requests, error %v", n, err)
+	}
+	b.answers(status(404))
+	if n, err := b.about("team/app", "fresh"); n == 0 || !errors.Is(err, verify.ErrNoReferrers) {
+		t.Errorf("a fresh image: %d requests, error %v", n, err)
+	}
+	if n, _ := b.find("team/app"); n == 0 {
+		t.Error("an answer about another image did not close the circuit")
+	}
+
+	// Whoever has many that fail is remembered by a few of them.
+	bad(503)
+	asked := 0
+	for i := range 100 {
+		n, _ := b.about("team/app", fmt.Sprint("many", i))
+		asked += int(n)
+	}
+	if asked == 0 || asked > 2*8 {
+		t.Errorf("%d requests for 100 images that fail", asked)
+	}
+
+	// A registry that asks for silence has it.
+	b.now = b.now.Add(time.Hour)
+	b.answers(status(404))
+	b.open("team/app", false)
+	bad(429, "Retry-After", "10")
+	if n, _ := b.about("team/app", "fresh"); n != 0 {
+		t.Errorf("%d requests to a registry that wants none", n)
+	}
+	// So does one that is away.
+	b.links = mirror.NewLinks(func() time.Time { return b.now }, func() float64 { return 0.5 })
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.url = &url.URL{Scheme: "http", Host: l.Addr().String()}
+	l.Close()
+	b.find("team/app")
+	b.find("team/app")
+	if _, err := b.about("team/app", "fresh"); !strings.Contains(fmt.Sprint(err), "not asked, since the registry") {
+		t.Errorf("a registry that is away: error %v", err)
+	}
 }
 
 // While a circuit is open nobody says that there is no signature, and the answer is

@@ -315,7 +315,7 @@ func (s *Source) Manifest(ctx context.Context, in verify.Name, d digest.Digest) 
 	}
 	var got ocispec.Descriptor
 	var raw []byte
-	err = x.through(ctx, func() (err error) {
+	err = x.through(ctx, d, func() (err error) {
 		got, raw, err = x.manifest(ctx, d.String(), d)
 		return err
 	})
@@ -336,7 +336,7 @@ func (s *Source) Resolve(ctx context.Context, in verify.Name, tag string) (d dig
 	if err != nil {
 		return "", err
 	}
-	err = x.through(ctx, func() (err error) {
+	err = x.through(ctx, "", func() (err error) {
 		_, raw, err := x.manifest(ctx, tag, "")
 		d = digest.FromBytes(raw)
 		return err
