@@ -81,6 +81,7 @@ type scene struct {
 
 	pause  string       // an image that is on the node
 	events *node.Daemon // of containerd, see watch
+	ends   []func()     // called before the node is stopped
 }
 
 // Where a gate has its files.
@@ -113,6 +114,9 @@ func each(t *testing.T, start func(context.Context, node.Options) (*cluster.Clus
 			}
 			t.Logf("the node was ready after %v", time.Since(began).Round(time.Second))
 			defer func() {
+				for _, end := range s.ends {
+					end()
+				}
 				if t.Failed() {
 					ctx := context.WithoutCancel(ctx)
 					for _, args := range [][]string{{"get", "events", "-A"}, {"describe", "pods", "-n", namespace}, {"logs", "-n", namespace, "daemonset/tidewaiter"}} {
