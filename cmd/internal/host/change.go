@@ -51,6 +51,31 @@ func (h *Host) change(name string, mode fs.FileMode, now []byte, why string) ([]
 	return []Change{c}, nil
 }
 
+// own is change for a file that runs as root: nobody else may own it or write to it,
+// also where the content is what it should be, such as a program that was copied to its
+// place by a user.
+func (h *Host) own(name string, mode fs.FileMode, now []byte, why string) ([]Change, error) {
+	all, err := h.change(name, mode, now, why)
+	if err != nil {
+		return nil, err
+	}
+	if len(all) == 0 {
+		info, err := os.Lstat(h.Path(name))
+		if err != nil {
+			return nil, err
+		}
+		s, ok := info.Sys().(*syscall.Stat_t)
+		if ok && int(s.Uid) == os.Geteuid() && info.Mode().Perm()&^mode == 0 {
+			return nil, nil
+		}
+		all = []Change{{Path: name, Mode: mode, New: now, Old: now, Why: why + ", which root alone may change"}}
+	}
+	for k := range all {
+		all[k].info = nil // whose it was does not matter, nor when it is taken back
+	}
+	return all, nil
+}
+
 // Apply makes changes in their order. Those that were made when one fails are undone.
 // The function that it returns undoes all of them, the last first. made are the
 // directories that it made, outer ones first.

@@ -95,9 +95,10 @@ func parseDump(raw []byte) (*Effective, error) {
 	plugins := table(all, "plugins")
 	nri := table(plugins, "io.containerd.nri.v1.nri")
 	e := &Effective{
-		Imports:             list(all, "imports"),
-		Socket:              text(table(all, "grpc"), "address"),
-		NRIDisabled:         nri == nil || flag(nri, "disable"),
+		Imports: list(all, "imports"),
+		Socket:  text(table(all, "grpc"), "address"),
+		// The dump shows the table of a plugin that is switched off by name, if a file has it.
+		NRIDisabled:         nri == nil || flag(nri, "disable") || slices.Contains(list(all, "disabled_plugins"), "io.containerd.nri.v1.nri"),
 		ConnectionsDisabled: flag(nri, "disable_connections"),
 		NRISocket:           text(nri, "socket_path"),
 		RegistrationTimeout: text(nri, "plugin_registration_timeout"),

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -696,7 +698,7 @@ func TestOpenWithoutAnything(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	i := &Installation{Host: h, Gate: Gate{StateDir: "/var/lib/tidewaiter"}, Say: func(string, string, ...any) {}, Log: func(string) {}, Now: time.Now,
+	i := &Installation{Host: h, Gate: Gate{ConfigDir: "/etc/tidewaiter", StateDir: "/var/lib/tidewaiter", RunDir: "/run/tidewaiter"}, Say: func(string, string, ...any) {}, Log: func(string) {}, Now: time.Now,
 		Ask: func(context.Context) (*control.Status, error) { return nil, errors.New("dead") }}
 	if _, err := i.Uninstall(t.Context()); err == nil || !strings.Contains(err.Error(), rke2Dir+"config.toml is not a regular file") {
 		t.Errorf("got %v", err)
@@ -706,6 +708,178 @@ func TestOpenWithoutAnything(t *testing.T) {
 		if string(raw) != want {
 			t.Errorf("%s: %q", name, raw)
 		}
+	}
+}
+
+// TestPlaces are what may be removed with all that it holds, and named in a unit.
+func TestPlaces(t *testing.T) {
+	for _, bad := range []string{"", "/", "/.", "etc", "/etc", "/etc/..", "/etc/x/..", ".", "/etc/a b", "/etc/a%n", "/etc/a\nExecStart=x"} {
+		for _, set := range []func(*Installation){
+			func(i *Installation) { i.ConfigDir = bad }, func(i *Installation) { i.StateDir = bad },
+			func(i *Installation) { i.RunDir = bad }, func(i *Installation) { i.Program = cmp.Or(bad, "x") },
+		} {
+			s := stage(t, kubeadm.with(tree{"/etc/passwd": "root"}))
+			was := snapshot(t, s.root)
+			set(s.Installation)
+			s.Purge, s.Force = true, true
+			if _, err := s.Uninstall(t.Context()); err == nil {
+				t.Errorf("%q: uninstall --purge", bad)
+			}
+			if _, err := s.Install(t.Context()); err == nil {
+				t.Errorf("%q: install", bad)
+			}
+			same(t, bad, was, snapshot(t, s.root))
+		}
+	}
+}
+
+// TestOtherDirectories can be written to by a gate that is confined.
+func TestOtherDirectories(t *testing.T) {
+	for _, tt := range []struct {
+		state, run string
+		want, not  []string
+	}{
+		{"/var/lib/tidewaiter", "/run/tidewaiter", []string{"\nStateDirectory=tidewaiter\n", "\nRuntimeDirectory=tidewaiter\n"}, []string{"\nReadWritePaths="}},
+		{"/data/tidewaiter/", "/run/gate/a", []string{"\nReadWritePaths=-/data/tidewaiter\n", "\nRuntimeDirectory=gate/a\n"}, []string{"\nStateDirectory"}},
+		{"/var/lib/tidewaiter", "/data/run", []string{"\nReadWritePaths=-/data/run\n", "\nStateDirectory=tidewaiter\n"}, nil},
+	} {
+		s := stage(t, kubeadm)
+		s.StateDir, s.RunDir = tt.state, tt.run
+		must(t, "install", Installed)(s.Install(t.Context()))
+		unit := s.text(t, "/etc/systemd/system/tidewaiter.service")
+		for _, want := range tt.want {
+			if !strings.Contains(unit, want) {
+				t.Errorf("%v: no %q in\n%s", tt, want, unit)
+			}
+		}
+		for _, not := range tt.not {
+			if strings.Contains(unit, not) {
+				t.Errorf("%v: %q in\n%s", tt, not, unit)
+			}
+		}
+		if !s.exists(tt.state) || !strings.HasPrefix(tt.run, "/run/") && !s.exists(tt.run) {
+			t.Errorf("%v: a directory is missing", tt)
+		}
+		must(t, "again", Nothing)(s.Install(t.Context()))
+	}
+}
+
+// TestOwners: what runs as root nobody else owns or may write to, whoever copied it.
+func TestOwners(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Fatal("run as root: owners are changed")
+	}
+	const unit = "/etc/systemd/system/tidewaiter.service"
+	s := stage(t, kubeadm)
+	must(t, "install", Installed)(s.Install(t.Context()))
+	for _, self := range []string{"\x00one", "\x00two"} {
+		s.Self = []byte(self)
+		for _, name := range []string{GateBinary, unit} {
+			if err := os.Chown(s.Path(name), 1000, 1000); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Chmod(s.Path(name), 0o777); err != nil {
+				t.Fatal(err)
+			}
+		}
+		must(t, self, Installed)(s.Install(t.Context()))
+		for name, mode := range map[string]os.FileMode{GateBinary: 0o755, unit: 0o644} {
+			info, err := os.Stat(s.Path(name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if u := info.Sys().(*syscall.Stat_t).Uid; u != 0 || info.Mode().Perm() != mode {
+				t.Errorf("%s: owner %d, mode %04o", name, u, info.Mode().Perm())
+			}
+		}
+		must(t, "again", Nothing)(s.Install(t.Context()))
+	}
+}
+
+// TestPowerCut before the record of a drop-in in a directory of the operator's choice
+// would leave one that uninstall does not find.
+func TestPowerCut(t *testing.T) {
+	s := auditing(t, kubeadm.with(tree{"/etc/containerd/config.toml": "version = 3\nimports = ['/opt/x/*.toml']\n"}))
+	s.Restart = false
+	s.Run = func(ctx context.Context, program string, args ...string) (string, error) {
+		if slices.Contains(args, "dump") && s.exists("/opt/x/"+dropIn) {
+			panic("power cut")
+		}
+		return s.run(ctx, program, args...)
+	}
+	func() {
+		defer func() {
+			if recover() == nil {
+				t.Error("nothing was cut")
+			}
+		}()
+		_, _ = s.Install(t.Context())
+	}()
+	if !s.exists("/opt/x/" + dropIn) {
+		t.Fatal("cut too early")
+	}
+	if r := s.remembered(); !slices.Contains(r.DropIns, "/opt/x") {
+		t.Errorf("%+v", r)
+	}
+	s.Run = s.run
+	s.Restart = true
+	must(t, "uninstall", Removed)(s.Uninstall(t.Context()))
+	if s.exists("/opt/x/" + dropIn) {
+		t.Error("containerd still requires a gate that is gone")
+	}
+}
+
+// TestRequiredByOthers: the gate does not go where an operator's own file requires it.
+func TestRequiredByOthers(t *testing.T) {
+	s := auditing(t, kubeadm)
+	must(t, "enforce", Enforces)(s.Install(t.Context()))
+	s.write(t, "/etc/containerd/conf.d/50-own.toml", "version = 3\n[plugins.'io.containerd.nri.v1.nri'.default_validator]\n  enable = true\n  required_plugins = ['99-tidewaiter']\n")
+	s.Restart = true
+	if _, err := s.Uninstall(t.Context()); err == nil || !strings.Contains(err.Error(), "/etc/containerd/conf.d/50-own.toml:4 requires it") {
+		t.Errorf("got %v", err)
+	}
+	if !s.exists(GateBinary) || s.away {
+		t.Error("the gate is gone")
+	}
+	s.Force = true
+	must(t, "uninstall --force", Removed)(s.Uninstall(t.Context()))
+}
+
+// TestListThatDidNotCount stays what it was, and NRI that is switched off by name is
+// seen.
+func TestListThatDidNotCount(t *testing.T) {
+	s := auditing(t, kubeadm.with(tree{"/etc/containerd/conf.d/10.toml": "version = 3\n[plugins.'io.containerd.nri.v1.nri'.default_validator]\n  enable = false\n  required_plugins = ['gone']\n"}))
+	must(t, "enforce", Enforces)(s.Install(t.Context()))
+	if text := s.text(t, "/etc/containerd/conf.d/99-tidewaiter.toml"); !strings.Contains(text, `required_plugins = ["tidewaiter"]`) {
+		t.Error(text)
+	}
+	s = auditing(t, kubeadm.with(tree{"/etc/containerd/conf.d/10.toml": "version = 3\ndisabled_plugins = ['io.containerd.nri.v1.nri']\n"}))
+	was := snapshot(t, s.root)
+	refused(t, "enforce", "NRI is switched off")(s.Install(t.Context()))
+	same(t, "refused", was, snapshot(t, s.root))
+}
+
+// TestInterrupted: who ends an installation gets the node as it was, services too.
+func TestInterrupted(t *testing.T) {
+	s := auditing(t, kubeadm)
+	was := snapshot(t, s.root)
+	ctx, cancel := context.WithCancel(t.Context())
+	s.stuck = true
+	sleep := s.Sleep
+	s.Sleep = func(c context.Context, d time.Duration) { cancel(); sleep(c, d) }
+	s.Run = func(ctx context.Context, program string, args ...string) (string, error) {
+		if err := ctx.Err(); err != nil {
+			return "", err
+		}
+		return s.run(ctx, program, args...)
+	}
+	refused(t, "enforce", "context canceled: taken back")(s.Install(ctx))
+	is := snapshot(t, s.root)
+	delete(was, "/var/lib/tidewaiter/install.json")
+	delete(is, "/var/lib/tidewaiter/install.json")
+	same(t, "interrupted", was, is)
+	if n := strings.Count(strings.Join(s.commands, "\n"), "systemctl restart containerd.service"); n != 2 {
+		t.Errorf("containerd was restarted %d times, want there and back", n)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -107,11 +108,34 @@ const (
 	Removed   Result = "removed"
 )
 
+// A place is a path in full with two names or more. What is removed with all that it
+// holds is named so, and what gets into a unit as it is.
+var place = regexp.MustCompile(`^(/[A-Za-z0-9._@+-]+){2,}$`)
+
+// places refuses others.
+func (i *Installation) places() error {
+	if i.Program == "" {
+		i.Program = GateBinary
+	}
+	for _, p := range []struct {
+		flag string
+		name *string
+	}{{"--config-dir", &i.ConfigDir}, {"--state-dir", &i.StateDir}, {"--run-dir", &i.RunDir}, {"--program", &i.Program}} {
+		if *p.name != "" {
+			*p.name = path.Clean(*p.name)
+		}
+		if !place.MatchString(*p.name) {
+			return hint("name one of the gate's own in full, such as /var/lib/tidewaiter", "%s: %q cannot be a place of the gate", p.flag, *p.name)
+		}
+	}
+	return nil
+}
+
 // Install installs the gate. An error that is a Hint with No means that it was refused,
 // or did not work and was taken back; then the node is as it was.
 func (i *Installation) Install(ctx context.Context) (Result, error) {
-	if i.Program == "" {
-		i.Program = GateBinary
+	if err := i.places(); err != nil {
+		return "", err
 	}
 	status, askErr := i.Ask(ctx)
 	was := ""
@@ -207,7 +231,7 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 // canEnforce refuses where containerd cannot be made to refuse.
 func (i *Installation) canEnforce(ctx context.Context, before *Effective) error {
 	if before.NRIDisabled {
-		return refuse("remove disable = true of the plugin io.containerd.nri.v1.nri, restart containerd, and look at tidewaiter status",
+		return refuse("remove disable = true of the plugin io.containerd.nri.v1.nri, or its name from disabled_plugins, restart containerd, and look at tidewaiter status",
 			"NRI is switched off in containerd's configuration, so that no gate can be asked")
 	}
 	major, minor, err := i.Version(ctx)
@@ -291,7 +315,7 @@ const header = "# Written by tidewaiter install"
 func (i *Installation) service(before *Effective) ([]Change, error) {
 	var all []Change
 	add := func(name string, mode os.FileMode, now []byte, why string) error {
-		c, err := i.change(name, mode, now, why)
+		c, err := i.own(name, mode, now, why)
 		all = append(all, c...)
 		return err
 	}
@@ -314,6 +338,9 @@ func (i *Installation) service(before *Effective) ([]Change, error) {
 	if i.Program != GateBinary {
 		content = strings.ReplaceAll(content, GateBinary, i.Program)
 	}
+	if i.Manager.Name == "systemd" {
+		content = i.writable(content)
+	}
 	if err := i.ours(&all, file, mode, content, "`tidewaiter install` writes this file", "the service, which is started again whenever it ends"); err != nil {
 		return nil, err
 	}
@@ -327,7 +354,7 @@ func (i *Installation) service(before *Effective) ([]Change, error) {
 
 // ours adds a file that is changed only if it bears sign: otherwise it is an operator's.
 func (i *Installation) ours(all *[]Change, file string, mode os.FileMode, content, sign, why string) error {
-	c, err := i.change(file, mode, []byte(content), why)
+	c, err := i.own(file, mode, []byte(content), why)
 	if err != nil {
 		return err
 	}
@@ -337,6 +364,20 @@ func (i *Installation) ours(all *[]Change, file string, mode os.FileMode, conten
 	}
 	*all = append(*all, c...)
 	return nil
+}
+
+// writable is the unit with the directories that the gate has here, and no others, to
+// write to. One that is not there, such as on a disk that is not, stops nothing.
+func (i *Installation) writable(unit string) string {
+	if name, below := strings.CutPrefix(i.RunDir, "/run/"); below {
+		unit = strings.Replace(unit, "RuntimeDirectory=tidewaiter\n", "RuntimeDirectory="+name+"\n", 1)
+	} else { // install makes it
+		unit = strings.Replace(unit, "StateDirectory=", "ReadWritePaths=-"+i.RunDir+"\nStateDirectory=", 1)
+	}
+	if i.StateDir != "/var/lib/tidewaiter" { // install makes it, for its record
+		unit = strings.Replace(unit, "StateDirectory=tidewaiter\nStateDirectoryMode=0700\n", "ReadWritePaths=-"+i.StateDir+"\n", 1)
+	}
+	return unit
 }
 
 // variables are those that the gate needs where something is not in its usual place.
@@ -468,6 +509,7 @@ func (i *Installation) begin(ctx context.Context, changes []Change, before *cont
 	}
 	i.told(changes)
 	back := func(why error) error {
+		ctx := context.WithoutCancel(ctx) // whoever ends this wants the node as it was
 		err := undo()
 		hadOne := slices.ContainsFunc(changes, func(c Change) bool { return c.Path == i.Program+".previous" })
 		if hadOne || askErr == nil {
@@ -485,6 +527,13 @@ func (i *Installation) begin(ctx context.Context, changes []Change, before *cont
 	}
 	r := i.remembered()
 	r.Directories = append(r.Directories, made...)
+	if !strings.HasPrefix(i.RunDir, "/run/") { // where nothing makes it at boot
+		dirs, err := i.mkdir(i.RunDir)
+		if err != nil {
+			return back(err)
+		}
+		r.Directories = append(r.Directories, dirs...)
+	}
 	if err := i.remember(r); err != nil {
 		return back(err)
 	}
@@ -555,12 +604,10 @@ func (i *Installation) enforce(ctx context.Context, mode []Change, need *require
 		}
 		return "", back(err, undoMode)
 	}
-	undoNeed, made, err := i.Apply(need.changes)
-	if err != nil {
-		return "", back(err, undoMode)
-	}
+	// Where the files go is written down before they are there: after a power cut
+	// uninstall must find them.
 	r := i.remembered()
-	r.Directories = append(append(r.Directories, madeMode...), made...)
+	r.Directories = append(r.Directories, madeMode...)
 	r.Opened = time.Time{}
 	r.Pending = r.Pending || len(need.changes) > 0
 	for _, c := range need.changes {
@@ -571,7 +618,18 @@ func (i *Installation) enforce(ctx context.Context, mode []Change, need *require
 		}
 	}
 	if err := i.remember(r); err != nil {
-		return "", back(err, undoNeed, undoMode)
+		return "", back(err, undoMode)
+	}
+	undoNeed, made, err := i.Apply(need.changes)
+	if err != nil {
+		return "", back(err, undoMode)
+	}
+	if len(made) > 0 {
+		r = i.remembered()
+		r.Directories = append(r.Directories, made...)
+		if err := i.remember(r); err != nil {
+			return "", back(err, undoNeed, undoMode)
+		}
 	}
 	if err := i.check(ctx, need); err != nil {
 		return "", back(err, undoNeed, undoMode)
@@ -591,8 +649,9 @@ func (i *Installation) enforce(ctx context.Context, mode []Change, need *require
 	if err != nil {
 		return "", back(err, undoNeed, undoMode)
 	}
-	again := func() error { return i.Manager.run(ctx, [][]string{command}) }
-	if err := again(); err != nil {
+	restart := [][]string{command}
+	again := func() error { return i.Manager.run(context.WithoutCancel(ctx), restart) }
+	if err := i.Manager.run(ctx, restart); err != nil {
 		return "", back(err, undoNeed, undoMode, again)
 	}
 	i.Say("did", "restarted %s: %s", i.Name, strings.Join(command, " "))
@@ -647,8 +706,8 @@ func (i *Installation) await(ctx context.Context, is func(*control.Status) bool)
 // Uninstall opens containerd and takes the gate away. It needs neither the gate nor a
 // network.
 func (i *Installation) Uninstall(ctx context.Context) (Result, error) {
-	if i.Program == "" {
-		i.Program = GateBinary
+	if err := i.places(); err != nil {
+		return "", err
 	}
 	r := i.remembered()
 	opening, openErr := i.open(r.DropIns, r.Configs)
@@ -693,6 +752,9 @@ func (i *Installation) Uninstall(ctx context.Context) (Result, error) {
 			continue
 		}
 		i.told([]Change{c})
+	}
+	if openErr == nil && !i.Force {
+		openErr = i.requiredByOthers(ctx)
 	}
 	if openErr != nil {
 		return "", hint("remove what is left by hand: docs/lockout.md", "containerd may still require the gate: %w", openErr)
@@ -746,6 +808,28 @@ func (i *Installation) Uninstall(ctx context.Context) (Result, error) {
 		os.Remove(i.Path(filepath.Clean(dir))) // what holds something stays
 	}
 	return Removed, nil
+}
+
+// requiredByOthers fails where containerd's own program says that the gate is required
+// still: it says so somewhere where install did not write it, and without the gate
+// nothing would start. What cannot be found out is no reason to leave the gate.
+func (i *Installation) requiredByOthers(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	e, err := i.Effective(ctx)
+	if err != nil || !e.Requires(gate) && !e.Requires("99-"+gate) {
+		return nil
+	}
+	where := i.Config
+	files, _, _ := i.Files()
+	for _, f := range files {
+		for _, s := range f.Settings {
+			if s.Key[len(s.Key)-1] == "required_plugins" && (slices.Contains(s.Values, gate) || slices.Contains(s.Values, "99-"+gate)) {
+				where = s.At()
+			}
+		}
+	}
+	return fmt.Errorf("%s requires it, which install did not write (--force removes the gate all the same)", where)
 }
 
 // stillAsks reports whether the containerd that runs was started before its

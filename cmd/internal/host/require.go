@@ -133,9 +133,13 @@ func (h *Host) require(before *Effective, pause string) (*requirement, error) {
 }
 
 // required is the list with the gate in it and what was required before: a later
-// file's list replaces an earlier one's.
+// file's list replaces an earlier one's. A list that did not count, since the validator
+// was off, must not begin to: what it names may be long gone.
 func required(before *Effective) string {
-	all := slices.Clone(before.Required)
+	var all []string
+	if before.Validates {
+		all = slices.Clone(before.Required)
+	}
 	if !slices.Contains(all, gate) {
 		all = append(all, gate)
 	}
