@@ -134,7 +134,11 @@ const (
 	maxKnown    = 4096             // containers that are looked at in one sweep
 	maxFindings = 100
 	maxPauses   = 16
-	maxLogged   = 100 // lines of one sweep
+
+	// pauseNamespace is where the image of sandboxes is judged: it is no pod's own,
+	// and one line of a floor, which counts in a namespace, is to do for all of them.
+	pauseNamespace = "kube-system"
+	maxLogged      = 100 // lines of one sweep
 )
 
 // denied is the reason of a rule that denies outright, for which no configuration
@@ -303,6 +307,9 @@ func (s *Sweep) judge(ctx context.Context, c node.Container, ends map[string]tim
 	var img verify.Image
 	var d verify.Decision
 	for _, img = range images {
+		if c.Kind == node.KindSandbox {
+			img.Pod.Namespace = pauseNamespace
+		}
 		if d = s.verify(ctx, img); !fine(would(d)) {
 			break
 		}

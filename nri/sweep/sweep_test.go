@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -354,6 +355,31 @@ func TestPause(t *testing.T) {
 		s.r.set(func() { s.r.reasons["pause:1"] = verify.Verified })
 		s.sweepNow()
 		s.want("when it changed", "the pause image is verified: pause:1")
+	})
+}
+
+// A line of a floor is for a namespace, and sandboxes are in all of them.
+func TestPauseNamespace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, end := start(t, enforcing, 0)
+		defer end()
+		s.r.set(func() {
+			s.r.reasons = map[string]verify.Reason{"pause@sha256:1": verify.AllowedByDigest, "app": verify.Verified}
+			for n, kind := range []node.Kind{node.KindSandbox, node.KindContainer} {
+				image := []string{"pause@sha256:1", "app"}[n]
+				s.r.list = append(s.r.list, node.Container{ID: cid(n), Kind: kind, Image: image, Pod: verify.Pod{Namespace: "shop"}})
+			}
+		})
+		s.sweepNow()
+		s.r.mu.Lock()
+		defer s.r.mu.Unlock()
+		in := map[string]string{}
+		for _, img := range s.r.asked {
+			in[img.Name.Path] = img.Pod.Namespace
+		}
+		if want := map[string]string{"pause@sha256:1": "kube-system", "app": "shop"}; !maps.Equal(in, want) {
+			t.Errorf("asked in %v, want %v", in, want)
+		}
 	})
 }
 
