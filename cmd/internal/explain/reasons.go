@@ -5,7 +5,7 @@ import "github.com/tidewaiter/tidewaiter/verify"
 // next says what to do about each reason that denies. docs/reasons.md has the same
 // text, which a test compares.
 var next = map[verify.Reason]string{
-	verify.SignatureMissing:      "sign the image, or copy its signatures to the mirror: most copy tools leave referrers behind (`oras cp -r` takes them along)",
+	verify.SignatureMissing:      "sign the image, or copy its signatures to the mirror: most copy tools leave referrers behind (`oras cp -r` takes them along). An image that was imported needs a bundle (`tidewaiter bundle import`)",
 	verify.SignatureInvalid:      `sign the image again; if the bytes changed at the mirror, find out who changed them`,
 	verify.SignerUntrusted:       `add the signer's root to the trust store if you trust it`,
 	verify.IdentityMismatch:      "compare the subject in the detail with `trustedIdentities`",
