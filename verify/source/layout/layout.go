@@ -18,6 +18,8 @@ import (
 	_ "crypto/sha256" // digests of the subjects and blobs
 	_ "crypto/sha512"
 	"fmt"
+	"sync/atomic"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -34,6 +36,8 @@ type Source struct {
 	path string
 	turn chan struct{} // filled by who opens it, so that one at a time scans a tar file
 	tar  *Tar          // that was scanned last; nil: none
+	hung atomic.Int32  // reads that nobody waits for any more
+	do   func(context.Context, string, *Tar) (*Dir, error)
 }
 
 var _ verify.Source = (*Source)(nil)
@@ -41,7 +45,7 @@ var _ verify.Source = (*Source)(nil)
 // New returns the source for the layout at path, a directory or an uncompressed tar
 // file. It need not exist yet: whether it does, and which of the two it is, is asked
 // each time.
-func New(path string) *Source { return &Source{path: path, turn: make(chan struct{}, 1)} }
+func New(path string) *Source { return &Source{path: path, turn: make(chan struct{}, 1), do: Open} }
 
 // Name implements [verify.Source].
 func (s *Source) Name() string { return "layout " + s.path }
@@ -55,10 +59,83 @@ func (s *Source) Name() string { return "layout " + s.path }
 // a referrers tag says that it is a signature of the subject. What could be a
 // signature and was not looked at, since a file could not be read or the budget
 // did not allow it, hides nothing else, and makes Find end with an error.
+//
+// Where a read does not end Find ends with ctx, and soon says so at once until
+// it ends after all.
 func (s *Source) Find(ctx context.Context, _ verify.Name, subject ocispec.Descriptor, b *verify.Budget, yield func(verify.Evidence) bool) error {
 	if err := subject.Digest.Validate(); err != nil {
 		return fmt.Errorf("%w: subject %q: %w", verify.ErrUnreachable, subject.Digest, err)
 	}
+	if s.hung.Load() > 0 {
+		return errHangs
+	}
+	ctx, cancel := context.WithCancel(ctx) // ends also where yield panics
+	defer cancel()
+	budget := *b
+	found, more := make(chan verify.Evidence), make(chan bool, 1) // of which nobody may take the last
+	done := make(chan any, 1)                                     // an error, nil, or what it panicked with
+	go func() {
+		var end any
+		defer func() {
+			if p := recover(); p != nil {
+				end = p
+			}
+			done <- end
+		}()
+		end = s.find(ctx, subject, &budget, func(ev verify.Evidence) bool {
+			select {
+			case found <- ev:
+			case <-ctx.Done():
+				return false
+			}
+			select {
+			case ok := <-more:
+				return ok
+			case <-ctx.Done():
+				return false
+			}
+		})
+	}()
+	for {
+		select {
+		case ev := <-found:
+			more <- yield(ev)
+		case end := <-done:
+			*b = budget
+			if err, ok := end.(error); ok || end == nil {
+				return err
+			}
+			panic(end)
+		case <-ctx.Done():
+			go s.left(done)
+			return fmt.Errorf("%w: %w", verify.ErrUnreachable, ctx.Err())
+		}
+	}
+}
+
+// left waits for the end of a read that nobody else waits for. One that ends soon does
+// not hang.
+func (s *Source) left(done <-chan any) {
+	t := time.NewTimer(patience)
+	defer t.Stop()
+	select {
+	case <-done:
+	case <-t.C:
+		s.hung.Add(1)
+		<-done
+		s.hung.Add(-1)
+	}
+}
+
+const patience = time.Second
+
+// errHangs is what is said of a layout on a disk of which a read does not end.
+var errHangs = fmt.Errorf("%w: the disk does not answer", verify.ErrUnreachable)
+
+// find is Find by a goroutine of its own: nobody can interrupt a read, and where a disk
+// dies, or the medium was pulled out, it may never end. Whoever asks must not wait for
+// that, since few do for the whole node.
+func (s *Source) find(ctx context.Context, subject ocispec.Descriptor, b *verify.Budget, yield func(verify.Evidence) bool) error {
 	l, entries, err := s.open(ctx, b)
 	if err != nil {
 		return err
@@ -123,11 +200,14 @@ func (s *Source) open(ctx context.Context, b *verify.Budget) (*layout, []ocispec
 	case <-ctx.Done():
 		return nil, nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, ctx.Err())
 	}
-	dir, err := Open(ctx, s.path, s.tar)
-	if err == nil {
-		s.tar = dir.Tar()
-	}
-	<-s.turn
+	dir, err := func() (*Dir, error) {
+		defer func() { <-s.turn }()
+		dir, err := s.do(ctx, s.path, s.tar)
+		if err == nil {
+			s.tar = dir.Tar()
+		}
+		return dir, err
+	}()
 	if err != nil {
 		return nil, nil, err
 	}

@@ -1,6 +1,7 @@
 package layout_test
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -39,6 +41,49 @@ func TestSource(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A disk that hangs ends no question later than its time, and from then on each at once.
+func TestHang(t *testing.T) {
+	t.Parallel()
+	dir, subject, want := site(t)
+	src := layout.New(dir)
+	free := src.Hang()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if _, err := sourcetest.Find(ctx, src, subject, verify.Limits{}); !errors.Is(err, verify.ErrUnreachable) {
+		t.Errorf("error %v", err)
+	}
+	eventually := func(hung int) {
+		for end := time.Now().Add(30 * time.Second); src.Hung() != hung; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%d reads hang, not %d", src.Hung(), hung)
+			}
+		}
+	}
+	eventually(1)
+	if _, err := sourcetest.Find(t.Context(), src, subject, verify.Limits{}); !errors.Is(err, verify.ErrUnreachable) {
+		t.Errorf("error %v", err)
+	}
+	free()
+	eventually(0)
+	got, err := sourcetest.Find(t.Context(), src, subject, verify.Limits{})
+	if err != nil {
+		t.Error(err)
+	}
+	sourcetest.Check(t, got, want, 0)
+}
+
+// Who asks may panic, and nothing stays behind.
+func TestPanic(t *testing.T) {
+	t.Parallel()
+	dir, subject, _ := site(t)
+	defer func() {
+		if p := recover(); p != "mine" {
+			t.Errorf("panic %v", p)
+		}
+	}()
+	_ = layout.New(dir).Find(t.Context(), verify.Name{}, subject, verify.NewBudget(verify.Limits{}), func(verify.Evidence) bool { panic("mine") })
 }
 
 // site is a layout with one signed image.
