@@ -112,7 +112,7 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 		},
 	})
 	root.AddCommand(bundleCommand(os.Stdin, stdout, stderr), decisionsCommand(stdout), doctorCommand(stdout), explainCommand(stdout), imagesCommand(stdout), policyCommand(stdout))
-	root.AddCommand(refreshCommand(stdout), runCommand(stderr), statusCommand(stdout), verifyCommand(stdout), versionCommand(stdout))
+	root.AddCommand(refreshCommand(stdout), runCommand(stderr), selftestCommand(stdout), statusCommand(stdout), verifyCommand(stdout), versionCommand(stdout))
 	root.AddCommand(installCommand(stdout), uninstallCommand(stdout))
 	return root
 }

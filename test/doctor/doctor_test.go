@@ -15,6 +15,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -49,6 +50,7 @@ type scene struct {
 	state   string
 	gate    *node.Gate
 	good    *node.Image
+	before  map[string]int // lines of what containerd has
 }
 
 func (s *scene) must(err error) {
@@ -110,7 +112,10 @@ func (s *scene) start() {
 // run runs a verb and returns what it says. status is what it must end with.
 func (s *scene) run(status int, args ...string) string {
 	s.Helper()
-	args = append(args, "--config-dir", s.dir, "--run-dir", s.RunDir(), "--state-dir", s.state, "--containerd-socket", s.Socket)
+	args = append(args, "--config-dir", s.dir, "--run-dir", s.RunDir(), "--containerd-socket", s.Socket)
+	if args[0] == "doctor" {
+		args = append(args, "--state-dir", s.state)
+	}
 	cmd := exec.CommandContext(s.ctx, s.program, args...)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
@@ -187,6 +192,137 @@ func (s *scene) restart() {
 	s.must(err)
 }
 
+// enforces is what selftest says where the gate refuses.
+func (s *scene) enforces() {
+	s.Helper()
+	out := s.run(0, "selftest")
+	s.says(out, `^ok    unsigned  rule "app", registry.example/app:tidewaiter-selftest-[0-9a-f]{16}: refused: SIGNATURE_MISSING, and the gate's own decisions have it$`,
+		`^ok    unsigned  rule "rest", registry.example/tidewaiter-selftest:tidewaiter-selftest-[0-9a-f]{16}: refused: SOURCE_NO_REFERRERS, `,
+		`^ok    signed    registry.example/app[:@].*: created, and removed without being started$`, `^-     absent    not tried: --absent`, `^enforced: `)
+	var r struct {
+		Schema, Result, Mode, Nonce string
+		Trials                      []struct {
+			Kind, Outcome, Reason string
+			Expected, Logged      bool
+		}
+	}
+	s.must(json.Unmarshal([]byte(s.run(0, "selftest", "-o", "json")), &r))
+	if r.Schema != "tidewaiter.dev/selftest/v1" || r.Result != "enforced" || r.Mode != "enforce" || len(r.Trials) != 4 || r.Trials[0].Reason != "SIGNATURE_MISSING" || !r.Trials[0].Logged {
+		s.Errorf("%+v", r)
+	}
+}
+
+// absent is what selftest says where the gate refuses, and something else is wrong.
+func (s *scene) absent(status int, line string) {
+	s.Helper()
+	s.says(s.run(status, "selftest", "--absent"), `^ok    unsigned  rule "app"`, `^FAIL  absent    .*(`+line+`)`)
+	s.ready()
+	s.clean()
+}
+
+// opens is where containerd creates containers without the gate.
+func (s *scene) opens() {
+	s.Helper()
+	s.absent(1, "LET THROUGH: without the gate containerd creates containers unasked")
+}
+
+// ready waits until the gate is asked again.
+func (s *scene) ready() {
+	s.Helper()
+	for range 100 {
+		if exec.CommandContext(s.ctx, s.program, "status", "--ready", "--run-dir", s.RunDir()).Run() == nil {
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	s.Error("the gate is not ready again")
+}
+
+// clean wants nothing left of a test.
+func (s *scene) clean() {
+	s.Helper()
+	for _, what := range []string{"images", "leases", "containers", "snapshots", "content"} {
+		out, err := s.Ctr(s.ctx, what, "ls")
+		s.must(err)
+		if strings.Contains(out, "selftest") {
+			s.Errorf("left:\n%s", out)
+		}
+		if s.before == nil {
+			s.before = map[string]int{}
+		}
+		n := strings.Count(out, "\n")
+		if was, seen := s.before[what]; seen && n > was {
+			s.Errorf("%d lines more of %s:\n%s", n-was, what, out)
+		}
+		s.before[what] = n
+	}
+	if _, err := os.Stat("/sys/fs/cgroup/tidewaiter-selftest"); err == nil {
+		s.Error("a cgroup is left")
+	}
+}
+
+// pause is the pause image, by its digest.
+func (s *scene) pause() string {
+	s.Helper()
+	out, err := s.Ctr(s.ctx, "images", "ls", "-q")
+	s.must(err)
+	for l := range strings.Lines(out) {
+		if strings.HasPrefix(l, "pause.example/pause@") {
+			return strings.TrimSpace(l)
+		}
+	}
+	s.Fatal("no pause image")
+	return ""
+}
+
+// state is how the kernel calls what the gate's process does: T is stopped.
+func (s *scene) stopped() bool {
+	s.Helper()
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.gate.PID))
+	s.must(err)
+	return strings.Contains(string(raw), ") T ")
+}
+
+// TestKilled kills a test while it has stopped the gate, and interrupts one.
+func TestKilled(t *testing.T) {
+	s := newScene(t, node.Containerd24)
+	s.enforces()
+	s.clean()
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGKILL} {
+		cmd := exec.CommandContext(s.ctx, s.program, "selftest", "--absent", "--config-dir", s.dir, "--run-dir", s.RunDir(), "--containerd-socket", s.Socket)
+		s.must(cmd.Start())
+		for range 400 {
+			if s.stopped() {
+				break
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		if !s.stopped() {
+			s.Fatal("the gate was not stopped")
+		}
+		s.must(cmd.Process.Signal(sig))
+		_ = cmd.Wait()
+		for range 100 {
+			if !s.stopped() {
+				break
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+		if s.stopped() {
+			s.Errorf("after %v the gate is still stopped", sig)
+		}
+		s.ready()
+		if sig == syscall.SIGINT {
+			if got := cmd.ProcessState.ExitCode(); got != 2 {
+				s.Errorf("exit status %d", got)
+			}
+			s.clean()
+		}
+	}
+	// What was left by the one that was killed is no obstacle.
+	s.enforces()
+}
+
 // TestNode goes from a good node to each that is not, and back.
 func TestNode(t *testing.T) {
 	for _, version := range node.Versions(node.Containerd24, node.Containerd22) {
@@ -200,8 +336,12 @@ func TestNode(t *testing.T) {
 					`^ok    gate `, `^ok    registered +containerd `+regexp.QuoteMeta(s.Version), `^ok    mode +enforce, assurance (full|bound)$`,
 					`^ok    configuration +.* is valid and in force: mode enforce`, `^ok    sources +mirror http.* answers about images of registry.example`, `^ok    state `, `^ok    bundles `, ` 0 fail$`)
 				s.fails()
+				s.enforces()
+				s.clean()
 			}
 			good()
+			s.says(s.run(0, "selftest", "--absent"), `^ok    absent    rule "app", registry.example/app:tidewaiter-selftest-[0-9a-f]{16}: refused without the gate: required plugin "tidewaiter" not present$`)
+			s.ready()
 			required := filepath.Join(s.DropInDir, node.RequiredFile)
 
 			t.Log("the drop-in is missing")
@@ -209,12 +349,14 @@ func TestNode(t *testing.T) {
 			out := s.run(1, "doctor")
 			s.says(out, `^fail  required +containerd does not require the gate: no file of its configuration says so`, `^      next +tidewaiter install --enforce$`)
 			s.fails("required")
+			s.opens()
 
 			t.Log("it is there, and containerd has not read it")
 			s.must(s.DropIn(node.RequiredFile, node.RequiredDropIn))
 			out = s.run(1, "doctor")
 			s.says(out, `^fail  restart +containerd runs since .* and has not read .*conf.d.*, which changed at 20`, `^ok    required `)
 			s.fails("restart")
+			s.opens()
 			s.restart()
 			good()
 
@@ -224,6 +366,7 @@ func TestNode(t *testing.T) {
 			s.says(out, `^fail  required +containerd does not require the gate: `+regexp.QuoteMeta(required)+`:4 sets enable in the table \[plugins."io.containerd.nri.v1.nri.default_validator"\]`,
 				`^      next +move it to \[plugins."io.containerd.nri.v1.nri".default_validator\]`)
 			s.fails("required")
+			s.opens()
 			s.file(node.RequiredFile, node.RequiredDropIn)
 
 			t.Log("overridden by a later file")
@@ -231,10 +374,13 @@ func TestNode(t *testing.T) {
 			out = s.run(1, "doctor")
 			s.says(out, `^fail  required +containerd does not require the gate: `+regexp.QuoteMeta(required)+`:5 does, and .*/zz.toml:3, which is read later, says \["other"\] instead`, `^      next +correct .*/zz.toml`)
 			s.fails("required")
+			s.says(s.run(1, "selftest", "--absent"), `^FAIL  unsigned  rule "app", .*: refused by containerd, and not by the gate: required plugin "other" not present$`, `^FAIL  absent    .*refused for want of another plugin`, `^NOT as`)
+			s.clean()
 			s.file("zz.toml", "version = 3\n[plugins.'io.containerd.nri.v1.nri'.default_validator]\n  enable = false\n")
 			out = s.run(1, "doctor")
 			s.says(out, `^fail  required +.*/zz.toml:3, which is read later, switches the validator off`)
 			s.fails("required")
+			s.opens()
 
 			t.Log("a pod may do without")
 			s.file("zz.toml", "version = 3\n[plugins.'io.containerd.nri.v1.nri'.default_validator]\n  tolerate_missing_plugins_annotation = 'skip.example/gate'\n")
@@ -242,9 +388,14 @@ func TestNode(t *testing.T) {
 			s.fails("toleration")
 
 			t.Log("the pause image is named by a tag")
+			_, err := s.Ctr(s.ctx, "images", "tag", s.pause(), "pause.example/pause:1")
+			s.must(err)
 			s.file("zz.toml", "version = 3\n[plugins.'io.containerd.cri.v1.images'.pinned_images]\n  sandbox = 'pause.example/pause:1'\n")
 			s.says(s.run(1, "doctor"), `^fail  pause +the pause image pause.example/pause:1 \(.*/zz.toml:3\) is named by a tag`, `^      next +name it by digest in .*/zz.toml`)
 			s.fails("pause")
+			s.enforces()
+			_, err = s.Ctr(s.ctx, "images", "rm", "pause.example/pause:1")
+			s.must(err)
 			s.file("zz.toml", "")
 			good()
 
@@ -258,6 +409,7 @@ func TestNode(t *testing.T) {
 			s.must(err)
 			s.says(s.run(1, "doctor"), `^fail  configuration +the configuration is not valid: .*/trustpolicy.json:\d+: .*; the last good one stays in force$`, `^      next +tidewaiter policy check`)
 			s.fails("configuration")
+			s.enforces()
 			mark = s.gate.Mark()
 			s.must(os.WriteFile(policy, whole, 0o644))
 			_, err = s.gate.Wait(s.ctx, mark, func(l node.Line) bool { return l.Msg == "configuration in force" })
@@ -268,7 +420,19 @@ func TestNode(t *testing.T) {
 			s.must(s.gate.Stop())
 			s.says(s.run(1, "doctor"), `^fail  gate +no gate runs here, or it cannot be asked: .*; containerd refuses every container until one does$`, `^ok    required `)
 			s.fails("gate")
+			s.says(s.run(1, "selftest", "--absent"), `^FAIL  unsigned  rule "app", .*: refused by containerd, since no gate is connected`, `^-     signed    not tried: `,
+				`^ok    absent    .* not present$`, `^NOT as it must be: tidewaiter doctor`)
+			s.clean()
+
+			t.Log("and comes back with a policy that is broken")
+			s.must(os.WriteFile(policy, []byte("{}"), 0o644))
 			s.start()
+			s.says(s.run(1, "doctor"), `^fail  configuration +the configuration is not valid: .*; none is in force: every container is refused$`)
+			s.says(s.run(2, "selftest"), `^tidewaiter: there is nothing in force \(.*\), and what the directory holds is not valid: .*trustpolicy.json`, `^hint: tidewaiter doctor$`)
+			mark = s.gate.Mark()
+			s.must(os.WriteFile(policy, whole, 0o644))
+			_, err = s.gate.Wait(s.ctx, mark, func(l node.Line) bool { return l.Msg == "configuration in force" })
+			s.must(err)
 			good()
 
 			t.Log("NRI is switched off")
@@ -277,6 +441,8 @@ func TestNode(t *testing.T) {
 			s.must(s.StartContainerd(s.ctx)) // the file of the socket before is still there
 			s.says(s.run(1, "doctor"), `^fail  nri +NRI is switched off, by .*/zz.toml:3: containerd asks no plugin$`, `^fail  required .*and NRI is switched off$`, `^fail  registered +the runtime does not ask this gate`)
 			s.fails("nri", "required", "registered", "mode")
+			s.says(s.run(1, "selftest"), `^FAIL  unsigned  rule "app", registry.example/app:tidewaiter-selftest-[0-9a-f]{16}: LET THROUGH: containerd created it, and the gate was not asked$`, `^NOT as it must be`)
+			s.clean()
 			s.file("zz.toml", "")
 			good()
 
@@ -292,8 +458,12 @@ func TestNode(t *testing.T) {
 				s.Errorf("%s", out)
 			}
 
+			s.says(s.run(1, "selftest", "--absent"), `^ok    unsigned  rule "app", .*: created, which the gate recorded: AUDIT_ONLY, and enforce would say [A-Z_]+$`, `^-     absent    not tried: in audit`, `^audit: nothing is enforced on this node$`)
+			s.clean()
+
 			t.Log("containerd is stopped")
 			s.must(s.StopContainerd(15))
+			s.says(s.run(2, "selftest"), `^tidewaiter: containerd at `)
 			s.says(s.run(1, "doctor"), `^fail  runtime +containerd does not answer at `)
 			s.must(s.StartContainerd(s.ctx))
 		})

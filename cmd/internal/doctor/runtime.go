@@ -13,6 +13,7 @@ import (
 	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/host"
 	"github.com/tidewaiter/tidewaiter/nri/node"
+	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
 )
 
@@ -308,7 +309,7 @@ func (x *examination) pause() {
 	}
 	if x.Images != nil {
 		for _, i := range x.Images.Images {
-			if i.Image != image {
+			if i.Image != image || verify.Reason(i.Reason).Unsettled() {
 				continue
 			}
 			if i.Allowed {

@@ -24,12 +24,7 @@ type Process struct {
 
 // Running is the process that listens on containerd's socket. now is the time.
 func (h *Host) Running(now time.Time) (*Process, error) {
-	c, err := net.DialTimeout("unix", h.Path(h.Socket), dialTime)
-	if err != nil {
-		return nil, err
-	}
-	defer c.Close()
-	pid, err := listener(c.(*net.UnixConn))
+	pid, err := Listener(h.Path(h.Socket))
 	if err != nil {
 		return nil, err
 	}
@@ -37,6 +32,17 @@ func (h *Host) Running(now time.Time) (*Process, error) {
 		return nil, errors.New("the process behind it cannot be seen from here: run this on the host")
 	}
 	return process("/proc", pid, now)
+}
+
+// Listener is the process that listens on a unix socket; 0: one that has no number
+// here, since it is not in this process's PID namespace.
+func Listener(socket string) (pid int, err error) {
+	c, err := net.DialTimeout("unix", socket, dialTime)
+	if err != nil {
+		return 0, err
+	}
+	defer c.Close()
+	return listener(c.(*net.UnixConn))
 }
 
 const dialTime = 5 * time.Second
