@@ -83,10 +83,12 @@ func (s *Store) Bundles() (list []Bundle, trouble string) {
 	return list, s.astray
 }
 
-// bundled is own for the bundles.
+// bundled is own for the bundles. It takes one document of each in turn, so that none
+// that has many leaves no budget for the others.
 func (s *Store) bundled(of relation, d digest.Digest) (list []document, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	var each [][]document
 	for _, b := range s.bundles {
 		if b.place == nil {
 			continue
@@ -94,8 +96,18 @@ func (s *Store) bundled(of relation, d digest.Digest) (list []document, err erro
 		if b.place.hangs() && err == nil {
 			err = fmt.Errorf("bundle %s: %w", verify.Quote(b.name, 80), errHangs)
 		}
+		var its []document
 		for _, x := range latest(of(&b.catalog)[d]) {
-			list = append(list, document{place: b.place, Descriptor: x.descriptor(), bundle: b.name, envelope: -1})
+			its = append(its, document{place: b.place, Descriptor: x.descriptor(), bundle: b.name, envelope: -1})
+		}
+		each = append(each, its)
+	}
+	for i, more := 0, true; more; i++ {
+		more = false
+		for _, its := range each {
+			if i < len(its) {
+				list, more = append(list, its[i]), true
+			}
 		}
 	}
 	return list, err

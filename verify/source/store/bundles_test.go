@@ -524,6 +524,43 @@ func TestBundlesDirectory(t *testing.T) {
 	r.finds(one)
 }
 
+// A bundle that has more signatures and manifests of an image than anybody looks at
+// hides none of another bundle, whatever their names are.
+func TestBundleOfJunk(t *testing.T) {
+	t.Parallel()
+	var c, junk site
+	app, want := c.image("app")
+	for i := range verify.DefaultLimits.Signatures {
+		junk.evidence(app, fmt.Sprint("junk ", i))
+		var m ocispec.Manifest
+		decode(c.Blobs[app.Digest], &m)
+		m.Annotations = map[string]string{"junk": fmt.Sprint(i)}
+		raw, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		junk.Images = append(junk.Images, junk.Add(m.MediaType, raw))
+	}
+	dir := t.TempDir()
+	put(t, dir, "a", junk)
+	put(t, dir, "b", c)
+	r := start(t, dir, store.Options{})
+	got, _ := sourcetest.Find(t.Context(), r, app, verify.Limits{})
+	if !slices.ContainsFunc(got, func(ev verify.Evidence) bool { return ev.Manifest.Digest == want.Manifest.Digest }) {
+		t.Error("the signature is not found")
+	}
+	// The engine takes six.
+	n, found := 0, false
+	r.Parents(t.Context(), c.configIn(app), verify.NewBudget(verify.Limits{}), func(d digest.Digest, _ []byte) bool {
+		n++
+		found = found || d == app.Digest
+		return n < 6
+	})
+	if !found {
+		t.Error("the manifest is not found")
+	}
+}
+
 // FuzzBundle has any bytes in what is read of a bundle.
 func FuzzBundle(f *testing.F) {
 	var c site
