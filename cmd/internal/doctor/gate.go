@@ -44,7 +44,8 @@ func (x *examination) gate() {
 	r := s.Runtime
 	if registered {
 		x.ok("registered", "%s %s asks this gate in %s since %s", r.Name, r.Version, strings.Join(r.Hooks, " and "), stamp(r.Since))
-	} else if e := x.Effective; e != nil && !same(e.NRISocket, r.Socket) {
+	}
+	if e := x.Effective; e != nil && !same(e.NRISocket, r.Socket) {
 		x.add(Fail, "registered", "start the gate with --nri-socket "+e.NRISocket, "the gate connects to %s, and containerd listens at %s", r.Socket, e.NRISocket)
 	}
 	switch {
@@ -55,6 +56,16 @@ func (x *examination) gate() {
 		x.add(Fail, "mode", "tidewaiter status", "enforce, and nothing is refused by this gate: see above")
 	default:
 		x.ok("mode", "enforce, assurance %s", s.Assurance)
+	}
+	namesakes := 0
+	for _, name := range r.Plugins {
+		if _, name, _ := strings.Cut(name, "-"); name == plugin {
+			namesakes++
+		}
+	}
+	if namesakes > 1 && r.Strangers == 0 {
+		x.strict(Fail, "plugins", "end the others, such as the DaemonSet's: kubectl label node NAME tidewaiter.dev/gate=host. During an upgrade, and until a container was created after it, there are two",
+			"%d gates were asked about the last container, and containerd takes each for the one that it requires: one that audits is enough for it", namesakes)
 	}
 	for _, name := range r.Plugins {
 		if i, other, _ := strings.Cut(name, "-"); i == index && other != plugin {

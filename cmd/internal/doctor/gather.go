@@ -108,8 +108,8 @@ func (f *Facts) files() {
 	files, dirs, err := h.Files()
 	f.Files, f.FilesErr = files, err
 	for _, d := range dirs {
-		if i, err := os.Stat(h.Path(d)); err == nil {
-			f.Dirs = append(f.Dirs, Dir{d, i.ModTime()})
+		if t, err := h.Changed(d); err == nil {
+			f.Dirs = append(f.Dirs, Dir{d, t})
 		}
 	}
 	if h.DropIns == "" {

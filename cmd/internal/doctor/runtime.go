@@ -147,6 +147,15 @@ func (x *examination) required() {
 	default:
 		x.strict(Fail, check, x.Enforces, "containerd does not require the gate: no file of its configuration says so, and without the gate containers start unasked")
 	}
+	for _, s := range x.settings() {
+		if requires && is(s, validator, "required_plugins") && s.At() != last.At() {
+			for _, name := range s.Values {
+				if !slices.Contains(e.Required, name) {
+					x.strict(Warn, check, "name it in "+last.File+" too, then "+x.Restart, "the plugin %s is not required, though %s says so: %s, which is read later, replaces the list", name, s.At(), last.At())
+				}
+			}
+		}
+	}
 	for i, s := range stray {
 		if i == shown {
 			break
@@ -173,11 +182,12 @@ func (x *examination) also(s *host.Setting) (list []string) {
 // age is whether the containerd that runs has read the files as they are.
 func (x *examination) age() {
 	const check = "restart"
-	if x.FilesErr != nil {
-		x.add(Warn, check, "", "not all files of containerd's configuration could be looked at: %v", x.FilesErr)
-	}
 	if x.Process == nil {
 		return // which the runtime's finding says
+	}
+	unseen := ""
+	if x.FilesErr != nil {
+		unseen = x.FilesErr.Error()
 	}
 	var newest time.Time
 	what := ""
@@ -189,7 +199,7 @@ func (x *examination) age() {
 	for _, f := range x.Files {
 		see(f.Path, f.Changed)
 		if f.Err != nil {
-			x.add(Warn, check, "", "%s: %v", f.Path, f.Err)
+			unseen = fmt.Sprintf("%s: %v", f.Path, f.Err)
 		}
 	}
 	for _, d := range x.Dirs {
@@ -197,6 +207,11 @@ func (x *examination) age() {
 	}
 	if newest.After(x.Process.Started.Add(grain)) {
 		x.strict(Fail, check, x.Restart, "containerd runs since %s and has not read %s, which changed at %s: what it does is not what its files say", when(x.Process.Started), what, when(newest))
+		return
+	}
+	if unseen != "" {
+		x.strict(Fail, check, x.Restart, "not all of containerd's configuration could be looked at, so that the containerd that runs may not have read it: %s", unseen)
+		x.found[len(x.found)-1].Unknown = x.enforce
 		return
 	}
 	x.ok(check, "containerd was started after its configuration changed last")

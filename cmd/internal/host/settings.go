@@ -61,7 +61,7 @@ func (h *Host) Files() (files []File, dirs []string, err error) {
 		}
 		f := File{Path: name, Err: err}
 		if err == nil {
-			f.Changed = changed(info)
+			f.Changed, _ = h.Changed(name)
 			var imports []string
 			if f.Settings, imports, f.Err = h.settings(name, info); f.Err == nil {
 				more, in := h.resolve(name, imports)
@@ -72,6 +72,23 @@ func (h *Host) Files() (files []File, dirs []string, err error) {
 	}
 	slices.Sort(dirs)
 	return files, slices.Compact(dirs), nil
+}
+
+// Changed is when a file or directory became what it is: its content or its name, and
+// where it is a link, what it leads to.
+func (h *Host) Changed(name string) (time.Time, error) {
+	link, err := os.Lstat(h.Path(name))
+	if err != nil {
+		return time.Time{}, err
+	}
+	info, err := os.Stat(h.Path(name))
+	if err != nil {
+		return time.Time{}, err
+	}
+	if t := changed(link); t.After(changed(info)) {
+		return t, nil
+	}
+	return changed(info), nil
 }
 
 // settings reads one file. Unlike what is ours to write it may be a link.
