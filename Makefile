@@ -12,7 +12,7 @@ LDFLAGS     = -s -w -X main.version=$(VERSION)
 IMAGE      ?= ghcr.io/tidewaiter/tidewaiter
 IMAGEBUILD  = CGO_ENABLED=0 go build -trimpath -buildvcs=auto -tags $(TAGS) -ldflags '$(LDFLAGS)'
 
-.PHONY: build image demo bench flood matrix test lint unit core386 cross fuzz e2e e2e-all e2e-k8s e2e-offline clean
+.PHONY: build image demo bench flood matrix test lint unit core386 cross fuzz e2e e2e-all e2e-k8s cluster e2e-offline clean
 
 build: ## the static binary, in bin/
 	CGO_ENABLED=0 go build -trimpath -tags $(TAGS) -ldflags '$(LDFLAGS)' -o bin/tidewaiter ./cmd/tidewaiter
@@ -71,6 +71,9 @@ e2e: ## on real containerd, 2.4.2 and 2.2.9; needs root on Linux
 	  echo '****************************************************************'; \
 	fi
 	cd test && go test -race -count=1 -p 1 -timeout 30m ./...
+
+cluster: ## a throwaway Kubernetes of one node, to try on it what the documents say; needs root on Linux
+	cd test && go run ./cluster/up -containerd $(CONTAINERD)
 
 e2e-k8s: ## on a real Kubernetes 1.36 of one node, containerd 2.4.2 and 2.2.9; needs root on Linux
 	cd test && TIDEWAITER_TEST_KUBERNETES=1 go test -count=1 -p 1 -timeout 60m -v ./cluster ./deploy

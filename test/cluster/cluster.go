@@ -382,6 +382,9 @@ func (c *Cluster) Kubectl(ctx context.Context, stdin string, args ...string) (st
 	return out.String(), nil
 }
 
+// Program is the path of a program of Kubernetes on the machine.
+func (c *Cluster) Program(name string) string { return filepath.Join(c.bin, name) }
+
 // A Pod is what the kubelet and the API server say of one.
 type Pod struct {
 	Metadata struct {

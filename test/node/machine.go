@@ -160,12 +160,14 @@ func (n *Node) inside(name string) string {
 	panic("a machine has no place for " + name)
 }
 
+// PID is the process that holds a machine's mount namespace.
+func (n *Node) PID() int { return n.machine.cmd.Process.Pid }
+
 // Command is a command that runs on the node: on its root file system if it has
 // one. It ends with the node whoever started it.
 func (n *Node) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	if n.Root != "" {
-		pid := n.machine.cmd.Process.Pid
-		args = append([]string{fmt.Sprintf("--mount=/proc/%d/ns/mnt", pid), "--", name}, args...)
+		args = append([]string{fmt.Sprintf("--mount=/proc/%d/ns/mnt", n.PID()), "--", name}, args...)
 		name = "nsenter"
 	}
 	cmd := exec.CommandContext(ctx, name, args...)
