@@ -25,7 +25,7 @@ var next = map[verify.Reason]string{
 	verify.RuntimeUnverified:     "list it under `gate.runtimes` if it does",
 	verify.SourceUnreachable:     `look at the mirror; the next try asks again`,
 	verify.SourceUnauthorized:    "the detail says which: add the mirror's host and port to the file that `sources.credentials` names, give that user the right to pull, or set `realm` of the mirror to the host in the detail if that is where its tokens should come from",
-	verify.SourceNoReferrers:     "use a mirror with a Referrers API, or push signatures with the tag schema (`notation sign --force-referrers-tag`)",
+	verify.SourceNoReferrers:     "sign the image: `notation sign` and `oras cp -r` leave a tag there that says where signatures are (`--force-referrers-tag=false` of notation does not); or use a mirror with a Referrers API",
 	verify.RevocationUnknown:     "sign with certificates that name none, or set `\"override\": {\"revocation\": \"log\"}` in the statement; that does not excuse a timestamping authority, whose certificates must name none",
 	verify.Pending:               `wait; if it stays, look at the mirror`,
 	verify.Overloaded:            `wait`,

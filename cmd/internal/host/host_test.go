@@ -667,6 +667,36 @@ func TestOperatorsFiles(t *testing.T) {
 	s = stage(t, kubeadm.with(tree{"/etc/tidewaiter/config.yaml": "version: 1\nmode: enforce\n"}))
 	s.away = true
 	refused(t, "install", "the configuration says mode: enforce")(s.Install(t.Context()))
+
+	// What the hints of both say leads out: neither only names the other.
+	s.Enforce = true
+	refused(t, "enforce without a gate", "no gate runs here")(s.Install(t.Context()))
+	s.write(t, "/etc/tidewaiter/config.yaml", "version: 1\nmode: audit\n")
+	s.Enforce, s.away = false, false
+	must(t, "install", Installed)(s.Install(t.Context()))
+	s.Enforce = true
+	must(t, "enforce", Installed)(s.Install(t.Context()))
+}
+
+// TestRegisters waits a moment for containerd to ask a new gate, and no longer.
+func TestRegisters(t *testing.T) {
+	for _, late := range []int{1, 8, 1000} {
+		s := stage(t, kubeadm)
+		s.away, s.gate.Runtime.Registered = true, false
+		ask, n := s.Ask, 0
+		s.Ask = func(ctx context.Context) (*control.Status, error) {
+			if !s.away {
+				n++
+			}
+			s.gate.Runtime.Registered = n >= late
+			return ask(ctx)
+		}
+		must(t, "install", Installed)(s.Install(t.Context()))
+		warned := slices.ContainsFunc(s.said, func(line string) bool { return strings.Contains(line, "containerd does not ask it yet") })
+		if n < min(late, 8) || n > 30 || warned != (late == 1000) {
+			t.Errorf("registered at question %d: asked %d times, said %q", late, n, s.said)
+		}
+	}
 }
 
 // TestRequiredBefore keeps what another file requires.

@@ -177,7 +177,7 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 			if err := undoCopy(); err != nil {
 				return "", err
 			}
-			return "", refuse("tidewaiter install --enforce, or write mode: audit into "+path.Join(i.ConfigDir, "config.yaml"), "the configuration says mode: enforce")
+			return "", refuse("write mode: audit into "+path.Join(i.ConfigDir, "config.yaml")+", then tidewaiter install, then tidewaiter install --enforce; --enforce --force enforces at once", "the configuration says mode: enforce")
 		}
 	}
 	base = append(base, start...)
@@ -249,7 +249,7 @@ func (i *Installation) mayEnforce(ctx context.Context) error {
 	if i.Force {
 		return nil
 	}
-	const first = "tidewaiter install, then tidewaiter status; --force enforces all the same"
+	first := "with mode: audit in " + path.Join(i.ConfigDir, "config.yaml") + ": tidewaiter install, then tidewaiter status; --force enforces all the same"
 	asked := i.Now()
 	s, err := i.Look(ctx)
 	if err != nil {
@@ -552,6 +552,14 @@ func (i *Installation) begin(ctx context.Context, changes []Change, before *cont
 		return back(fmt.Errorf("the gate did not come up: %w", err))
 	}
 	i.Say("did", "started the gate")
+	if !registered {
+		// Who looks at status next is not to be told of what is over in a second.
+		soon := *i
+		soon.Patience = 5 * time.Second
+		if err := soon.await(ctx, func(s *control.Status) bool { return s.Ready }); err != nil && ctx.Err() == nil {
+			i.Say("warn", "containerd does not ask it yet, see tidewaiter status: %v", err)
+		}
+	}
 	return nil
 }
 
