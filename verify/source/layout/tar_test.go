@@ -14,6 +14,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -360,6 +361,23 @@ func TestTarThatChanges(t *testing.T) {
 	sourcetest.Layout(t, dir, c, false)
 	sourcetest.Tar(t, dir, file) // truncates it
 	check(one)
+	// In place, by one that is as long.
+	var other sourcetest.Content
+	other.Image("app")
+	uno, again := other.Sign(subject, verify.MediaTypeJWS, "uno"), t.TempDir()
+	sourcetest.Layout(t, again, other, false)
+	was, err := os.Stat(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sourcetest.Tar(t, again, file)
+	if now, err := os.Stat(file); err != nil || now.Size() != was.Size() || !os.SameFile(now, was) {
+		t.Fatalf("another file, or not as long: %v", err)
+	}
+	if err := os.Chtimes(file, time.Time{}, was.ModTime().Add(time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	check(uno)
 	two := c.Sign(subject, verify.MediaTypeJWS, "two")
 	sourcetest.Layout(t, dir, c, false)
 	if err := os.Rename(packed(t, dir), file); err != nil {
