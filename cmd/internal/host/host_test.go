@@ -826,6 +826,62 @@ func TestOwners(t *testing.T) {
 	}
 }
 
+// TestLinksOfTheHost lead below the root where the host is mounted.
+func TestLinksOfTheHost(t *testing.T) {
+	root := tree{
+		"/data/rancher/k3s/data/abc/bin/containerd":                         "#!",
+		"/data/rancher/k3s/agent/etc/containerd/config-v3.toml.d/" + dropIn: "x",
+		"/data/rancher/k3s/agent/etc/containerd/config.toml":                "version = 3\n",
+		"/usr/local/bin/": "",
+	}.make(t)
+	for link, to := range map[string]string{
+		"/var/lib/rancher":                  "/data/rancher",
+		"/data/rancher/k3s/data/current":    "/var/lib/rancher/k3s/data/abc",
+		"/usr/local/sbin":                   "../../../../../../../../usr/local/bin",
+		"/loop":                             "/loop",
+		"/etc/alternatives/c":               "/data/rancher/k3s/data/abc/bin/containerd",
+		"/data/rancher/k3s/agent/file.toml": "/etc/passwd",
+	} {
+		if err := os.MkdirAll(filepath.Join(root, path.Dir(link)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(to, filepath.Join(root, link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h, err := Detect(Options{Root: root})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h.Name != "k3s" || h.Binary != "/var/lib/rancher/k3s/data/current/bin/containerd" {
+		t.Errorf("%s, %q", h.Name, h.Binary)
+	}
+	for name, want := range map[string]string{
+		"/usr/local/sbin/x":                    "/usr/local/bin/x",
+		"/usr/../../../etc/x":                  "/etc/x",
+		"/var/lib/rancher/k3s/agent/file.toml": "/data/rancher/k3s/agent/file.toml",
+		"/var/lib/rancher":                     "/var/lib/rancher",
+		"/loop/x":                              "/loop/x",
+		"":                                     "",
+	} {
+		if got := h.Path(name); got != root+want {
+			t.Errorf("%q: %s", name, got)
+		}
+	}
+	if !h.exists("/etc/alternatives/c") || h.exists("/loop") || h.exists("/loop/x") {
+		t.Error("what is there")
+	}
+	i := &Installation{Host: h, Gate: Gate{ConfigDir: "/etc/tidewaiter", StateDir: "/var/lib/tidewaiter", RunDir: "/run/tidewaiter"}, Say: func(string, string, ...any) {}, Log: func(string) {}, Now: time.Now,
+		Ask: func(context.Context) (*control.Status, error) { return nil, errors.New("dead") }}
+	h.Run = func(context.Context, string, ...string) (string, error) { return "", errors.New("no program") }
+	if _, err := i.Uninstall(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Join(root, "/data/rancher/k3s/agent/etc/containerd/config-v3.toml.d", dropIn)); err == nil {
+		t.Error("k3s still requires the gate")
+	}
+}
+
 // TestPowerCut before the record of a drop-in in a directory of the operator's choice
 // would leave one that uninstall does not find.
 func TestPowerCut(t *testing.T) {

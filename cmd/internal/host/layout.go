@@ -233,13 +233,49 @@ func (h *Host) find(o Options) (Layout, error) {
 	return Layout{}, unclear("name the one that runs pods with --runtime", "%s are installed here", strings.Join(found, " and "))
 }
 
-// Path is where a file of the host is for this process.
-func (h *Host) Path(name string) string { return filepath.Join(h.Root, name) }
+// Path is where a file of the host is for this process. Links to directories on the
+// way lead where they do on the host, also where it is mounted: k3s has its programs
+// behind one, and operators its data. A link that is the file itself stays one.
+func (h *Host) Path(name string) string {
+	if filepath.Clean(h.Root) == "/" {
+		return filepath.Join("/", name)
+	}
+	at, left, hops := "/", strings.Split(path.Clean("/"+name), "/"), 0 // at is of the host
+	for len(left) > 0 {
+		one := left[0]
+		left = left[1:]
+		switch one {
+		case "", ".":
+			continue
+		case "..":
+			at = path.Dir(at)
+			continue
+		}
+		next := path.Join(at, one)
+		if len(left) > 0 && hops < maxLinks {
+			if to, err := os.Readlink(filepath.Join(h.Root, next)); err == nil {
+				if hops++; path.IsAbs(to) {
+					at = "/"
+				}
+				left = append(strings.Split(to, "/"), left...)
+				continue
+			}
+		}
+		at = next
+	}
+	return filepath.Join(h.Root, at)
+}
+
+// maxLinks is how many links are followed on the way to a file, as many as Linux does.
+const maxLinks = 40
 
 func (h *Host) exists(name string) bool {
-	_, err := os.Stat(h.Path(name))
+	_, err := os.Stat(h.target(name))
 	return err == nil
 }
+
+// target is Path, or what the file that is a link leads to on the host.
+func (h *Host) target(name string) string { return filepath.Dir(h.Path(path.Join(name, "x"))) }
 
 // maxConfig is how much of a file of configuration is read.
 const maxConfig = 1 << 20

@@ -55,7 +55,7 @@ func (h *Host) Files() (files []File, dirs []string, err error) {
 		if seen[name] = true; len(files) == maxImported {
 			return files, dirs, fmt.Errorf("%s imports more than %d files", h.Config, maxImported)
 		}
-		info, err := os.Stat(h.Path(name))
+		info, err := os.Stat(h.target(name))
 		if errors.Is(err, fs.ErrNotExist) && name == h.Config {
 			return nil, nil, nil // containerd runs with what it has built in
 		}
@@ -81,7 +81,7 @@ func (h *Host) Changed(name string) (time.Time, error) {
 	if err != nil {
 		return time.Time{}, err
 	}
-	info, err := os.Stat(h.Path(name))
+	info, err := os.Stat(h.target(name))
 	if err != nil {
 		return time.Time{}, err
 	}
@@ -99,7 +99,7 @@ func (h *Host) settings(name string, info fs.FileInfo) (all []Setting, imports [
 	if info.Size() > maxConfig {
 		return nil, nil, fmt.Errorf("it is longer than %d bytes", maxConfig)
 	}
-	raw, err := os.ReadFile(h.Path(name))
+	raw, err := os.ReadFile(h.target(name))
 	if err != nil {
 		return nil, nil, err
 	}
