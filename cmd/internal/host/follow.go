@@ -112,6 +112,19 @@ func (i *Installation) follow(ctx context.Context) (changed bool, undo func() er
 	if _, err := i.Load(ctx, next); err != nil {
 		return false, nil, errors.Join(hint("correct it", "the configuration in %s is not valid on the host: %w", i.From, err), os.RemoveAll(i.Path(next)))
 	}
+	// The first time it may be an operator's own that goes, with keys that are nowhere
+	// else. That stays beside it.
+	if r := i.remembered(); !r.Brought {
+		if !fresh {
+			if err := i.keep(have, i.ConfigDir+".before"); err != nil {
+				return false, nil, err
+			}
+		}
+		r.Brought = true
+		if err := i.remember(r); err != nil {
+			return false, nil, err
+		}
+	}
 	swap := func() error {
 		put := exchange
 		if fresh {
@@ -132,6 +145,23 @@ func (i *Installation) follow(ctx context.Context) (changed bool, undo func() er
 		}
 		return swap()
 	}, nil
+}
+
+// keep writes files below dir, for root alone.
+func (i *Installation) keep(files map[string][]byte, dir string) error {
+	for name, content := range files {
+		if _, err := i.mkdir(path.Dir(path.Join(dir, name))); err != nil {
+			return err
+		}
+		if err := os.Chmod(i.Path(dir), 0o700); err != nil {
+			return err
+		}
+		if err := i.put(Change{Path: path.Join(dir, name), Mode: 0o600, New: slices.Concat([]byte{}, content)}); err != nil {
+			return err
+		}
+	}
+	i.Say("did", "kept the configuration that was there in %s", dir)
+	return nil
 }
 
 // CheckOnHost says what mode a configuration directory of the host means, as the

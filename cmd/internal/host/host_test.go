@@ -1067,13 +1067,25 @@ func TestFollow(t *testing.T) {
 	}
 	write("one", "mode: audit\n")
 	s.From = from
+	// What an operator wrote stays beside it.
+	s.write(t, "/etc/tidewaiter/config.yaml", "mode: audit # mine\n")
+	s.write(t, "/etc/tidewaiter/node.key", "secret")
 	must(t, "install", Installed)(s.Install(t.Context()))
+	if s.exists("/etc/tidewaiter/node.key") || s.text(t, "/etc/tidewaiter.before/node.key") != "secret" || s.text(t, "/etc/tidewaiter.before/config.yaml") != "mode: audit # mine\n" {
+		t.Error("the operator's configuration is gone, or not replaced")
+	}
+	if info, err := os.Stat(s.Path("/etc/tidewaiter.before")); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("%v, %v", info, err)
+	}
 	if got := s.text(t, "/etc/tidewaiter/truststore/ca.crt"); got != "one" {
 		t.Errorf("%q", got)
 	}
 	must(t, "again", Nothing)(s.Install(t.Context()))
 	write("two", "mode: audit\n")
 	must(t, "a change", Installed)(s.Install(t.Context()))
+	if s.exists("/etc/tidewaiter.before/truststore") {
+		t.Error("a copy was kept as if it were the operator's")
+	}
 	if got := s.text(t, "/etc/tidewaiter/truststore/ca.crt"); got != "two" {
 		t.Errorf("%q", got)
 	}

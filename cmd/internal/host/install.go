@@ -66,6 +66,7 @@ type record struct {
 	Configs     []string  `json:"configs"`     // files of containerd's configuration
 	Pending     bool      `json:"pending"`     // what containerd reads was changed, and it was not restarted by us
 	Opened      time.Time `json:"opened,omitzero"`
+	Brought     bool      `json:"brought,omitzero"` // the configuration is a copy of i.From
 }
 
 func (i *Installation) recordFile() string { return path.Join(i.StateDir, "install.json") }
