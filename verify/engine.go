@@ -97,20 +97,22 @@ func (e *Engine) links(ctx context.Context, img Image) (list []ocispec.Descripto
 	if !img.Vouched {
 		return nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, e.Limits.Or(DefaultLimits).Wall)
+	defer cancel()
 	b := NewBudget(e.Limits)
-	climb := func(child ocispec.Descriptor) {
+	climb := func(child ocispec.Descriptor, most int) { // so that each step leaves some to the next
 		e.Store.Parents(ctx, child.Digest, b, func(d digest.Digest, raw []byte) bool {
 			p, ok := naming(d, raw, child)
 			if ok && !slices.ContainsFunc(list, func(x ocispec.Descriptor) bool { return x.Digest == d }) {
 				list = append(list, p)
 			}
-			return len(list) < maxLinks
+			return len(list) < most
 		})
 	}
-	climb(img.Manifest)
-	climb(ocispec.Descriptor{Digest: img.Config})
+	climb(img.Manifest, maxLinks-4)
+	climb(ocispec.Descriptor{Digest: img.Config}, maxLinks-2)
 	for _, d := range list[:len(list):len(list)] {
-		climb(d)
+		climb(d, maxLinks)
 	}
 	return list
 }
@@ -251,7 +253,9 @@ func refuse(seen []Finding, tried []Attempt, now time.Time) Decision {
 		}
 	}
 	if d.Reason == SignatureMissing {
-		d.Detail += " at " + names(tried)
+		for i, a := range tried {
+			d.Detail += [...]string{" at ", ", "}[min(i, 1)] + a.Source
+		}
 	} else if d.Source != "" {
 		d.Detail = d.Source + ": " + d.Detail
 	}
@@ -262,16 +266,4 @@ func refuse(seen []Finding, tried []Attempt, now time.Time) Decision {
 	}
 	d.Tried, d.Made = tried, now
 	return d
-}
-
-// names lists sources for a message.
-func names(tried []Attempt) string {
-	s := ""
-	for i, a := range tried {
-		if i > 0 {
-			s += ", "
-		}
-		s += a.Source
-	}
-	return s
 }

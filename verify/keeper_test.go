@@ -15,6 +15,7 @@ import (
 type keeps struct {
 	holds
 	documents map[digest.Digest][]byte
+	only      map[digest.Digest][]digest.Digest // of the documents, by whose parents they seem; nil: each of all
 	kept      *[]string
 	panics    bool
 }
@@ -26,9 +27,17 @@ func (k keeps) Keep(_ Image, subject ocispec.Descriptor, ev Evidence) {
 	*k.kept = append(*k.kept, fmt.Sprintf("%.12s %s", subject.Digest.Encoded(), ev.Blob))
 }
 
-func (k keeps) Parents(_ context.Context, _ digest.Digest, _ *Budget, yield func(digest.Digest, []byte) bool) {
+func (k keeps) Parents(_ context.Context, child digest.Digest, _ *Budget, yield func(digest.Digest, []byte) bool) {
 	if k.panics {
 		panic("a disk")
+	}
+	for _, d := range k.only[child] {
+		if !yield(d, k.documents[d]) {
+			return
+		}
+	}
+	if k.only != nil {
+		return
 	}
 	for d, raw := range k.documents { // also those that do not name it
 		if !yield(d, raw) {
@@ -160,6 +169,20 @@ func TestStore(t *testing.T) {
 		if got := e.Judge(t.Context(), asked); got.Allowed() != (tt.want == Verified) || got.Reason != tt.want || tt.want == Verified && got.Signed != d || len(*kept) != 0 {
 			t.Errorf("%s: %v %s, signed %s: %s", tt.name, got.Allowed(), got.Reason, got.Signed, got.Detail)
 		}
+	}
+	// Whoever has a bundle full of indexes that list the manifest does not hide by them
+	// the manifest that is signed, and the index of that.
+	k := keeps{holds: holds{name: "store", evidence: of(digest.FromBytes(above))},
+		documents: map[digest.Digest][]byte{digest.FromBytes(same): same, digest.FromBytes(above): above}}
+	k.only = map[digest.Digest][]digest.Digest{q.Image.Config: {sub.Digest}, sub.Digest: {digest.FromBytes(above)}}
+	for i := range 20 {
+		raw := index(manifest, ocispec.Descriptor{Digest: digest.FromString(fmt.Sprint(i))})
+		d := digest.FromBytes(raw)
+		k.documents[d], k.only[manifest.Digest] = raw, append(k.only[manifest.Digest], d)
+	}
+	full, _ := stored(k)
+	if d := full.Judge(t.Context(), q); !d.Allowed() {
+		t.Errorf("behind many indexes: %s %s", d.Reason, d.Detail)
 	}
 	empty, _ := stored(keeps{})
 	if d := empty.Judge(t.Context(), q); d.Allowed() || d.Reason != SignatureMissing || len(d.Tried) != 1 {

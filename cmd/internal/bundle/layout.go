@@ -26,6 +26,7 @@ import (
 // Layout is empty.
 type Layout struct {
 	entries []ocispec.Descriptor
+	listed  map[string]bool // digests and names of entries
 	blobs   map[digest.Digest]func() ([]byte, error)
 	sizes   map[digest.Digest]int64
 	bytes   int64
@@ -55,8 +56,11 @@ func (l *Layout) has(d digest.Digest) bool { return l.blobs[d] != nil }
 // list lists d in index.json, once under a name.
 func (l *Layout) list(d ocispec.Descriptor) {
 	d.Data, d.URLs = nil, nil
-	if !slices.ContainsFunc(l.entries, func(e ocispec.Descriptor) bool { return e.Digest == d.Digest && nameOf(e) == nameOf(d) }) {
-		l.entries = append(l.entries, d)
+	if l.listed == nil {
+		l.listed = map[string]bool{}
+	}
+	if key := d.Digest.String() + " " + nameOf(d); !l.listed[key] {
+		l.listed[key], l.entries = true, append(l.entries, d)
 	}
 }
 
