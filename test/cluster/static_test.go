@@ -36,8 +36,8 @@ func TestStaticPods(t *testing.T) {
 		s.static("bare", bare)
 		s.static("foreign", foreign)
 		line := s.refused(named("bare"), verify.SignatureMissing)
-		if !strings.Contains(line, "; on node "+cluster.NodeName+": decision ") {
-			s.Errorf("no node and decision: %s", line)
+		if !strings.Contains(line, "; on node "+cluster.NodeName+": tidewaiter explain ") {
+			s.Errorf("no node, or no next command: %s", line)
 		}
 		s.refused(named("foreign"), verify.SignerUntrusted)
 		// What the event of a pod would say is in the log of a kubelet without an API server.
