@@ -157,6 +157,9 @@ func explainAbout(b *strings.Builder, a explain.About) {
 	if r != nil {
 		explainNow(line, a, *r)
 	}
+	if len(a.Listed) > 0 {
+		line("listed", "in %s: there a floor file lets it start all the same", strings.Join(a.Listed, ", "))
+	}
 	for _, s := range a.Signatures {
 		explainSignature(b, line, s)
 	}

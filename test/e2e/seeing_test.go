@@ -159,6 +159,8 @@ func TestSeeing(t *testing.T) {
 		listed := s.allowed(evil.Name, "evil", node.ContainerOptions{})
 		s.says(s.run(0, "explain", listed.ID), `^  now        allowed \[ALLOWED_BY_DIGEST\]`, `^  because    line 1 of .*floor lists `+evil.Target.Digest.String())
 
+		s.says(s.run(1, "explain", "registry.example/app@"+evil.Target.Digest.String()), `^  now        denied \[SIGNATURE_MISSING\]`, `^  listed     in `+s.pod.Namespace+`: `)
+
 		// An image that is gone is explained by what was answered.
 		s.must(s.RemoveImage(s.ctx, strange.Name))
 		s.eventually("the image is gone", func() bool {

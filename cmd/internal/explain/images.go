@@ -134,18 +134,7 @@ func Row(img verify.Image, d verify.Decision, floor Floor) Image {
 	if reason == verify.Verified && len(d.Signers) > 0 {
 		row.Signer = d.Signers[0].Subject
 	}
-	digests := []string{img.Target.Digest.String(), img.Manifest.Digest.String()}
-	if img.Vouched {
-		digests = append(digests, img.Config.String())
-	}
-	for _, at := range digests {
-		for _, n := range floor[at] {
-			if !slices.Contains(row.Namespaces, n) {
-				row.Namespaces = append(row.Namespaces, n)
-			}
-		}
-	}
-	slices.Sort(row.Namespaces)
+	row.Namespaces = floor.in(img)
 	return row
 }
 
@@ -159,6 +148,20 @@ func FloorOf(c *config.Config) Floor {
 		m[l.Digest.String()] = append(m[l.Digest.String()], l.Namespaces...)
 	}
 	return m
+}
+
+// in is where img may, or nil.
+func (f Floor) in(img verify.Image) []string {
+	digests := []string{img.Target.Digest.String(), img.Manifest.Digest.String()}
+	if img.Vouched {
+		digests = append(digests, img.Config.String())
+	}
+	var namespaces []string
+	for _, at := range digests {
+		namespaces = append(namespaces, f[at]...)
+	}
+	slices.Sort(namespaces)
+	return slices.Compact(namespaces)
 }
 
 // AskImages asks the gate whose run directory is run for its List.
