@@ -18,6 +18,7 @@ import (
 	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/host"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/trial"
 	"github.com/tidewaiter/tidewaiter/nri"
 	"github.com/tidewaiter/tidewaiter/nri/node"
 )
@@ -159,13 +160,7 @@ func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*host.I
 	}
 	result, err := do(i, ctx)
 	if err == nil && result == host.Enforces {
-		// The proof, where this build has it.
-		if c, _, e := cmd.Root().Find([]string{"selftest"}); e == nil && c.Name() == "selftest" {
-			said, e := h.Run(ctx, o.Program, "selftest", "--run-dir", o.RunDir)
-			if r.say("did", "tidewaiter selftest: %s", strings.TrimSpace(said)); e != nil {
-				err = &host.Hint{Err: fmt.Errorf("the gate is installed and registered, and its test failed: %w", e), Next: "tidewaiter selftest; tidewaiter doctor", No: true}
-			}
-		}
+		err = prove(ctx, h, o, r)
 	}
 	refused := (*host.Hint)(nil)
 	if errors.As(err, &refused) && refused.No {
@@ -181,6 +176,29 @@ func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*host.I
 
 // bringEvery is how often what is brought to the host is looked at.
 const bringEvery = 15 * time.Second
+
+// prove tests what was installed. A node on which that cannot be tried stays as it is.
+func prove(ctx context.Context, h *host.Host, o hostOptions, r *hostReport) error {
+	run := h.Path(o.RunDir)
+	found, err := trial.Run(ctx, trial.Options{
+		Socket: h.Path(h.Socket), RunDir: run, Now: time.Now,
+		Policy: func(ctx context.Context) (config.Summary, error) { return inForce(ctx, run, h.Path(o.ConfigDir)) },
+	})
+	const next = "tidewaiter selftest; tidewaiter doctor"
+	if err != nil {
+		r.say("warn", "tidewaiter selftest could not try anything: %v", err)
+		r.say("next", next)
+		return nil
+	}
+	r.say("did", "tidewaiter selftest:\n%s", strings.TrimSuffix(trials(found), "\n"))
+	switch found.Result {
+	case trial.NotEnforced:
+		return &host.Hint{Err: errors.New("the gate is installed and registered, and its test failed"), Next: next, No: true}
+	case trial.Unknown:
+		r.say("next", next)
+	}
+	return nil
+}
 
 func explained(err error) error {
 	next := ""

@@ -403,6 +403,8 @@ func TestHost(t *testing.T) {
 			m.denied(m.evil, "SIGNATURE_MISSING") // by the gate; not required yet
 			out = m.tidewaiter(0, "install", "--enforce", "--restart")
 			m.says(out, "installed: the gate enforces, and containerd refuses containers while it is away")
+			m.says(out, `ok    unsigned  rule "prod", `)
+			m.says(out, "enforced: everything was as it must be\n")
 			raw, err := os.ReadFile(m.Path(dropInPause))
 			if err != nil || !strings.Contains(string(raw), "registry.example/pause@sha256:") {
 				t.Errorf("%s, %v", raw, err)
