@@ -1,5 +1,6 @@
-// Package trial is tidewaiter selftest: it proves on the real runtime that the gate of this node refuses: it
-// has containerd create containers, which are never started, as a kubelet does.
+// Package trial is tidewaiter selftest. It proves on the real runtime that the gate of
+// this node refuses: it has containerd create containers, which are never started, as a
+// kubelet does.
 //
 // The gate knows nothing of it. The image is made here and put on the node without a
 // network, under a name that the rule speaks of, with a tag that nobody else has; that
@@ -8,6 +9,7 @@
 package trial
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -129,7 +131,7 @@ func Run(ctx context.Context, o Options) (_ *Report, err error) {
 	if err != nil {
 		return nil, err
 	}
-	rules, more := rulesOf(s, tag+t.nonce)
+	rules, more := rulesOf(s, tag+t.nonce, t.known(ctx, s, gateErr))
 	if len(rules) == 0 {
 		return nil, errors.New("the configuration has no rule under whose name an image could be")
 	}
@@ -217,11 +219,12 @@ type rule struct {
 }
 
 // rulesOf are those of a configuration, at most maxRules, and how many more there are.
-func rulesOf(s config.Summary, tag string) (rules []rule, more int) {
+// known is a repository that no statement names; empty: one is made up.
+func rulesOf(s config.Summary, tag, known string) (rules []rule, more int) {
 	for _, st := range s.Statements {
 		for _, scope := range st.Scopes {
 			if scope == "*" {
-				scope = elsewhere(s)
+				scope = cmp.Or(known, elsewhere(s))
 			}
 			name, err := policy.ParseName(scope + ":" + tag)
 			if err != nil {
@@ -235,6 +238,33 @@ func rulesOf(s config.Summary, tag string) (rules []rule, more int) {
 		}
 	}
 	return rules, more
+}
+
+// known is a repository of an image which the gate allows, and that no statement names:
+// its mirror can say that there is no signature.
+func (t *test) known(ctx context.Context, s config.Summary, gate error) string {
+	if gate != nil {
+		return ""
+	}
+	l, err := explain.AskImages(ctx, t.RunDir)
+	if err != nil {
+		return ""
+	}
+	named := map[string]bool{}
+	for _, st := range s.Statements {
+		for _, scope := range st.Scopes {
+			if n, err := policy.ParseName(scope); err == nil {
+				named[n.Repository()] = true
+			}
+		}
+	}
+	for _, i := range l.Images {
+		n, err := policy.ParseName(i.Image)
+		if err == nil && i.Reason == string(verify.Verified) && !named[n.Repository()] {
+			return n.Repository()
+		}
+	}
+	return ""
 }
 
 // elsewhere is a repository that no statement names: of a host whose mirror can say
