@@ -1,8 +1,10 @@
 package host
 
 import (
+	"fmt"
 	"io/fs"
 	"net"
+	"os"
 	"syscall"
 	"time"
 )
@@ -22,6 +24,11 @@ func listener(c *net.UnixConn) (pid int, err error) {
 	}
 	if failed != nil {
 		return 0, failed
+	}
+	// Its program is run, and it is stopped and continued: it must be somebody's who may
+	// do as much by himself.
+	if uid := int(cred.Uid); cred.Pid != 0 && uid != 0 && uid != os.Geteuid() {
+		return 0, fmt.Errorf("the process that listens is that of user %d", uid)
 	}
 	return int(cred.Pid), nil
 }

@@ -104,6 +104,7 @@ const (
 	settleTime = 30 * time.Second
 	loggedTime = 10 * time.Second
 	cleanTime  = time.Minute
+	heldTime   = 15 * time.Second // less than the watchdog of the gate's service has
 )
 
 // A test is one Run under way.
@@ -490,7 +491,7 @@ func (t *test) absent(ctx context.Context, r rule, before *control.Status) {
 	// containerd drops a gate that hangs once it was asked, and refuses that one
 	// creation all the same; then the gate is absent.
 	var err error
-	held, cancel := context.WithTimeout(ctx, guardTime-10*time.Second)
+	held, cancel := context.WithTimeout(ctx, heldTime)
 	defer cancel()
 	for range 5 {
 		err = t.try(held, r.image)
