@@ -74,7 +74,16 @@ func newScene(t *testing.T, version string) *scene {
 	t.Cleanup(func() { s.must(s.reg.Stop()) })
 	s.Node, err = node.Start(ctx, node.Options{ContainerdVersion: version, Required: true, Log: t.Output()})
 	s.must(err)
-	t.Cleanup(func() { s.must(s.Stop()) })
+	t.Cleanup(func() {
+		// The node's end ends processes in cgroups of its own alone, and not those of a
+		// test that failed half-way.
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
+		defer cancel()
+		if err := s.RemovePods(clean); err != nil {
+			t.Log(err)
+		}
+		s.must(s.Stop())
+	})
 	s.must(s.Use(s.reg))
 	for _, name := range []string{"app:good", "other:1"} {
 		img, err := s.reg.Push(ctx, name, node.ImageOptions{Word: name})
@@ -321,6 +330,16 @@ func TestKilled(t *testing.T) {
 	}
 	// What was left by the one that was killed is no obstacle.
 	s.enforces()
+	// The node's end ends processes in cgroups of its own alone.
+	s.must(s.RemovePods(s.ctx))
+	s.enforces()
+	for _, pattern := range []string{"/sys/fs/cgroup/tidewaiter-selftest/*/cgroup.procs", "/sys/fs/cgroup/*/tidewaiter-selftest/*/cgroup.procs"} {
+		left, err := filepath.Glob(pattern)
+		s.must(err)
+		if len(left) > 0 {
+			s.Errorf("left: %q", left)
+		}
+	}
 }
 
 // TestNode goes from a good node to each that is not, and back.
