@@ -8,8 +8,10 @@ import (
 	"io"
 	"log/syslog"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/distribution/reference"
@@ -100,6 +102,9 @@ func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*host.I
 	if err := checkOutput(o.output); err != nil {
 		return err
 	}
+	if !o.print {
+		defer outlive()()
+	}
 	ctx := cmd.Context()
 	h, err := host.Detect(o.Options)
 	if err != nil {
@@ -172,6 +177,16 @@ func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*host.I
 	}
 	r.end(string(result), "", "")
 	return nil
+}
+
+// outlive has this process go on when its terminal is gone (SIGHUP), or the reader of
+// what it prints (SIGPIPE), until stop is called: a connection to the node that drops
+// must not leave it half changed. The signals are not ignored, since every program
+// that is started here would inherit that.
+func outlive() (stop func()) {
+	c := make(chan os.Signal, 1) // nobody reads it
+	signal.Notify(c, syscall.SIGHUP, syscall.SIGPIPE)
+	return func() { signal.Stop(c) }
 }
 
 // bringEvery is how often what is brought to the host is looked at.

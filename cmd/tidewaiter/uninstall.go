@@ -19,7 +19,9 @@ answers nor a network, and leaves a line in the node's log. The containerd that 
 has read its old configuration: restart it, or have it restarted with --restart. Until
 that is done the gate stays; run uninstall again afterwards, or with --force at once.
 
-Configuration and state stay, unless --purge is given.
+Configuration and state stay, unless --purge is given. State is not deleted while
+another gate runs here, such as a pod's. A containerd that nothing makes require the
+gate is not restarted.
 
 Exit status: 0 done, or there was nothing to do; 2 it could not be done.`,
 		Args: cobra.NoArgs,
@@ -29,8 +31,8 @@ Exit status: 0 done, or there was nothing to do; 2 it could not be done.`,
 		},
 	}
 	hostFlags(cmd, &o)
-	cmd.Flags().BoolVar(&o.restart, "restart", false, "restart containerd")
+	cmd.Flags().BoolVar(&o.restart, "restart", false, "restart containerd, if it may require the gate")
 	cmd.Flags().BoolVar(&o.purge, "purge", false, "delete the configuration, the state and the run directory too")
-	cmd.Flags().BoolVar(&o.force, "force", false, "do not wait for a restart of containerd")
+	cmd.Flags().BoolVar(&o.force, "force", false, "do not wait for a restart of containerd; delete what another gate uses")
 	return cmd
 }

@@ -245,7 +245,12 @@ func stage(t *testing.T, files tree) *scene {
 			g := s.gate
 			return &g, nil
 		},
-		Gates: func() (int, error) { return 1 + s.others, nil },
+		Gates: func() (int, error) {
+			if s.away {
+				return s.others, nil
+			}
+			return 1 + s.others, nil
+		},
 		Load: func(_ context.Context, dir string) (string, error) {
 			raw, err := os.ReadFile(filepath.Join(s.root, dir, "config.yaml"))
 			if err != nil {
@@ -931,6 +936,70 @@ func TestRequiredByOthers(t *testing.T) {
 	must(t, "uninstall --force", Removed)(s.Uninstall(t.Context()))
 }
 
+// TestUninstallOfAudit restarts nothing, since nothing required the gate; where it cannot
+// be told, or was required once, it does.
+func TestUninstallOfAudit(t *testing.T) {
+	const restart = "systemctl restart containerd.service"
+	for name, tt := range map[string]struct {
+		set  func(*scene)
+		want bool
+	}{
+		"audit":             {func(*scene) {}, false},
+		"no answer":         {func(s *scene) { s.bad = true }, true},
+		"an earlier record": {func(s *scene) { s.write(t, "/var/lib/tidewaiter/install.json", `{"opened":"2026-01-01T00:00:00Z"}`) }, true},
+		"by hand": {func(s *scene) {
+			s.Force = true
+			s.write(t, "/etc/containerd/conf.d/own.toml", "version = 3\n[plugins.'io.containerd.nri.v1.nri'.default_validator]\n  enable = true\n  required_plugins = ['tidewaiter']\n")
+		}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := stage(t, kubeadm)
+			must(t, "install", Installed)(s.Install(t.Context()))
+			tt.set(s)
+			s.Restart = true
+			must(t, "uninstall", Removed)(s.Uninstall(t.Context()))
+			if got := slices.Contains(s.commands, restart); got != tt.want {
+				t.Errorf("restarted: %v", got)
+			}
+			if !s.away || s.exists(GateBinary) {
+				t.Error("the gate is still there")
+			}
+		})
+	}
+}
+
+// TestPurgeBesideAnotherGate leaves what that one uses.
+func TestPurgeBesideAnotherGate(t *testing.T) {
+	s := auditing(t, kubeadm)
+	s.write(t, "/var/lib/tidewaiter/store", "")
+	s.write(t, "/run/tidewaiter/control.sock", "")
+	s.others, s.Purge = 1, true
+	if _, err := s.Uninstall(t.Context()); err == nil || !strings.Contains(err.Error(), "another gate still runs here: /var/lib/tidewaiter and /run/tidewaiter stay") {
+		t.Errorf("%v", err)
+	}
+	if s.exists("/etc/tidewaiter") || s.exists(GateBinary) || !s.exists("/var/lib/tidewaiter/store") || !s.exists("/run/tidewaiter/control.sock") {
+		t.Error("not what is the host's is gone, and what both use there")
+	}
+	s.Gates = func() (int, error) { return 0, errors.New("no leave") }
+	if _, err := s.Uninstall(t.Context()); err == nil || !strings.Contains(err.Error(), "cannot be found out") {
+		t.Errorf("%v", err)
+	}
+	s.Force = true
+	must(t, "uninstall --purge --force", Removed)(s.Uninstall(t.Context()))
+	if s.exists("/var/lib/tidewaiter") || s.exists("/run/tidewaiter") {
+		t.Error("something is left")
+	}
+}
+
+// TestLogs names logs that there are.
+func TestLogs(t *testing.T) {
+	for name, want := range map[string]string{"systemd": "journalctl", "openrc": "/var/log/tidewaiter.log", "none": "/opt/gate run"} {
+		if got := (Manager{Name: name}).logs("/opt/gate"); !strings.Contains(got, want) || name != "systemd" && strings.Contains(got, "journalctl") {
+			t.Errorf("%s: %s", name, got)
+		}
+	}
+}
+
 // TestListThatDidNotCount stays what it was, and NRI that is switched off by name is
 // seen.
 func TestListThatDidNotCount(t *testing.T) {
@@ -1030,6 +1099,9 @@ func TestExec(t *testing.T) {
 	}
 	if _, err := run(t.Context(), "sh", "-c", "head -c 9000000 /dev/zero"); err == nil || !strings.Contains(err.Error(), "too much") {
 		t.Errorf("%v", err)
+	}
+	if out, err := run(t.Context(), "sh", "-c", "cut -d' ' -f5 /proc/$$/stat; echo $$"); err != nil || len(strings.Fields(out)) != 2 || strings.Fields(out)[0] != strings.Fields(out)[1] {
+		t.Errorf("not a process group of its own: %q, %v", out, err)
 	}
 	if _, err := run(t.Context(), "no-such-program"); err == nil || !strings.Contains(err.Error(), "there is no no-such-program on this host") {
 		t.Errorf("%v", err)

@@ -524,7 +524,7 @@ func (i *Installation) begin(ctx context.Context, changes []Change, before *cont
 			return fmt.Errorf("%w; and it could not be taken back: %w", why, err)
 		}
 		i.Log("install: " + why.Error() + ": taken back")
-		return refuse("journalctl -u tidewaiter", "%w: everything is as it was", why)
+		return refuse(i.Manager.logs(i.Program), "%w: everything is as it was", why)
 	}
 	r := i.remembered()
 	r.Directories = append(r.Directories, made...)
@@ -753,6 +753,7 @@ func (i *Installation) Uninstall(ctx context.Context) (Result, error) {
 		}
 		return Printed, openErr
 	}
+	again := i.Restart && (len(opening) > 0 || i.mayRequire(ctx, r))
 	// First of all containerd, file by file: what cannot be read must not keep what
 	// can from being opened.
 	for _, c := range opening {
@@ -775,7 +776,9 @@ func (i *Installation) Uninstall(ctx context.Context) (Result, error) {
 			i.Say("warn", "%v", err)
 		}
 	}
-	if i.Restart {
+	if i.Restart && !again {
+		i.Say("did", "did not restart containerd: nothing makes it require the gate")
+	} else if i.Restart {
 		command := i.Manager.Restart()
 		if command == nil {
 			return Opened, hint("restart it, or name the command with --restart-command", "it is not known what restarts containerd")
@@ -805,8 +808,13 @@ func (i *Installation) Uninstall(ctx context.Context) (Result, error) {
 	if err := i.Manager.run(ctx, after); err != nil {
 		i.Say("warn", "%v", err)
 	}
+	var shared error
 	if i.Purge {
-		for _, dir := range []string{i.ConfigDir, i.StateDir, i.RunDir} {
+		dirs := []string{i.ConfigDir, i.StateDir, i.RunDir}
+		if shared = i.shared(); shared != nil {
+			dirs = dirs[:1]
+		}
+		for _, dir := range dirs {
 			if err := os.RemoveAll(i.Path(dir)); err != nil {
 				return "", err
 			}
@@ -816,8 +824,60 @@ func (i *Installation) Uninstall(ctx context.Context) (Result, error) {
 	for _, dir := range slices.Backward(r.Directories) {
 		os.Remove(i.Path(filepath.Clean(dir))) // what holds something stays
 	}
+	if shared != nil {
+		return "", shared
+	}
 	return Removed, nil
 }
+
+// shared fails where a gate lives here after the service has ended, such as a pod's: its
+// state and its sockets are in the same directories.
+func (i *Installation) shared() error {
+	if i.Force {
+		return nil
+	}
+	n, err := i.Gates()
+	if err == nil && n == 0 {
+		return nil
+	}
+	what := "another gate still runs here"
+	if err != nil {
+		what = fmt.Sprintf("it cannot be found out whether another gate runs here (%v)", err)
+	}
+	return hint("end it, then tidewaiter uninstall --purge again; --force deletes them under it", "%s: %s and %s stay", what, i.StateDir, i.RunDir)
+}
+
+// mayRequire reports whether the containerd that runs may require the gate though none of
+// our files is in its configuration. Only what is known not to is not restarted.
+func (i *Installation) mayRequire(ctx context.Context, r record) bool {
+	if r.Pending || !r.Opened.IsZero() || len(r.DropIns)+len(r.Configs) > 0 {
+		return true // it did once, and nobody says that it was restarted since
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	e, err := i.Effective(ctx)
+	if err != nil || requires(e) {
+		return true
+	}
+	p, err := i.Running(i.Now())
+	if err != nil {
+		return false // none runs, or it cannot be seen from here
+	}
+	files, dirs, err := i.Files()
+	if err != nil {
+		return true
+	}
+	for _, f := range files {
+		dirs = append(dirs, f.Path)
+	}
+	return slices.ContainsFunc(dirs, func(name string) bool {
+		t, err := i.Changed(name)
+		return err == nil && t.After(p.Started) // and it may have read another configuration
+	})
+}
+
+// requires reports whether containerd requires the gate by one of its names.
+func requires(e *Effective) bool { return e.Requires(gate) || e.Requires("99-"+gate) }
 
 // requiredByOthers fails where containerd's own program says that the gate is required
 // still: it says so somewhere where install did not write it, and without the gate
@@ -826,7 +886,7 @@ func (i *Installation) requiredByOthers(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	e, err := i.Effective(ctx)
-	if err != nil || !e.Requires(gate) && !e.Requires("99-"+gate) {
+	if err != nil || !requires(e) {
 		return nil
 	}
 	where := i.Config

@@ -52,8 +52,13 @@ func Exec(root string) Runner {
 		cmd.Env = []string{"PATH=" + strings.Join(searched, ":"), "HOME=/root", "SYSTEMD_IGNORE_CHROOT=1"}
 		cmd.Dir = "/"
 		cmd.WaitDelay = 5 * time.Second
+		// A process group of its own: when a terminal goes, its signal is for all of the
+		// group in front, and would end a restart half done. What ends the program ends
+		// those that it started, too.
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+		cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 		if filepath.Clean(root) != "/" {
-			cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
+			cmd.SysProcAttr.Chroot = root
 		}
 		stdout, stderr := &bounded{limit: maxPrinted}, &bounded{limit: maxSaid}
 		cmd.Stdout, cmd.Stderr = stdout, stderr

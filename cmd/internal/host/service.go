@@ -119,6 +119,17 @@ func (m Manager) stop() (before, after [][]string) {
 	return nil, nil
 }
 
+// logs is where the gate says why it does not come up.
+func (m Manager) logs(program string) string {
+	switch m.Name {
+	case "systemd":
+		return "journalctl -u " + gate
+	case "openrc":
+		return "tail /var/log/tidewaiter.log"
+	}
+	return "see what the supervisor of the gate logged, or what " + program + " run prints"
+}
+
 func (m Manager) run(ctx context.Context, commands [][]string) error {
 	for _, c := range commands {
 		if _, err := m.host.Run(ctx, c[0], c[1:]...); err != nil {
