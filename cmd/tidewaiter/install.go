@@ -117,7 +117,7 @@ func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*host.I
 	r := &hostReport{out: stdout, json: o.output == "json", Schema: installSchema, Runtime: h.Name, Steps: []hostStep{}}
 	i := &host.Installation{
 		Host: h, Gate: o.Gate, Self: self,
-		From: o.from, Patience: o.patience, Enforce: o.enforce, Force: o.force, Print: o.print, Restart: o.restart, Purge: o.purge,
+		Follow: o.follow, Release: version, From: o.from, Patience: o.patience, Enforce: o.enforce, Force: o.force, Print: o.print, Restart: o.restart, Purge: o.purge,
 		Ask: func(ctx context.Context) (*control.Status, error) { return control.Ask(ctx, h.Path(o.RunDir)) },
 		Look: func(ctx context.Context) (*control.Status, error) {
 			var s control.Status
@@ -147,6 +147,7 @@ func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*host.I
 		switch {
 		case ctx.Err() != nil:
 			return nil
+		case errors.Is(err, host.ErrBusy): // its turn comes
 		case err != nil:
 			next := ""
 			if h := (*host.Hint)(nil); errors.As(err, &h) {

@@ -284,6 +284,12 @@ func (s *scene) run(_ context.Context, program string, args ...string) (string, 
 	switch {
 	case strings.HasSuffix(line, " --version"):
 		return "containerd github.com/containerd/containerd/v2 v2.2.9-k3s1 deadbeef\n", nil
+	case strings.HasSuffix(line, " version --output json"): // of a gate that is \x00 and its version
+		raw, _ := os.ReadFile(filepath.Join(s.root, program))
+		if len(raw) == 0 || !strings.HasPrefix(string(raw[1:]), "v") {
+			return "", errors.New("exec format error")
+		}
+		return `{"version":"` + string(raw[1:]) + `"}`, nil
 	case strings.HasSuffix(line, " config dump"):
 		if s.bad {
 			return "", errors.New("exit status 1: containerd: invalid disabled plugin URI")
@@ -1184,5 +1190,102 @@ func TestFollow(t *testing.T) {
 	must(t, "back to audit", Installed)(s.Install(t.Context()))
 	if got := s.text(t, "/etc/tidewaiter/config.yaml"); got != "mode: audit\n" {
 		t.Errorf("%q", got)
+	}
+}
+
+// TestFollowsForward: of several pods that follow, the one with the newest program wins,
+// and each is quiet after that. What cannot be compared is put there once.
+func TestFollowsForward(t *testing.T) {
+	for name, tt := range map[string]struct{ pods, hosts []string }{
+		"a newer one":        {[]string{"v1.2.0", "v1.2.1"}, []string{"v1.2.0", "v1.2.1"}},
+		"an older one":       {[]string{"v1.10.0", "v1.9.3"}, []string{"v1.10.0", "v1.10.0"}},
+		"commits after it":   {[]string{"v1.2.0", "v1.2.0-4-gdeadbee", "v1.2.0"}, []string{"v1.2.0", "v1.2.0-4-gdeadbee", "v1.2.0-4-gdeadbee"}},
+		"a candidate":        {[]string{"v1.2.0-rc.9", "v1.2.0-rc.10", "v1.2.0", "v1.2.0-rc.10"}, []string{"v1.2.0-rc.9", "v1.2.0-rc.10", "v1.2.0", "v1.2.0"}},
+		"beside each other":  {[]string{"v1.0.0", "v1.1.0", "v1.0.0", "v1.1.0"}, []string{"v1.0.0", "v1.1.0", "v1.1.0", "v1.1.0"}},
+		"not to be compared": {[]string{"one", "two", "one", "two", "three", "one"}, []string{"one", "two", "two", "two", "three", "three"}},
+		"with local changes": {[]string{"v1.1.0-dirty", "v1.0.0", "v1.1.0-dirty"}, []string{"v1.1.0-dirty", "v1.0.0", "v1.0.0"}},
+		"a hash of git":      {[]string{"v0", "v1.0.0", "v0"}, []string{"v0", "v1.0.0", "v1.0.0"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := stage(t, kubeadm)
+			s.away, s.Follow = true, true
+			for k, v := range tt.pods {
+				s.Self, s.Release = []byte("\x00"+v), v
+				was := ""
+				if k > 0 {
+					was = tt.hosts[k-1]
+				}
+				want := Installed
+				if tt.hosts[k] == was {
+					want = Nothing
+				}
+				must(t, "pod of "+v, want)(s.Install(t.Context()))
+				if got := s.text(t, GateBinary)[1:]; got != tt.hosts[k] {
+					t.Fatalf("after the pod of %s the host has %s, want %s", v, got, tt.hosts[k])
+				}
+				if string(s.Self[1:]) != v || s.Keep {
+					t.Errorf("the pod of %s forgot its program", v)
+				}
+				n := len(s.commands)
+				must(t, "again", Nothing)(s.Install(t.Context()))
+				if len(s.commands) != n {
+					t.Errorf("ran %v", s.commands[n:])
+				}
+			}
+			// By hand any program is put there, and stays where it cannot be compared.
+			s.Follow = false
+			s.Self = []byte("\x00" + tt.pods[0])
+			if _, err := s.Install(t.Context()); err != nil || s.text(t, GateBinary)[1:] != tt.pods[0] {
+				t.Errorf("by hand: %v", err)
+			}
+		})
+	}
+}
+
+// TestKeptService: an older pod leaves the service to the newer program, too.
+func TestKeptService(t *testing.T) {
+	s := stage(t, kubeadm)
+	s.away, s.Follow = true, true
+	s.Self, s.Release = []byte("\x00v2.0.0"), "v2.0.0"
+	must(t, "install", Installed)(s.Install(t.Context()))
+	const unit = "/etc/systemd/system/tidewaiter.service"
+	s.write(t, unit, s.text(t, unit)+"# newer\n")
+	s.Self, s.Release = []byte("\x00v1.0.0"), "v1.0.0"
+	must(t, "an older pod", Nothing)(s.Install(t.Context()))
+	s.Self, s.Release = []byte("\x00v3.0.0"), "v3.0.0"
+	must(t, "a newer pod", Installed)(s.Install(t.Context()))
+	if strings.Contains(s.text(t, unit), "# newer") {
+		t.Error("a newer program left the service of an older one")
+	}
+}
+
+// TestLock: two that change a host do so one after the other, and one that only prints
+// waits for nobody.
+func TestLock(t *testing.T) {
+	for name, files := range map[string]tree{"host": kubeadm, "nothing runs": {"/etc/containerd/config.toml": "version = 3\n"}} {
+		t.Run(name, func(t *testing.T) {
+			s := stage(t, files)
+			release, err := s.lock(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			was := snapshot(t, s.root)
+			for what, do := range map[string]func(context.Context) (Result, error){"install": s.Install, "uninstall": s.Uninstall} {
+				if _, err := do(t.Context()); !errors.Is(err, ErrBusy) {
+					t.Errorf("%s: %v", what, err)
+				}
+			}
+			s.Print = true
+			must(t, "print", Printed)(s.Install(t.Context()))
+			s.Print = false
+			same(t, "busy", was, snapshot(t, s.root))
+			// It goes on as soon as the other is done.
+			sleep := s.Sleep
+			s.Sleep = func(ctx context.Context, d time.Duration) { release(); sleep(ctx, d) }
+			must(t, "install", Installed)(s.Install(t.Context()))
+			if s.said = nil; s.exists("/run/tidewaiter.lock") {
+				t.Error("a file is left")
+			}
+		})
 	}
 }

@@ -37,6 +37,10 @@ type Installation struct {
 	// empty: the host has its own.
 	From string
 	Keep bool // the program on the host, whichever it is
+	// Follow replaces a program on the host only with a newer one: several pods may
+	// follow at once. Release is the version of Self.
+	Follow  bool
+	Release string
 
 	Enforce bool
 	Force   bool
@@ -66,7 +70,8 @@ type record struct {
 	Configs     []string  `json:"configs"`     // files of containerd's configuration
 	Pending     bool      `json:"pending"`     // what containerd reads was changed, and it was not restarted by us
 	Opened      time.Time `json:"opened,omitzero"`
-	Brought     bool      `json:"brought,omitzero"` // the configuration is a copy of i.From
+	Brought     bool      `json:"brought,omitzero"`   // the configuration is a copy of i.From
+	Replaced    []string  `json:"replaced,omitempty"` // digests of programs that another took the place of, the last ones
 }
 
 func (i *Installation) recordFile() string { return path.Join(i.StateDir, "install.json") }
@@ -137,6 +142,19 @@ func (i *Installation) places() error {
 func (i *Installation) Install(ctx context.Context) (Result, error) {
 	if err := i.places(); err != nil {
 		return "", err
+	}
+	release, err := i.lock(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer release()
+	defer func(self []byte, keep bool) { i.Self, i.Keep = self, keep }(i.Self, i.Keep)
+	old, err := os.ReadFile(i.Path(i.Program))
+	switch {
+	case err != nil:
+		i.Keep = false // there is none to keep
+	case i.Keep || i.Follow && !bytes.Equal(old, i.Self) && !i.newer(ctx, old):
+		i.Self, i.Keep = old, true
 	}
 	status, askErr := i.Ask(ctx)
 	was := ""
@@ -321,9 +339,6 @@ func (i *Installation) service(before *Effective) ([]Change, error) {
 		return err
 	}
 	old, err := os.ReadFile(i.Path(i.Program))
-	if err == nil && i.Keep {
-		i.Self = old
-	}
 	if err == nil && !bytes.Equal(old, i.Self) {
 		if err := add(i.Program+".previous", 0o755, old, "the program as it was, for the way back"); err != nil {
 			return nil, err
@@ -333,7 +348,7 @@ func (i *Installation) service(before *Effective) ([]Change, error) {
 		return nil, err
 	}
 	file, content, mode := i.Manager.file()
-	if file == "" {
+	if file == "" || i.Keep && i.exists(file) { // the service belongs to the program
 		return all, nil
 	}
 	if i.Program != GateBinary {
@@ -541,7 +556,7 @@ func (i *Installation) begin(ctx context.Context, changes []Change, before *cont
 	start := i.Manager.start()
 	if start == nil {
 		i.byHand()
-		return nil
+		return i.replaced(changes)
 	}
 	if err := i.Manager.run(ctx, start); err != nil {
 		return back(fmt.Errorf("the gate did not come up: %w", err))
@@ -553,6 +568,9 @@ func (i *Installation) begin(ctx context.Context, changes []Change, before *cont
 		return back(fmt.Errorf("the gate did not come up: %w", err))
 	}
 	i.Say("did", "started the gate")
+	if err := i.replaced(changes); err != nil {
+		i.Say("warn", "%v", err)
+	}
 	if !registered {
 		// Who looks at status next is not to be told of what is over in a second.
 		soon := *i
@@ -718,6 +736,11 @@ func (i *Installation) Uninstall(ctx context.Context) (Result, error) {
 	if err := i.places(); err != nil {
 		return "", err
 	}
+	release, err := i.lock(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer release()
 	r := i.remembered()
 	opening, openErr := i.open(r.DropIns, r.Configs)
 	var gateFiles []Change
