@@ -90,6 +90,7 @@ type Facts struct {
 
 	Config    *config.Config
 	ConfigErr error
+	Loose     []string // of the configuration: what others than root may change, and how
 
 	Offline bool // no source was asked
 	Sources []Source

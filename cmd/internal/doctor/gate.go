@@ -81,6 +81,13 @@ func (x *examination) configuration() {
 	if s != nil && s.Configuration.Dir != "" && s.Configuration.Dir != x.ConfigDir {
 		x.add(Warn, check, "tidewaiter doctor --config-dir "+s.Configuration.Dir, "the gate reads %s, and this is about %s", s.Configuration.Dir, x.ConfigDir)
 	}
+	for i, l := range x.Loose {
+		if i == shown {
+			x.add(Warn, check, "chown -R root: "+x.ConfigDir+"; chmod -R go-w "+x.ConfigDir, "and %d more", len(x.Loose)-shown)
+			break
+		}
+		x.add(Warn, check, "chown -R root: "+x.ConfigDir+"; chmod -R go-w "+x.ConfigDir, "%s: whoever can write there says what starts on this node", l)
+	}
 	if err := x.ConfigErr; err != nil {
 		next := "tidewaiter policy check --config-dir " + x.ConfigDir
 		then := ""

@@ -64,6 +64,7 @@ func Gather(ctx context.Context, o Options) (*Facts, error) {
 	run := h.Path(o.RunDir)
 	f.Gate, f.GateErr = control.Ask(ctx, run)
 	f.Config, f.ConfigErr = config.Load(h.Path(o.ConfigDir))
+	f.Loose = loose(h.Path(o.ConfigDir))
 	// A change counts a moment after it was made.
 	for range 3 {
 		if f.Gate == nil || f.Config == nil || f.Gate.Configuration.Epoch == f.Config.Epoch.String() || ctx.Err() != nil {
