@@ -2,7 +2,7 @@
 # these targets: modules through the module proxy, libseccomp through apt-get.
 
 CONTAINERD ?= 2.4.2
-FUZZTIME   ?= 20s
+FUZZTIME   ?= 10s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 # grpcnotrace leaves out golang.org/x/net/trace and html/template: half a megabyte
 # that nobody looks at. test/node builds with the same.
