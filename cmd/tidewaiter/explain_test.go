@@ -37,6 +37,12 @@ func (s *shelf) Listed(_ context.Context, yield func(verify.Image) bool) error {
 	return s.err
 }
 
+// Read binds what Listed could not.
+func (s *shelf) Read(_ context.Context, img verify.Image) verify.Image {
+	img.Fault, img.Manifest, img.Config = nil, img.Target, img.Target.Digest
+	return img
+}
+
 func (s *shelf) Running(_ context.Context, c node.Container) ([]verify.Image, error) {
 	if s.gone[c.ID] {
 		return []verify.Image{{Asked: c.Image}}, node.ErrGone
@@ -84,6 +90,21 @@ func newExplainer(t *testing.T, mode string) (*explain.Explainer, *shelf, *daemo
 	}
 	return &explain.Explainer{Images: s, Containers: containers{s}, Enforcer: &d.enforcer, Force: d.force, Ring: d.ring, Node: "edge-17",
 		Now: time.Now, Assurance: func() string { return "full" }}, s, d
+}
+
+// Who asks about one image gets an answer, also where the gate has not come to it.
+func TestExplainReads(t *testing.T) {
+	x, s, _ := newExplainer(t, "enforce")
+	for i := range s.images {
+		img := &s.images[i]
+		img.Fault, img.Manifest, img.Config = &verify.Fault{Reason: verify.Pending, Detail: "not yet"}, verify.Image{}.Manifest, ""
+	}
+	if a := one(t, x, "registry.test/team/app:signed"); a.Now == nil || a.Now.Reason != verify.Verified {
+		t.Errorf("signed: %+v", a.Now)
+	}
+	if a := one(t, x, "registry.test/team/app:unsigned"); a.Now == nil || a.Now.Reason != verify.SignatureMissing {
+		t.Errorf("unsigned: %+v", a.Now)
+	}
 }
 
 func one(t *testing.T, x *explain.Explainer, what string) explain.About {

@@ -425,13 +425,19 @@ func (r *Resolver) Listed(ctx context.Context, yield func(verify.Image) bool) er
 		if _, read := r.leads.Peek(plain(record.Target)); read {
 			img = r.ahead(ctx, name, record)
 		} else {
-			img.Fault = &verify.Fault{Reason: verify.Pending, Detail: "the gate has not looked at the image yet"}
+			img.Fault = &verify.Fault{Reason: verify.Pending, Detail: "the gate has not looked at the image yet, or not again since it died while it did; tidewaiter explain has it look"}
 		}
 		if !yield(img) {
 			return nil
 		}
 	}
 	return nil
+}
+
+// Read binds an image that Listed handed over and the Survey has not come to, or does
+// not come to since an earlier process died over it.
+func (r *Resolver) Read(ctx context.Context, img verify.Image) verify.Image {
+	return r.ahead(ctx, img.Name, Record{Name: img.Asked, Target: img.Target})
 }
 
 // nameable returns the name of a record, where a pod can name it. The record of an

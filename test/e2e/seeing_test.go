@@ -51,8 +51,8 @@ func (s *scene) says(out string, parts ...string) {
 // ends in, over a restart of the gate; and lists what the node has.
 func TestSeeing(t *testing.T) {
 	each(t, func(s *scene) {
-		good, evil := s.signed("app:see", "see"), s.push(s.reg, "app:see-evil", node.ImageOptions{Word: "evil"})
-		strange := s.push(s.reg, "app:see-strange", node.ImageOptions{Word: "strange"})
+		good, evil := s.signed("app:see", "see"), s.push(s.reg, "app:see-evil", node.ImageOptions{Word: "see-evil"})
+		strange := s.push(s.reg, "app:see-strange", node.ImageOptions{Word: "see-strange"})
 		_, err := s.reg.Sign(s.ctx, strange, stranger)
 		s.must(err)
 		for _, i := range []*node.Image{good, evil, strange} {
@@ -125,8 +125,8 @@ func TestSeeing(t *testing.T) {
 		// What is on the node, and until when.
 		var out string
 		s.eventually("the images are looked at", func() bool {
-			out = s.run(0, "images", "registry.example/app")
-			return !strings.Contains(out, "PENDING")
+			out = s.run(0, "images", "registry.example/app") // those of other tests, too
+			return !regexp.MustCompile(`PENDING .*app:see`).MatchString(out)
 		})
 		s.says(out, `^allowed  VERIFIED +20[0-9-]+ certificate +registry.example/app:see$`, `^denied   SIGNATURE_MISSING +- +registry.example/app:see-evil$`,
 			`^denied   SIGNER_UNTRUSTED +- +registry.example/app:see-strange$`)
@@ -156,7 +156,7 @@ func TestSeeing(t *testing.T) {
 		s.eventually("the listed image is known", func() bool {
 			return strings.Contains(s.run(0, "images", evil.Name), "listed in "+s.pod.Namespace)
 		})
-		listed := s.allowed(evil.Name, "evil", node.ContainerOptions{})
+		listed := s.allowed(evil.Name, "see-evil", node.ContainerOptions{})
 		s.says(s.run(0, "explain", listed.ID), `^  now        allowed \[ALLOWED_BY_DIGEST\]`, `^  because    line 1 of .*floor lists `+evil.Target.Digest.String())
 
 		s.says(s.run(1, "explain", "registry.example/app@"+evil.Target.Digest.String()), `^  now        denied \[SIGNATURE_MISSING\]`, `^  listed     in `+s.pod.Namespace+`: `)

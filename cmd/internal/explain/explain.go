@@ -31,6 +31,7 @@ import (
 // Images are those of the node. [node.Resolver] implements it.
 type Images interface {
 	Listed(ctx context.Context, yield func(verify.Image) bool) error
+	Read(ctx context.Context, img verify.Image) verify.Image
 	Running(ctx context.Context, c node.Container) ([]verify.Image, error)
 }
 
@@ -395,6 +396,9 @@ func (x *Explainer) listed(ctx context.Context, match func(verify.Image) bool, e
 		return runtimeError(err)
 	}
 	for _, img := range images {
+		if img.Fault != nil && img.Fault.Reason == verify.Pending {
+			img = x.Images.Read(ctx, img) // somebody wants to know of this one
+		}
 		if len(pod) > 0 && pod[0] != nil {
 			img.Pod = *pod[0]
 		}
