@@ -24,8 +24,8 @@ image: ## in dist/: the container image of all platforms, without Docker, what i
 	GOOS=linux GOARCH=arm GOARM=7 $(IMAGEBUILD) -o dist/linux-arm-v7/tidewaiter ./cmd/tidewaiter
 	go run ./deploy/image -name $(IMAGE):$(VERSION) -o dist dist/linux-*/tidewaiter
 	mkdir dist/deploy
-	cp -r deploy/kubeadm deploy/k3s deploy/rke2 deploy/microk8s deploy/enforce deploy/helm deploy/alerts.yaml dist/deploy
-	sed -i 's|ghcr.io/tidewaiter/tidewaiter:devel|$(IMAGE):$(VERSION)|' dist/deploy/kubeadm/tidewaiter.yaml
+	cp -r deploy/kubeadm deploy/k3s deploy/rke2 deploy/microk8s deploy/enforce deploy/host deploy/host-enforce deploy/helm deploy/alerts.yaml dist/deploy
+	sed -i 's|ghcr.io/tidewaiter/tidewaiter:devel|$(IMAGE):$(VERSION)|' dist/deploy/kubeadm/tidewaiter.yaml dist/deploy/host/tidewaiter-host.yaml
 	sed -i 's|^image: .*|image: $(IMAGE):$(VERSION)|' dist/deploy/helm/values.yaml
 	sed -i 's|^appVersion: .*|appVersion: "$(VERSION)"|' dist/deploy/helm/Chart.yaml
 
