@@ -56,9 +56,10 @@ unit:
 core386: ## the core on a 32-bit machine
 	GOARCH=386 go test ./verify/... ./cache/...
 
-cross: ## the other machines of the edge
+cross: ## the other machines of the edge, and one to verify at
 	GOARCH=arm64 CGO_ENABLED=0 go build -tags $(TAGS) -o /dev/null ./cmd/tidewaiter
 	GOARCH=arm GOARM=7 CGO_ENABLED=0 go build -tags $(TAGS) -o /dev/null ./cmd/tidewaiter
+	GOOS=darwin GOARCH=arm64 CGO_ENABLED=0 go build -tags $(TAGS) -o /dev/null ./cmd/tidewaiter
 
 fuzz: ## every parser of outside bytes, $(FUZZTIME) each
 	./test/fuzz.sh $(FUZZTIME)

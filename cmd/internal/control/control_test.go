@@ -315,7 +315,7 @@ func TestPeers(t *testing.T) {
 	s, err := l.Accept()
 	must(t, err)
 	defer s.Close()
-	if uid, err := peer(s.(*net.UnixConn)); err != nil || uid != os.Geteuid() {
+	if uid, _, err := Peer(s.(*net.UnixConn)); err != nil || uid != os.Geteuid() {
 		t.Errorf("the peer is %d, %v", uid, err)
 	}
 	if trust(s) != nil {

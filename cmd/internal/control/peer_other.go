@@ -7,6 +7,6 @@ import (
 	"net"
 )
 
-// peer knows nobody: the gate runs on Linux, and what is built for another system
+// Peer knows nobody: the gate runs on Linux, and what is built for another system
 // is tidewaiter verify.
-func peer(*net.UnixConn) (uid int, err error) { return 0, errors.ErrUnsupported }
+func Peer(*net.UnixConn) (uid, pid int, err error) { return 0, 0, errors.ErrUnsupported }

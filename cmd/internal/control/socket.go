@@ -217,7 +217,7 @@ func trust(c net.Conn) error {
 	if !is {
 		return errors.New("not a unix socket")
 	}
-	uid, err := peer(u)
+	uid, _, err := Peer(u)
 	if err != nil {
 		return fmt.Errorf("whose process is at the other end is not known: %w", err)
 	}

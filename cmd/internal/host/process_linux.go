@@ -7,30 +7,22 @@ import (
 	"os"
 	"syscall"
 	"time"
+
+	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
 )
 
 // listener is the process at the other end of c; 0: one that has no number here.
 func listener(c *net.UnixConn) (pid int, err error) {
-	raw, err := c.SyscallConn()
+	uid, pid, err := control.Peer(c)
 	if err != nil {
 		return 0, err
 	}
-	var cred *syscall.Ucred
-	var failed error
-	if err := raw.Control(func(fd uintptr) {
-		cred, failed = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
-	}); err != nil {
-		return 0, err
-	}
-	if failed != nil {
-		return 0, failed
-	}
 	// Its program is run, and it is stopped and continued: it must be somebody's who may
 	// do as much by himself.
-	if uid := int(cred.Uid); cred.Pid != 0 && uid != 0 && uid != os.Geteuid() {
+	if pid != 0 && uid != 0 && uid != os.Geteuid() {
 		return 0, fmt.Errorf("the process that listens is that of user %d", uid)
 	}
-	return int(cred.Pid), nil
+	return pid, nil
 }
 
 // changed is when a file became what it is, also by being moved there.

@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
@@ -309,10 +308,10 @@ func entries(dir string) (names []string, astray string) {
 
 // A stamp tells versions of a file apart. The zero stamp is that of none.
 type stamp struct {
-	mode         uint32
-	dev, inode   uint64
-	size         int64
-	modified, cd int64
+	mode              fs.FileMode
+	size              int64
+	modified, changed int64
+	dev, inode        uint64
 }
 
 // stampsOf returns the stamps of a bundle, and where that is a directory of what
@@ -323,9 +322,8 @@ func stampsOf(name string) (s [5]stamp) {
 		if err != nil {
 			continue
 		}
-		if st, ok := info.Sys().(*syscall.Stat_t); ok {
-			s[i] = stamp{st.Mode, uint64(st.Dev), st.Ino, st.Size, st.Mtim.Nano(), st.Ctim.Nano()}
-		}
+		s[i] = stamp{mode: info.Mode(), size: info.Size(), modified: info.ModTime().UnixNano()}
+		s[i].identify(info)
 		if i == 0 && !info.IsDir() {
 			break
 		}
