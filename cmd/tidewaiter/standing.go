@@ -191,7 +191,8 @@ func running(found sweep.Status) control.Running {
 // metrics writes the metrics.
 func (d *daemon) metrics(w io.Writer, n nri.State, stopping bool) error {
 	s, at := d.status(n, stopping, nil), d.stands()
-	m := metrics.State{Ready: s.Ready, Version: s.Version, Mode: s.Mode, Epoch: s.Configuration.Epoch, Session: n, Codes: control.Codes}
+	m := metrics.State{Ready: s.Ready, Version: s.Version, Mode: s.Mode, Epoch: s.Configuration.Epoch, Session: n, Codes: control.Codes,
+		Assured: s.Assurance, Assure: control.Assurances}
 	for _, p := range s.Problems {
 		m.Found = append(m.Found, p.Code)
 	}

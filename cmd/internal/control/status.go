@@ -207,6 +207,9 @@ const (
 	None  = "none"  // nothing is refused, or nobody asks
 )
 
+// Assurances are all that there are.
+var Assurances = []string{Full, Bound, None}
+
 // Judge says from all other fields whether s is ready and healthy, what is wrong,
 // and how sure a denial is.
 func (s *Status) Judge() {

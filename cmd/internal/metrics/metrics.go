@@ -138,6 +138,8 @@ type State struct {
 	Version string        // of the program
 	Mode    string        // in force; empty where there is no configuration
 	Epoch   string        // in force
+	Assured string        // how firmly what runs is bound to what was verified (control.Status.Assurance)
+	Assure  []string      // all that it can be (control.Assurances)
 	Invalid bool          // what the configuration directory holds was rejected
 	Codes   []string      // of all problems that there may be (control.Codes)
 	Found   []string      // of those, the ones that there are
@@ -173,6 +175,13 @@ func (c *Counters) Write(w io.Writer, s State) error {
 	}
 	if len(list) > 0 {
 		p.gauge("problem", "What tidewaiter status says is wrong.", list)
+	}
+	list = nil
+	for _, a := range s.Assure {
+		list = append(list, one(flag(a == s.Assured), "assurance", a)...)
+	}
+	if len(list) > 0 {
+		p.gauge("assurance", "How firmly what runs is bound to what was verified: 1 for what holds.", list)
 	}
 	if s.Epoch != "" {
 		p.gauge("config_info", "The configuration in force; always 1.", one(1, "epoch", s.Epoch, "mode", s.Mode, "version", s.Version))

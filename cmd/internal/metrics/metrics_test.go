@@ -234,6 +234,12 @@ func TestState(t *testing.T) {
 	if n := len(f["tidewaiter_answer_ends_timestamp_seconds"].GetMetric()); n != 1 {
 		t.Errorf("%d ends of answers", n)
 	}
+	f = write(t, &c, State{Assured: "bound", Assure: []string{"full", "bound", "none"}})
+	for tier, want := range map[string]float64{"full": 0, "bound": 1, "none": 0} {
+		if got := value(t, f, "assurance", "assurance", tier); got != want {
+			t.Errorf("assurance %s is %v, want %v", tier, got, want)
+		}
+	}
 	f = write(t, &c, State{Codes: []string{"A", "B"}, Found: []string{"B", "C"}})
 	if n := len(f["tidewaiter_problem"].GetMetric()); n != 2 || value(t, f, "problem", "code", "A") != 0 || value(t, f, "problem", "code", "B") != 1 {
 		t.Errorf("problems %v", f["tidewaiter_problem"])
@@ -255,7 +261,7 @@ func TestDocumentation(t *testing.T) {
 	doc, err := os.ReadFile("../../../docs/control.md")
 	must(t, err)
 	var c Counters
-	f := write(t, &c, State{Epoch: "0", Cache: &cache.Stats{}, Codes: []string{"A"}, Sweep: &sweep.Status{At: time.Unix(1, 0), Ends: map[string]time.Time{"signature": {}}}, Store: &Store{},
+	f := write(t, &c, State{Epoch: "0", Cache: &cache.Stats{}, Codes: []string{"A"}, Assure: []string{"full"}, Sweep: &sweep.Status{At: time.Unix(1, 0), Ends: map[string]time.Time{"signature": {}}}, Store: &Store{},
 		Refresh: &node.RefreshStatus{Last: time.Unix(1, 0), Next: time.Unix(1, 0)}})
 	for name := range f {
 		if !strings.Contains(string(doc), "| `"+name) {
