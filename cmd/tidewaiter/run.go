@@ -386,6 +386,7 @@ func (d *daemon) print(a *nri.Answer) {
 func (d *daemon) judged(c *config.Config) func(verify.Question, verify.Decision) {
 	return func(q verify.Question, dec verify.Decision) {
 		dec.Epoch = c.Epoch
+		d.counters.Asked(dec.Tried)
 		r := dec.Report(q.Image, d.options.node)
 		d.log.Info("verification", "mode", c.Mode.String(), "decision", r)
 		if d.ring != nil {

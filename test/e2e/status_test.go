@@ -84,6 +84,14 @@ func TestStatus(t *testing.T) {
 				s.Errorf("tidewaiter_%s is %v, want %v", name, got, want)
 			}
 		}
+		for _, reason := range []verify.Reason{verify.Verified, verify.SignatureMissing} {
+			if got := after.value(s, "sources_asked_total", "source", "mirror", "reason", string(reason)); got < 1 {
+				s.Errorf("mirrors said %s %v times", reason, got)
+			}
+		}
+		if full, bound := after.value(s, "assurance", "assurance", "full"), after.value(s, "assurance", "assurance", "bound"); full+bound != 1 {
+			s.Errorf("assurance full %v, bound %v", full, bound)
+		}
 		if got := after.value(s, "cache_hits_total", "answer", "allowed"); got < 3 {
 			s.Errorf("%v answers from memory", got)
 		}

@@ -52,6 +52,9 @@ var indexOf = func() map[verify.Reason]int {
 // causes are what may end an answer; "nothing" is no end.
 var causes = [...]string{notary.EndsSignature, notary.EndsCertificate}
 
+// sources of signatures, by how their names begin (verify.Source.Name).
+var sources = [...]string{"mirror", "layout", "store"}
+
 var modes = [...]verify.Mode{verify.Enforce, verify.Audit}
 
 // hooks in which the gate answers.
@@ -70,6 +73,7 @@ var bounds = [...]time.Duration{
 type Counters struct {
 	decisions [len(modes)][len(reasons)]atomic.Uint64
 	answers   [len(hooks)]histogram
+	asked     [len(sources)][len(reasons)]atomic.Uint64
 
 	Rejected atomic.Uint64 // configurations
 	Dropped  atomic.Uint64 // answers that the log was too slow for
@@ -103,6 +107,16 @@ func (c *Counters) Answered(m verify.Mode, a nri.Answer) {
 	for i, h := range hooks {
 		if h == a.Hook {
 			c.answers[i].add(a.Took)
+		}
+	}
+}
+
+// Asked counts what each source said in a verification.
+func (c *Counters) Asked(tried []verify.Attempt) {
+	for _, a := range tried {
+		kind, _, _ := strings.Cut(a.Source, " ")
+		if i := slices.Index(sources[:], kind); i >= 0 {
+			c.asked[i][indexOf[a.Reason]].Add(1)
 		}
 	}
 }
@@ -196,6 +210,17 @@ func (c *Counters) Write(w io.Writer, s State) error {
 		}
 	}
 	p.counter("decisions_total", "Answers to the runtime, one an image, by the mode in force and the reason that enforce has or would have.", list)
+	list = nil
+	for i, kind := range sources {
+		for j, r := range reasons {
+			if n := c.asked[i][j].Load(); n > 0 { // most reasons are none of a source
+				list = append(list, one(n, "source", kind, "reason", r.String())...)
+			}
+		}
+	}
+	if len(list) > 0 {
+		p.counter("sources_asked_total", "How often sources were asked in verifications, by kind and by what they said.", list)
+	}
 	p.histograms("answer_seconds", "Time from the runtime's question to an answer.", c)
 	p.counter("log_lines_dropped_total", "Answers that were given and not logged, since the log was too slow.", one(c.Dropped.Load()))
 

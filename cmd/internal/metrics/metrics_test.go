@@ -234,6 +234,20 @@ func TestState(t *testing.T) {
 	if n := len(f["tidewaiter_answer_ends_timestamp_seconds"].GetMetric()); n != 1 {
 		t.Errorf("%d ends of answers", n)
 	}
+	c.Asked([]verify.Attempt{{Source: "mirror http://a", Reason: verify.SourceUnreachable}, {Source: "mirror http://b", Reason: verify.Verified}, {Source: "store /x", Reason: "MADE_UP"}, {Source: "else", Reason: verify.Verified}})
+	c.Asked([]verify.Attempt{{Source: "mirror http://a", Reason: verify.SourceUnreachable}})
+	f = write(t, &c, State{})
+	for _, tt := range []struct {
+		source, reason string
+		want           float64
+	}{{"mirror", "SOURCE_UNREACHABLE", 2}, {"mirror", "VERIFIED", 1}, {"store", "INTERNAL", 1}} {
+		if got := value(t, f, "sources_asked_total", "source", tt.source, "reason", tt.reason); got != tt.want {
+			t.Errorf("%v, want %v", got, tt)
+		}
+	}
+	if n := len(f["tidewaiter_sources_asked_total"].GetMetric()); n != 3 {
+		t.Errorf("%d series of sources", n)
+	}
 	f = write(t, &c, State{Assured: "bound", Assure: []string{"full", "bound", "none"}})
 	for tier, want := range map[string]float64{"full": 0, "bound": 1, "none": 0} {
 		if got := value(t, f, "assurance", "assurance", tier); got != want {
@@ -261,6 +275,7 @@ func TestDocumentation(t *testing.T) {
 	doc, err := os.ReadFile("../../../docs/control.md")
 	must(t, err)
 	var c Counters
+	c.Asked([]verify.Attempt{{Source: "store", Reason: verify.Verified}})
 	f := write(t, &c, State{Epoch: "0", Cache: &cache.Stats{}, Codes: []string{"A"}, Assure: []string{"full"}, Sweep: &sweep.Status{At: time.Unix(1, 0), Ends: map[string]time.Time{"signature": {}}}, Store: &Store{},
 		Refresh: &node.RefreshStatus{Last: time.Unix(1, 0), Next: time.Unix(1, 0)}})
 	for name := range f {
