@@ -36,7 +36,7 @@ const (
 )
 
 // NewDisk makes a disk of some MiB and mounts it. It is gone after Stop. It needs
-// mkfs.ext4 and a loop device.
+// a loop device, and installs mkfs.ext4 where that is missing.
 func (n *Node) NewDisk(ctx context.Context, mib int64) (*Disk, error) {
 	dir, err := os.MkdirTemp(n.Dir, "disk-")
 	if err != nil {
@@ -48,6 +48,9 @@ func (n *Node) NewDisk(ctx context.Context, mib int64) (*Disk, error) {
 		return nil, err
 	}
 	err = errors.Join(f.Truncate(mib<<20), f.Close())
+	if err == nil {
+		err = needMkfs(ctx)
+	}
 	if err == nil {
 		err = run(exec.CommandContext(ctx, "mkfs.ext4", "-q", "-F", "-N", "16384", d.image))
 	}
@@ -61,6 +64,17 @@ func (n *Node) NewDisk(ctx context.Context, mib int64) (*Disk, error) {
 	defer n.mu.Unlock()
 	n.disks = append(n.disks, d)
 	return d, nil
+}
+
+// needMkfs makes sure that there is mkfs.ext4.
+func needMkfs(ctx context.Context) error {
+	if _, err := exec.LookPath("mkfs.ext4"); err == nil {
+		return nil
+	}
+	if err := run(aptGet(ctx, "update")); err != nil {
+		return err
+	}
+	return run(aptGet(ctx, "install", "-y", "--no-install-recommends", "e2fsprogs"))
 }
 
 func (d *Disk) mount(ctx context.Context) error {
