@@ -21,11 +21,11 @@ func archived(manifest ocispec.Descriptor, m ocispec.Manifest) bool {
 
 // Explain returns a Verifier that answers as next does. Where an image from an archive
 // is denied, since there is no signature, it says too what to do about that.
-func (r *Resolver) Explain(next verify.Verifier) verify.Verifier { return explainer{r, next} }
+func (r *Resolver) Explain(next verify.Verifier) verify.Verifier { return explainer{next, r} }
 
 type explainer struct {
-	*Resolver
-	next verify.Verifier
+	next  verify.Verifier
+	known *Resolver
 }
 
 // Verify implements [verify.Verifier].
@@ -34,7 +34,7 @@ func (e explainer) Verify(ctx context.Context, img verify.Image) verify.Decision
 	if d.Reason != verify.SignatureMissing && (d.Reason != verify.AuditOnly || d.Would != verify.SignatureMissing) {
 		return d
 	}
-	if l, ok := e.leads.Peek(plain(img.Target)); ok && l.archived {
+	if l, ok := e.known.leads.Peek(plain(img.Target)); ok && l.archived {
 		d.Detail = "imported from an archive without its signed manifest: where it is signed, run tidewaiter bundle create, and here tidewaiter bundle import; " + d.Detail
 	}
 	return d
