@@ -27,7 +27,7 @@ func TestNotify(t *testing.T) {
 	hear := func() string {
 		t.Helper()
 		b := make([]byte, 4096)
-		if err := l.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		if err := l.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
 			t.Fatal(err)
 		}
 		n, err := l.Read(b)

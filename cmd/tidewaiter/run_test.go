@@ -14,13 +14,12 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-
 	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/decisions"
 	"github.com/tidewaiter/tidewaiter/nri"
 	"github.com/tidewaiter/tidewaiter/nri/node"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/leaktest"
 	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
 	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
@@ -57,12 +56,12 @@ func (l *logged) take(t *testing.T) (list []map[string]any) {
 	return list
 }
 
-// entries wants those messages, in that order, and returns the entries. It waits a
-// little, since a verification is logged after those who wait have the answer.
+// entries wants those messages, in that order, and returns the entries. It waits
+// for them, since a verification is logged after those who wait have the answer.
 func (l *logged) entries(t *testing.T, messages ...string) []map[string]any {
 	t.Helper()
 	var list []map[string]any
-	for end := time.Now().Add(4 * time.Second); len(list) < len(messages) && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); len(list) < len(messages) && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		list = append(list, l.take(t)...)
 	}
 	var got []string
@@ -77,7 +76,11 @@ func (l *logged) entries(t *testing.T, messages ...string) []map[string]any {
 
 func newDaemon(t *testing.T) (*daemon, *logged) {
 	t.Helper()
-	t.Cleanup(func() { goleak.VerifyNone(t) })
+	t.Cleanup(func() {
+		if err := leaktest.Find(); err != nil {
+			t.Error(err)
+		}
+	})
 	log := &logged{}
 	records, err := node.Dial(filepath.Join(t.TempDir(), "none.sock"))
 	if err != nil {
@@ -125,7 +128,7 @@ func ask(t *testing.T, d *daemon, name string) verify.Decision {
 	if s := d.enforcer.Setup(); s != nil {
 		img.Epoch = s.Epoch
 	}
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		answer := d.enforcer.Verify(t.Context(), img)
 		if answer.Reason != verify.Pending || time.Now().After(end) {
 			return answer
@@ -264,7 +267,7 @@ func TestApplyEndsFlights(t *testing.T) {
 		t.Helper()
 		select {
 		case <-c:
-		case <-time.After(4 * time.Second):
+		case <-time.After(time.Minute):
 			t.Fatal(what)
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -31,6 +32,7 @@ func TestMain(m *testing.M) { testscript.Main(m, map[string]func(){"tidewaiter":
 //	report PATH=VALUE...           checks fields of the JSON on standard output; PATH~REGEXP too
 //	fixture config|layout|mirror   makes what a script works on, see fixture_test.go
 //	eventually FILE REGEXP         waits until a line of the file matches
+//	listens SOCKET                 waits until somebody listens there
 //	signal HUP|INT|TERM            sends it to what runs in the background
 //	within DURATION                wants the last exits, or what came after the last signal, to be that fast
 //	jsonlines FILE                 wants a JSON object of the log on each line
@@ -46,11 +48,12 @@ func TestScripts(t *testing.T) {
 			}
 			env.Setenv("GORACE", "atexit_sleep_ms=0")                         // with -race every process would end a second late
 			env.Setenv("TIDEWAITER_RUN_DIR", filepath.Join(env.WorkDir, "r")) // not the machine's
+			env.Setenv("TIDEWAITER_STATE_DIR", filepath.Join(env.WorkDir, "state"))
 			env.Setenv("huge", strings.Repeat("a", 100_000))
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits": exits, "report": report, "fixture": fixture, "eventually": eventually, "signal": sendSignal, "within": within, "jsonlines": jsonLines,
+			"exits": exits, "report": report, "fixture": fixture, "eventually": eventually, "listens": listens, "signal": sendSignal, "within": within, "jsonlines": jsonLines,
 		},
 		RequireExplicitExec: true,
 	})
@@ -171,13 +174,29 @@ func eventually(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("usage: eventually FILE REGEXP")
 	}
 	want := regexp.MustCompile("(?m)" + args[1])
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		raw, err := os.ReadFile(ts.MkAbs(args[0]))
 		if err == nil && want.Match(raw) {
 			return
 		}
 		if time.Now().After(end) {
 			ts.Fatalf("no line matches %s in\n%s", args[1], raw)
+		}
+	}
+}
+
+func listens(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: listens SOCKET")
+	}
+	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
+		c, err := net.Dial("unix", ts.MkAbs(args[0]))
+		if err == nil {
+			ts.Check(c.Close())
+			return
+		}
+		if time.Now().After(end) {
+			ts.Fatalf("nobody listens: %v", err)
 		}
 	}
 }

@@ -10,13 +10,12 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/tidewaiter/tidewaiter/test/cluster"
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/leaktest"
 	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
 )
 
@@ -45,7 +44,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	goleak.VerifyTestMain(m)
+	leaktest.Main(m)
 }
 
 // prepare builds what takes long, before any test has a deadline.

@@ -19,10 +19,9 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/leaktest"
 	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
 )
 
@@ -31,7 +30,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "LEFT OUT: all of test/doctor: a node needs root")
 		os.Exit(m.Run())
 	}
-	goleak.VerifyTestMain(m)
+	leaktest.Main(m)
 }
 
 var (

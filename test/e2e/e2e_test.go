@@ -16,11 +16,11 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/leaktest"
 	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
 )
 
@@ -40,7 +40,7 @@ func TestMain(m *testing.M) {
 	}
 	code, err := runTests(m)
 	if err == nil {
-		err = goleak.Find()
+		err = leaktest.Find()
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -32,10 +32,9 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
-	"go.uber.org/goleak"
-
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/leaktest"
 	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
 )
 
@@ -66,7 +65,7 @@ func TestMain(m *testing.M) {
 		if program, err = node.BuildTidewaiter(context.Background()); err != nil {
 			return 1, err
 		}
-		return m.Run(), goleak.Find()
+		return m.Run(), leaktest.Find()
 	}()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/nri/pkg/adaptation"
 	"github.com/containerd/nri/pkg/api"
 	"github.com/containerd/nri/pkg/net/multiplex"
 	"github.com/containerd/nri/pkg/stub"
@@ -48,7 +49,7 @@ func (r *runtime) run(ctx context.Context, name string) error {
 // wait waits for what will come.
 func wait(t *testing.T, what string, done func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !done(); time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !done(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("never: %s", what)
 		}
@@ -88,6 +89,9 @@ func TestLeaveAnswersWhatIsUnderWay(t *testing.T) {
 			answer := make(chan error, 1)
 			go func() { answer <- rt.create(context.Background()) }()
 			<-asked
+			if tt.name == "hang" {
+				time.Sleep(800 * time.Millisecond) // it is answered long before the session gives up waiting
+			}
 			stopped := make(chan struct{})
 			go func() { g.stop(); close(stopped) }()
 			if tt.name != "hang" {
@@ -103,7 +107,7 @@ func TestLeaveAnswersWhatIsUnderWay(t *testing.T) {
 			}
 			select {
 			case <-stopped:
-			case <-time.After(20 * time.Second):
+			case <-time.After(time.Minute):
 				t.Error("the session does not end")
 			}
 			g.answers.mu.Lock()
@@ -156,15 +160,16 @@ func create(rt *runtime, creators int, pause time.Duration) *creator {
 // both. One of them ends while containers are created all the time: nothing
 // escapes, and at the pace of a node nothing good is refused. In a flood, where
 // the next request is there before the runtime knows that a gate has gone, that
-// one is refused.
+// one is refused; the same can happen once to a machine that stood still meanwhile.
 func TestUpgrade(t *testing.T) {
+	const upgrades = 8
 	for label, tt := range map[string]struct {
 		creators int
 		pause    time.Duration
-		refused  int64 // at most, an upgrade
+		refused  int64 // at most, of all upgrades
 	}{
-		"node":  {1, 25 * time.Millisecond, 0},
-		"flood": {2, 0, 1},
+		"node":  {1, 25 * time.Millisecond, 1},
+		"flood": {2, 0, upgrades},
 	} {
 		t.Run(label, func(t *testing.T) {
 			rt := startRuntime(t, socketDir(t), "v2.4.2")
@@ -183,7 +188,6 @@ func TestUpgrade(t *testing.T) {
 			}
 			old, oldInstance := begin()
 			c := create(rt, tt.creators, tt.pause)
-			const upgrades = 8
 			for range upgrades {
 				young, youngInstance := begin()
 				wait(t, "both are asked", func() bool { return len(young.State().Plugins) == 3 })
@@ -203,7 +207,7 @@ func TestUpgrade(t *testing.T) {
 			}
 			c.stop()
 			t.Logf("%d upgrades, %d good containers, of them %d refused, %d evil, of them %d escaped", upgrades, c.good.Load(), c.refused.Load(), c.evil.Load(), c.escaped.Load())
-			if c.escaped.Load() > 0 || c.refused.Load() > upgrades*tt.refused {
+			if c.escaped.Load() > 0 || c.refused.Load() > tt.refused {
 				t.Errorf("last: %v", c.last.Load())
 			}
 			old.stop()
@@ -272,7 +276,7 @@ func TestReconnects200(t *testing.T) {
 	g.waitRegistered(t, true)
 	// What a closed connection leaves behind ends a moment later.
 	var now usage
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		now = measure(t)
 		if now.goroutines <= base.goroutines && now.files <= base.files && now.heap < base.heap+2<<20 {
 			break
@@ -420,6 +424,7 @@ func (stranger) ValidateContainerAdjustment(context.Context, *api.ValidateContai
 func TestLateHook(t *testing.T) {
 	rt := startRuntime(t, socketDir(t), "v2.4.2")
 	defer rt.Stop()
+	adaptation.SetPluginRequestTimeout(2 * time.Second) // containerd's
 	g := prepare(rt.socket, resolves(image("good")), enforcer(verify.Enforce))
 	stopped := make(chan struct{})
 	var once sync.Once
@@ -474,7 +479,7 @@ func TestExpiredRequest(t *testing.T) {
 	wait(t, "all were answered", func() bool {
 		g.answers.mu.Lock()
 		defer g.answers.mu.Unlock()
-		return len(g.answers.list) >= 20 && g.State().UnderWay == 0
+		return len(g.answers.list) >= 40 && g.State().UnderWay == 0 && g.State().Stuck == 0
 	})
 	answers.Store(true)
 	if err := rt.create(context.Background()); err != nil {

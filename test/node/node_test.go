@@ -22,9 +22,9 @@ import (
 	"github.com/containerd/nri/pkg/api"
 	"github.com/containerd/nri/pkg/stub"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"go.uber.org/goleak"
 
 	"github.com/tidewaiter/tidewaiter/test/node"
+	"github.com/tidewaiter/tidewaiter/verify/leaktest"
 )
 
 // notRoot says why the tests that start a node are left out, or is empty.
@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 	}
-	goleak.VerifyTestMain(m)
+	leaktest.Main(m)
 }
 
 var versions = node.Versions(node.Containerd24, node.Containerd22)

@@ -24,10 +24,10 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"go.uber.org/goleak"
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/leaktest"
 	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
 )
 
@@ -61,7 +61,7 @@ func TestMain(m *testing.M) {
 		if program, err = node.BuildTidewaiter(context.Background()); err != nil {
 			return 1, err
 		}
-		return m.Run(), goleak.Find()
+		return m.Run(), leaktest.Find()
 	}()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

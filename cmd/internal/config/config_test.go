@@ -26,12 +26,12 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"go.uber.org/goleak"
 
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/leaktest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 // authority makes a self-signed CA certificate in PEM.
 func authority(name string) []byte {

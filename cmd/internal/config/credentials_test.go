@@ -231,7 +231,7 @@ func gone(t *testing.T, file string) {
 		if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ESRCH) || strings.Contains(string(state), ") Z ") {
 			return
 		}
-		if i > 2000 {
+		if i > 30_000 {
 			syscall.Kill(child, syscall.SIGKILL)
 			t.Fatalf("the helper's child still ran: %s", state)
 		}

@@ -22,15 +22,15 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"go.uber.org/goleak"
 
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/leaktest"
 	"github.com/tidewaiter/tidewaiter/verify/source/layout"
 	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
 	"github.com/tidewaiter/tidewaiter/verify/source/store"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { leaktest.Main(m) }
 
 // A clock that tests set.
 type clock struct {
