@@ -1,6 +1,10 @@
 package store
 
-import ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+import (
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
 
 // Read is closed when the directory was read.
 func (s *Store) Read() <-chan struct{} { return s.read }
@@ -51,4 +55,14 @@ func (s *Store) Hang(bundle string) (free func(), hung func() int) {
 		defer p.mu.Unlock()
 		return p.users
 	}
+}
+
+// Slowly has touch called before an entry of the directory of bundles is read, and a
+// look wait no longer than that for all of them. It is called before Run.
+func (s *Store) Slowly(touch func(name string), wait time.Duration) { s.touch, s.wait = touch, wait }
+
+// Narrow has fewer manifests and indexes, and signatures of one image, remembered of
+// bundles, and so many bytes of one read. It is called before Run.
+func (s *Store) Narrow(documents, ofOne int, bytes int64) {
+	s.bounds.all.documents, s.bounds.ofOne, s.bounds.bytes = documents, ofOne, bytes
 }

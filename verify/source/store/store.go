@@ -94,11 +94,15 @@ type Store struct {
 	waited atomic.Bool   // somebody has waited for that in vain
 
 	mu      sync.Mutex
-	catalog           // of the store itself
-	place   *place    // where that lies; nil: the directory cannot be read
-	bundles []*bundle // by name; the list is made anew for each change
-	astray  string    // why not all bundles are read
-	most    int       // maxKept; fewer in a test
+	catalog                   // of the store itself
+	place   *place            // where that lies; nil: the directory cannot be read
+	bundles []*bundle         // by name; the list is made anew for each change
+	late    map[string]bool   // of these, by name, those of which it is not known how they are; made anew
+	wait    time.Duration     // bundlesWait; another in a test
+	touch   func(name string) // called before an entry of the directory of bundles is read; for tests
+	bounds  bounds            // usual; others in a test
+	astray  string            // why not all bundles are read
+	most    int               // maxKept; fewer in a test
 	waiting []evidence
 	size    int64                  // bytes of waiting
 	dropped int                    // evidence that waiting had no room for
@@ -125,7 +129,7 @@ func New(dir string, o Options) *Store {
 		o.Size = DefaultSize
 	}
 	return &Store{
-		dir: dir, o: o, most: maxKept, keep: DefaultKeep, catalog: newCatalog(),
+		dir: dir, o: o, most: maxKept, wait: bundlesWait, touch: func(string) {}, bounds: usual, keep: DefaultKeep, catalog: newCatalog(),
 		wake: make(chan struct{}, 1), read: make(chan struct{}), looked: make(chan struct{}), glance: make(chan struct{}, 1),
 	}
 }
@@ -166,6 +170,16 @@ func (s *Store) Has(manifest digest.Digest) bool {
 func (s *Store) Trouble() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	select {
+	case <-s.read:
+	default:
+		if s.waited.Load() {
+			return errLate.Error()
+		}
+	}
+	if s.place != nil && s.place.hangs() {
+		return errHangs.Error()
+	}
 	return s.trouble
 }
 

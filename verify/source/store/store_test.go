@@ -79,7 +79,7 @@ type run struct {
 }
 
 // start runs the store below dir until stop, which writes what waits.
-func start(t testing.TB, dir string, o store.Options) *run {
+func start(t testing.TB, dir string, o store.Options, edit ...func(*store.Store)) *run {
 	t.Helper()
 	r := &run{t: t}
 	o.Log = slog.New(slog.NewTextHandler(&r.log, nil))
@@ -87,6 +87,9 @@ func start(t testing.TB, dir string, o store.Options) *run {
 		o.Now = time.Now
 	}
 	r.Store = store.New(dir, o)
+	for _, e := range edit {
+		e(r.Store)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
