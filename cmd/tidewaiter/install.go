@@ -140,29 +140,10 @@ func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*host.I
 	if h.Root != "/" && h.Manager.Name != "none" { // a host that is up, mounted here
 		i.Load = i.CheckOnHost
 	}
-	for last := ""; o.follow; {
-		round := &hostReport{out: stdout, json: o.output == "json", Schema: installSchema, Runtime: h.Name, Steps: []hostStep{}}
-		i.Say = round.say
-		result, err := do(i, ctx)
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case errors.Is(err, host.ErrBusy): // its turn comes
-		case err != nil:
-			next := ""
-			if h := (*host.Hint)(nil); errors.As(err, &h) {
-				next = h.Next
-			}
-			if err.Error() != last { // and not every time
-				round.end("refused", err.Error(), next)
-			}
-			last = err.Error()
-			i.Keep = true // do not try the same program again and again
-		case result != host.Nothing:
-			round.end(string(result), "", "")
-			last = ""
-		}
-		i.Sleep(ctx, bringEvery)
+	if o.follow {
+		return follow(ctx, i, func() *hostReport {
+			return &hostReport{out: stdout, json: o.output == "json", held: true, Schema: installSchema, Runtime: h.Name, Steps: []hostStep{}}
+		})
 	}
 	result, err := do(i, ctx)
 	if err == nil && result == host.Enforces {
@@ -190,8 +171,35 @@ func outlive() (stop func()) {
 	return func() { signal.Stop(c) }
 }
 
-// bringEvery is how often what is brought to the host is looked at.
-const bringEvery = 15 * time.Second
+// follow brings the host what is new until ctx ends, and prints the rounds that changed
+// something, or that say other than the one before.
+func follow(ctx context.Context, i *host.Installation, report func() *hostReport) error {
+	round, last := report(), ""
+	i.Say = func(kind, format string, args ...any) { round.say(kind, format, args...) }
+	err := i.Bring(ctx, func(result host.Result, err error) {
+		problem, next := "", ""
+		if err != nil {
+			result, problem = "refused", err.Error()
+			if h := (*host.Hint)(nil); errors.As(err, &h) {
+				next = h.Next
+			}
+		}
+		said := problem
+		for _, s := range round.Steps {
+			if s.Kind == "warn" {
+				said += "\n" + s.Text
+			}
+		}
+		if said != last || err == nil && result != host.Nothing {
+			round.end(string(result), problem, next)
+		}
+		round, last = report(), said
+	})
+	if err != nil {
+		return explained(err)
+	}
+	return nil
+}
 
 // prove tests what was installed. A node on which that cannot be tried stays as it is.
 func prove(ctx context.Context, h *host.Host, o hostOptions, r *hostReport) error {
@@ -285,6 +293,7 @@ func toSyslog(message string) {
 type hostReport struct {
 	out  io.Writer
 	json bool
+	held bool // until the end, as JSON is
 
 	Schema  string     `json:"schema"`
 	Runtime string     `json:"runtime"`
@@ -305,17 +314,21 @@ func (r *hostReport) say(kind, format string, args ...any) {
 		r.Next = append(r.Next, text)
 		return
 	}
-	r.Steps = append(r.Steps, hostStep{kind, text})
-	if r.json {
-		return
+	step := hostStep{kind, text}
+	r.Steps = append(r.Steps, step)
+	if !r.json && !r.held {
+		step.print(r.out)
 	}
-	switch kind {
+}
+
+func (s hostStep) print(out io.Writer) {
+	switch s.Kind {
 	case "warn":
-		fmt.Fprintln(r.out, "warning: "+text)
+		fmt.Fprintln(out, "warning: "+s.Text)
 	case "would":
-		fmt.Fprint(r.out, "would "+text)
+		fmt.Fprint(out, "would "+s.Text)
 	default:
-		fmt.Fprintln(r.out, text)
+		fmt.Fprintln(out, s.Text)
 	}
 }
 
@@ -339,6 +352,11 @@ func (r *hostReport) end(result, problem, next string) {
 		r.Next = append([]string{}, r.Next...)
 		_ = json.NewEncoder(r.out).Encode(r)
 		return
+	}
+	if r.held {
+		for _, s := range r.Steps {
+			s.print(r.out)
+		}
 	}
 	last := endings[result]
 	if problem != "" {

@@ -168,17 +168,19 @@ func (i *Installation) keep(files map[string][]byte, dir string) error {
 // program that is installed sees it there: what the configuration names may be on the
 // host alone.
 func (i *Installation) CheckOnHost(ctx context.Context, dir string) (mode string, err error) {
-	check := i.Program + ".check"
-	defer os.Remove(i.Path(check))
-	_, made, err := i.Apply([]Change{{Path: check, Mode: 0o700, New: i.Self}})
-	defer func() {
-		os.Remove(i.Path(check))
-		for _, d := range slices.Backward(made) {
-			os.Remove(i.Path(d))
+	check := i.Program
+	if !i.installed() { // or it is put beside it for as long as it is asked
+		check += ".check"
+		_, made, err := i.Apply([]Change{{Path: check, Mode: 0o700, New: i.Self}})
+		defer func() {
+			os.Remove(i.Path(check))
+			for _, d := range slices.Backward(made) {
+				os.Remove(i.Path(d))
+			}
+		}()
+		if err != nil {
+			return "", err
 		}
-	}()
-	if err != nil {
-		return "", err
 	}
 	out, err := i.Run(ctx, check, "policy", "check", "--config-dir", dir, "--output", "json")
 	if err != nil {

@@ -36,7 +36,7 @@ type Installation struct {
 	// From is a directory of this process whose configuration the host is to have;
 	// empty: the host has its own.
 	From string
-	Keep bool // the program on the host, whichever it is
+	Keep bool // the program on the host, whichever it is; Install sets it for as long as it runs
 	// Follow replaces a program on the host only with a newer one: several pods may
 	// follow at once. Release is the version of Self.
 	Follow  bool
@@ -60,6 +60,8 @@ type Installation struct {
 
 	// Patience is how long the gate is waited for. Zero: a minute.
 	Patience time.Duration
+
+	held bool // something was taken back: leave the program and containerd as they are
 }
 
 // A record is what uninstall needs to know and cannot see. Without it everything is
@@ -149,11 +151,11 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 	}
 	defer release()
 	defer func(self []byte, keep bool) { i.Self, i.Keep = self, keep }(i.Self, i.Keep)
-	old, err := os.ReadFile(i.Path(i.Program))
+	old, err := i.program()
 	switch {
 	case err != nil:
 		i.Keep = false // there is none to keep
-	case i.Keep || i.Follow && !bytes.Equal(old, i.Self) && !i.newer(ctx, old):
+	case i.Keep || i.held || i.Follow && !bytes.Equal(old, i.Self) && !i.newer(ctx, old):
 		i.Self, i.Keep = old, true
 	}
 	status, askErr := i.Ask(ctx)
@@ -211,7 +213,7 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 		}
 	}
 
-	due := need != nil && (len(mode)+len(need.changes) > 0 || i.Restart && i.remembered().Pending)
+	due := need != nil && !i.held && (len(mode)+len(need.changes) > 0 || i.Restart && i.remembered().Pending)
 	idle := len(base) == 0 && !due
 	if i.Print {
 		if idle {
@@ -246,6 +248,9 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 	}
 	return Installed, nil
 }
+
+// program is that on the host.
+func (i *Installation) program() ([]byte, error) { return os.ReadFile(i.Path(i.Program)) }
 
 // canEnforce refuses where containerd cannot be made to refuse.
 func (i *Installation) canEnforce(ctx context.Context, before *Effective) error {
@@ -338,7 +343,7 @@ func (i *Installation) service(before *Effective) ([]Change, error) {
 		all = append(all, c...)
 		return err
 	}
-	old, err := os.ReadFile(i.Path(i.Program))
+	old, err := i.program()
 	if err == nil && !bytes.Equal(old, i.Self) {
 		if err := add(i.Program+".previous", 0o755, old, "the program as it was, for the way back"); err != nil {
 			return nil, err
@@ -539,7 +544,7 @@ func (i *Installation) begin(ctx context.Context, changes []Change, before *cont
 			return fmt.Errorf("%w; and it could not be taken back: %w", why, err)
 		}
 		i.Log("install: " + why.Error() + ": taken back")
-		return refuse(i.Manager.logs(i.Program), "%w: everything is as it was", why)
+		return refuse(i.Manager.logs(i.Program), "%w: %w: everything is as it was", why, ErrTakenBack)
 	}
 	r := i.remembered()
 	r.Directories = append(r.Directories, made...)
@@ -617,7 +622,7 @@ func (i *Installation) enforce(ctx context.Context, mode []Change, need *require
 			next = h.Next
 		}
 		i.Log("install --enforce: " + why.Error() + ": taken back")
-		return refuse(next, "%w: taken back", why)
+		return refuse(next, "%w: %w", why, ErrTakenBack)
 	}
 	if err := i.await(ctx, func(s *control.Status) bool { return s.Ready && s.Mode == "enforce" }); err != nil {
 		return "", back(fmt.Errorf("the gate is not registered to enforce: %w", err), undoMode)

@@ -29,16 +29,25 @@ func (i *Installation) lock(ctx context.Context) (release func(), err error) {
 	if i.Print {
 		return func() {}, nil
 	}
-	d, err := os.Open(i.target("/run"))
-	if errors.Is(err, fs.ErrNotExist) {
-		d, err = os.Open(i.Path("/"))
-	}
-	if err != nil {
-		return nil, fmt.Errorf("lock the host: %w", err)
+	dir := i.target("/run")
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		dir = i.Path("/")
 	}
 	patience := i.Patience
 	if patience == 0 {
 		patience = time.Minute
+	}
+	return i.flock(ctx, dir, patience, func(after time.Duration) error {
+		return hint("try again when it is done, or end it: fuser -v "+dir, "after %s: %w", after, ErrBusy)
+	})
+}
+
+// flock takes the lock of a directory, which leaves no file behind and which the kernel
+// drops when this process ends. busy is the error of having waited for patience.
+func (i *Installation) flock(ctx context.Context, dir string, patience time.Duration, busy func(time.Duration) error) (release func(), err error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("lock the host: %w", err)
 	}
 	for end := i.Now().Add(patience); ; {
 		err := syscall.Flock(int(d.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
@@ -52,7 +61,7 @@ func (i *Installation) lock(ctx context.Context) (release func(), err error) {
 		case ctx.Err() != nil:
 			err = ctx.Err()
 		case !i.Now().Before(end):
-			err = hint("try again when it is done, or end it: fuser -v "+d.Name(), "after %s: %w", patience, ErrBusy)
+			err = busy(patience)
 		default:
 			i.Sleep(ctx, 250*time.Millisecond)
 			continue

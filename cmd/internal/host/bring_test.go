@@ -1,0 +1,182 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
+)
+
+// following is a scene whose host gets its configuration from a directory.
+func following(t *testing.T, config string) (s *scene, offer func(string)) {
+	t.Helper()
+	s = stage(t, kubeadm)
+	s.away, s.Follow = true, true
+	s.From = t.TempDir()
+	offer = func(config string) {
+		t.Helper()
+		for name, text := range map[string]string{"config.yaml": config, "trustpolicy.json": "{}"} {
+			if err := os.WriteFile(filepath.Join(s.From, name), []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	offer(config)
+	return s, offer
+}
+
+// bring brings for a time of the scene's clock, in which it does things. It returns what
+// was told.
+func (s *scene) bring(t *testing.T, long time.Duration, at map[time.Duration]func()) (said []string) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	start := s.clock
+	s.Sleep = func(_ context.Context, d time.Duration) {
+		s.clock = s.clock.Add(d)
+		since := s.clock.Sub(start)
+		for when, do := range at {
+			if since >= when {
+				do()
+				delete(at, when)
+			}
+		}
+		if since >= long {
+			cancel()
+		}
+	}
+	if err := s.Bring(ctx, func(r Result, err error) {
+		if err != nil {
+			said = append(said, err.Error())
+		} else if r != Nothing {
+			said = append(said, string(r))
+		}
+	}); err != nil {
+		t.Errorf("it ended with %v", err)
+	}
+	return said
+}
+
+// count is how often a command was run.
+func (s *scene) count(command string) (n int) {
+	for _, c := range s.commands {
+		if strings.Contains(c, command) {
+			n++
+		}
+	}
+	return n
+}
+
+// TestBringGoesOn: what fails is tried again less and less often, and comes about by
+// itself when its cause is gone.
+func TestBringGoesOn(t *testing.T) {
+	const restarted = "systemctl restart tidewaiter.service"
+	t.Run("a program that does not come up", func(t *testing.T) {
+		s, offer := following(t, "mode: audit # one\n")
+		if said := s.bring(t, time.Minute, nil); !slices.Equal(said, []string{"installed"}) {
+			t.Fatalf("%q", said)
+		}
+		s.Self, s.broken = []byte("\x00two"), true
+		s.commands = nil
+		said := s.bring(t, 24*time.Hour, map[time.Duration]func(){
+			// What is brought meanwhile counts at once, and does not try the program again.
+			12 * time.Minute: func() { offer("mode: audit # two\n") },
+			13 * time.Minute: func() {
+				if got := s.text(t, "/etc/tidewaiter/config.yaml"); got != "mode: audit # two\n" {
+					t.Errorf("the host has %q", got)
+				}
+			},
+		})
+		// Each attempt restarts the gate, and once more to take it back: after 5 minutes,
+		// 10, 20, 40 and so on nine of them fit into a day.
+		if n := s.count(restarted); n < 10 || n > 18 {
+			t.Errorf("%d restarts of the gate in a day: %q", n, said)
+		}
+		if got := s.text(t, GateBinary); got != "\x00one" {
+			t.Errorf("the host has %q", got)
+		}
+		s.commands = nil
+		said = s.bring(t, 2*time.Hour, map[time.Duration]func(){time.Hour: func() { s.broken = false }})
+		if got := s.text(t, GateBinary); got != "\x00two" || said[len(said)-1] != "installed" {
+			t.Errorf("the host has %q: %q", got, said)
+		}
+	})
+	t.Run("what would be refused", func(t *testing.T) {
+		s, _ := following(t, "mode: audit\n")
+		s.bring(t, time.Minute, nil)
+		s.Enforce, s.Restart = true, true
+		s.gate.Running.Reasons = map[string]int{"SIGNATURE_MISSING": 1}
+		looks, look := 0, s.Look
+		s.Look = func(ctx context.Context) (st *control.Status, err error) { looks++; return look(ctx) }
+		if err := os.WriteFile(filepath.Join(s.From, "config.yaml"), []byte("mode: enforce\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		said := s.bring(t, 3*time.Hour, map[time.Duration]func(){2 * time.Hour: func() { s.gate.Running.Reasons = nil }})
+		if said[len(said)-1] != string(Enforces) || looks > 16 {
+			t.Errorf("%d looks: %q", looks, said)
+		}
+	})
+	t.Run("a containerd that does not ask", func(t *testing.T) {
+		s, _ := following(t, "mode: enforce\n")
+		s.Enforce, s.Restart, s.Force, s.stuck = true, true, true, true
+		containerd := "systemctl restart containerd.service"
+		s.bring(t, 24*time.Hour, nil)
+		if n := s.count(containerd); n < 2 || n > 20 {
+			t.Errorf("%d restarts of containerd in a day", n)
+		}
+	})
+	t.Run("a configuration that is not valid", func(t *testing.T) {
+		s, offer := following(t, "mode: audit\n")
+		s.bring(t, time.Minute, nil)
+		offer("nonsense\n")
+		loads, load := 0, s.Load
+		s.Load = func(ctx context.Context, dir string) (string, error) {
+			if strings.HasSuffix(dir, ".next") {
+				loads++
+			}
+			return load(ctx, dir)
+		}
+		fixed := 0
+		said := s.bring(t, 24*time.Hour, map[time.Duration]func(){
+			23 * time.Hour:               func() { offer("mode: audit # right\n") },
+			23*time.Hour + 1*time.Minute: func() { fixed = strings.Count(s.text(t, "/etc/tidewaiter/config.yaml"), "right") },
+		})
+		if loads > 110 || fixed != 1 {
+			t.Errorf("it was looked at %d times, and brought when it was right: %d\n%q", loads, fixed, said)
+		}
+	})
+}
+
+// TestBringAlone: of two that would undo each other's configuration one waits, says so,
+// and gives up; when the first one ends in time it goes on.
+func TestBringAlone(t *testing.T) {
+	s, _ := following(t, "mode: audit\n")
+	other := *s.Installation
+	release, err := other.alone(t.Context(), func(Result, error) { t.Error("the first one waits") })
+	if err != nil {
+		t.Fatal(err)
+	}
+	was := snapshot(t, s.root)
+	var said []error
+	err = s.Bring(t.Context(), func(_ Result, err error) { said = append(said, err) })
+	if h := (*Hint)(nil); !errors.Is(err, ErrFollowed) || !errors.As(err, &h) || !strings.Contains(h.Next, "DaemonSet") {
+		t.Errorf("%v", err)
+	}
+	if len(said) != 1 || !errors.Is(said[0], ErrFollowed) {
+		t.Errorf("said %v", said)
+	}
+	same(t, "the second one", was, snapshot(t, s.root))
+	// By hand the host can be changed all the same.
+	by := *s.Installation
+	by.From, by.Follow = "", false
+	must(t, "by hand", Installed)(by.Install(t.Context()))
+	if got := s.bring(t, time.Hour, map[time.Duration]func(){time.Minute: release}); len(got) != 2 || got[1] != string(Installed) {
+		t.Errorf("%q", got)
+	}
+}
