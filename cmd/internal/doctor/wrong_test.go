@@ -54,7 +54,7 @@ func restarted(f *Facts) {
 
 // examined are the findings of a check.
 func examined(f *Facts, check string) (found []Finding) {
-	f.Files, f.Dirs, f.NotImported = nil, nil, ""
+	f.Files, f.Dirs, f.NotImported, f.Now = nil, nil, "", time.Now()
 	f.files()
 	for _, one := range Examine(f).Findings {
 		if one.Check == check {
@@ -132,5 +132,72 @@ func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestClockThatIsSet: on a node without a clock that keeps running the times of files and
+// processes prove less, and doctor says no more than they do.
+func TestClockThatIsSet(t *testing.T) {
+	at := func(s string) time.Time {
+		t.Helper()
+		v, err := time.Parse("2006-01-02 15:04:05", s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+	built := at("2026-11-01 00:00:00")
+	// All run for an hour.
+	right := &Facts{Built: built, Now: at("2026-11-22 12:00:00"), Process: &host.Process{Started: at("2026-11-22 11:00:00"), Listens: at("2026-11-22 11:00:04")}}
+	set := &Facts{Built: built, Now: at("2026-11-22 12:00:00"), Process: &host.Process{Started: at("2026-11-22 11:00:00"), Listens: at("1970-01-01 00:00:31")}}
+	saved := &Facts{Built: built, Now: at("2026-11-22 12:00:00"), Process: &host.Process{Started: at("2026-11-22 11:00:00"), Listens: at("2026-11-20 09:00:05")}}
+	never := &Facts{Built: built, Now: at("1970-01-01 01:00:30"), Process: &host.Process{Started: at("1970-01-01 00:00:30"), Listens: at("1970-01-01 00:00:31")}}
+	back := &Facts{Built: built, Now: at("2026-11-22 12:00:00"), Process: &host.Process{Started: at("2026-11-22 11:00:00"), Listens: at("2031-01-01 00:00:31")}}
+	unseen := &Facts{Built: built, Now: at("2026-11-22 12:00:00"), Process: &host.Process{Started: at("2026-11-22 11:00:00")}}
+	for name, tt := range map[string]struct {
+		f       *Facts
+		changed string
+		want    int
+	}{
+		"right, before":                            {right, "2026-11-22 10:59:59", yes},
+		"right, after":                             {right, "2026-11-22 11:00:01", no},
+		"right, in the past of another boot":       {right, "1970-01-01 00:10:00", yes},
+		"right, in the future":                     {right, "2031-01-01 00:00:00", unclear},
+		"set since, days before":                   {set, "2026-11-20 00:00:00", yes},
+		"set since, after that":                    {set, "2026-11-22 11:30:00", no},
+		"set since, before that, or another boot":  {set, "1970-01-01 00:20:00", unclear},
+		"set since, too long ago for this boot":    {set, "1970-01-01 02:00:00", yes},
+		"from a saved time, before that was saved": {saved, "2026-11-20 08:00:00", yes},
+		"from a saved time, before it was set":     {saved, "2026-11-20 09:30:00", unclear},
+		"from a saved time, after it was set":      {saved, "2026-11-22 11:30:00", no},
+		"never set, with a file of the right time": {never, "2026-11-10 00:00:00", unclear},
+		"never set, this boot or another":          {never, "1970-01-01 00:30:00", unclear},
+		"never set, before":                        {never, "1970-01-01 00:00:10", yes},
+		"set back, before":                         {back, "2026-11-20 00:00:00", yes},
+		"set back, after":                          {back, "2026-11-22 11:30:00", no},
+		"a socket that cannot be seen, before":     {unseen, "2026-11-22 10:00:00", yes},
+		"a socket that cannot be seen, after":      {unseen, "2026-11-22 11:30:00", no},
+	} {
+		if got := (&examination{Facts: tt.f}).read(at(tt.changed)); got != tt.want {
+			t.Errorf("%s: %d, want %d", name, got, tt.want)
+		}
+	}
+
+	// What cannot be told is neither ok nor wrong: the clock was set by an hour since
+	// containerd was started, and its files changed about then.
+	f := healthy(t)
+	f.Process.Listens = f.Process.Started
+	f.Process.Started = f.Process.Started.Add(time.Hour)
+	f.Files, f.Dirs = nil, nil
+	f.files()
+	f.Now = f.Process.Started.Add(10 * time.Minute)
+	var found []Finding
+	for _, one := range Examine(f).Findings {
+		if one.Check == "restart" {
+			found = append(found, one)
+		}
+	}
+	if len(found) != 1 || !found[0].Unknown || !strings.Contains(found[0].Text, "nobody can tell") || !strings.Contains(found[0].Next, "selftest --absent") {
+		t.Errorf("%+v", found)
 	}
 }

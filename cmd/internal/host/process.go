@@ -19,7 +19,11 @@ type Process struct {
 	Program  string    // that it runs, as it calls it; empty: it cannot be seen from here
 	Replaced bool      // its program's file is another one by now, or gone
 	Config   string    // that it was started with; empty: the usual one
-	Started  time.Time // to a hundredth of a second
+	Started  time.Time // to a hundredth of a second, by the node's clock as it is now
+	// Listens is when it made its socket, some seconds after it was started, by the node's
+	// clock as it was then: where that is far from Started the clock was set since. Zero:
+	// not known.
+	Listens time.Time
 }
 
 // Running is the process that listens on containerd's socket. now is the time.
@@ -31,7 +35,13 @@ func (h *Host) Running(now time.Time) (*Process, error) {
 	if pid == 0 {
 		return nil, errors.New("the process behind it cannot be seen from here: run this on the host")
 	}
-	return process("/proc", pid, now)
+	p, err := process("/proc", pid, now)
+	if err == nil {
+		if info, err := os.Stat(h.target(h.Socket)); err == nil {
+			p.Listens = changed(info)
+		}
+	}
+	return p, err
 }
 
 // Listener is the process that listens on a unix socket; 0: one that has no number

@@ -89,7 +89,7 @@ func TestRunning(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if p.PID != os.Getpid() || p.Program != self || p.Replaced || p.Config != "" || time.Since(p.Started) < 0 || time.Since(p.Started) > time.Hour {
+	if p.PID != os.Getpid() || p.Program != self || p.Replaced || p.Config != "" || time.Since(p.Started) < 0 || time.Since(p.Started) > time.Hour || time.Since(p.Listens).Abs() > time.Hour {
 		t.Errorf("%+v", p)
 	}
 	h.Follow(p, Options{})
@@ -123,7 +123,7 @@ func TestProcess(t *testing.T) {
 		}
 	}
 	p, err := process(root, 7, now)
-	if err != nil || *p != (Process{7, "/bin/containerd", true, "/var/etc/c.toml", now.Add(-77050 * time.Millisecond)}) {
+	if err != nil || *p != (Process{PID: 7, Program: "/bin/containerd", Replaced: true, Config: "/var/etc/c.toml", Started: now.Add(-77050 * time.Millisecond)}) {
 		t.Errorf("%+v, %v", p, err)
 	}
 	for _, pid := range []int{8, 9} {
