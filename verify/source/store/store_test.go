@@ -87,6 +87,7 @@ func start(t testing.TB, dir string, o store.Options, edit ...func(*store.Store)
 		o.Now = time.Now
 	}
 	r.Store = store.New(dir, o)
+	r.Slowly(func(string) {}, time.Hour) // a machine under load is no disk that hangs
 	for _, e := range edit {
 		e(r.Store)
 	}
