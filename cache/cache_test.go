@@ -249,6 +249,15 @@ func TestForget(t *testing.T) {
 		expect(t, c.Judge(bg, ask("bad")), verify.SignatureMissing)
 	}
 	called(t, j, 3)
+	deny = no(verify.SourceUnreachable)
+	expect(t, c.Judge(bg, ask("ugly")), verify.SourceUnreachable)
+	if c.vain.Len() != 1 {
+		t.Errorf("%d denials that settled nothing are kept", c.vain.Len())
+	}
+	c.Forget()
+	if c.vain.Len() != 0 {
+		t.Error("what a source that did not answer ended with is not forgotten")
+	}
 }
 
 // TestClockGoesBack: what was kept under a later clock does not last for as long
@@ -470,6 +479,17 @@ func TestOtherTargetOnlyWhereVouched(t *testing.T) {
 	expect(t, c.Judge(bg, strange), verify.Verified)
 	expect(t, c.Judge(bg, vouched), verify.Verified)
 	called(t, j, 3)
+
+	// An answer that rests on another target, to a question of which nobody vouches
+	// for the layers, is not kept for those of which somebody does.
+	sign = of("other")
+	odd := ask("c")
+	odd.Image.Others = []ocispec.Descriptor{other}
+	kept := c.Stats().Allowed
+	expect(t, c.Judge(bg, odd), verify.Verified) // the Enforcer does not take it
+	if n := c.Stats().Allowed; n != kept {
+		t.Errorf("%d answers are kept, want %d", n, kept)
+	}
 }
 
 // TestWhoDoesNotWait: one who asks for what is known, and has no time, does not
@@ -660,7 +680,9 @@ func TestVainAnswerIsSaid(t *testing.T) {
 		said("after a yes that ended", verify.Pending)
 		end(unreachable)
 		said("again", verify.SourceUnreachable)
+		end(unreachable)
 		cl.add(-time.Hour)
+		said("before it was said", verify.Pending)
 		end(unreachable)
 		for i := range 2 * maxVain {
 			c.Judge(ended(), ask(fmt.Sprint(i)))
@@ -808,6 +830,9 @@ func TestPanicIsADenial(t *testing.T) {
 						d := c.Judge(bg, ask("a"))
 						if d.Allowed() || d.Reason.String() != "INTERNAL" {
 							t.Errorf("answer is allowed=%t %v", d.Allowed(), d.Reason)
+						}
+						if strings.Contains(name, "panic") && !strings.HasPrefix(d.Detail, "panic while verifying: ") {
+							t.Errorf("detail is %q", d.Detail)
 						}
 					})
 				}

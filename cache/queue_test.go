@@ -28,6 +28,7 @@ func TestTurns(t *testing.T) {
 		{"hosts take turns", 1, 9, "a1 a2 a3 b1 b2 c1 <a <b <c <a <b", "a1 b1 c1 a2 b2 a3"},
 		{"all slots where nobody else waits", 3, 9, "a1 a2 a3 a4", "a1 a2 a3"},
 		{"who was just served goes last", 2, 9, "a1 a2 a3 a4 c1 <a <a", "a1 a2 c1 a3"},
+		{"who starts goes last", 2, 9, "x1 x2 a1 a2 b1 <x <x", "x1 x2 a1 b1"},
 		{"one at a time gains nothing", 1, 9, "b1 b2 b3 a1 <b a2 <a <b <a", "b1 a1 b2 a2 b3"},
 		{"a flood, a hanging host, and another", 2, 9, "b1 <<b b2 b3 b4 a1 a2 a3 a4 c1 <a c2 <c <a <c", "b1 b2 a1 c1 a2 c2 a3"},
 
@@ -324,9 +325,14 @@ func TestNoVainWait(t *testing.T) {
 		volume.Image.Use, volume.Image.Binding = verify.UseVolume, verify.BoundSnapshot
 		asked(volume, 0)
 		asked(aheadOf(ask("a")), wait) // holds up nobody
+		expect(t, c.Judge(ended(), aheadOf(ask("a"))), verify.Pending)
+		asked(ask("a"), 0) // that somebody did not wait does not say that there is hope
 		asked(ask("b"), wait)
 		asked(ask("c"), wait) // the next to start
 		asked(ask("d"), 0)    // another waits before it
+		release <- struct{}{}
+		synctest.Wait()
+		asked(ask("d"), 0) // none does any more, and it was told so already
 		question := ask("d")
 		question.Image.Use, question.Image.Binding = verify.UseQuestion, verify.BoundDigest
 		asked(question, wait)
@@ -367,4 +373,95 @@ func TestStats(t *testing.T) {
 	if n := testing.AllocsPerRun(100, func() { c.Judge(bg, q) }); n != 0 {
 		t.Errorf("%v allocations a hit", n)
 	}
+}
+
+// TestCrowdedOut: who waits for a verification that has to give way to another is
+// told so, and does not wait on.
+func TestCrowdedOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision {
+			<-release
+			return allow(q, time.Now(), time.Now().Add(time.Hour))
+		}}
+		c := open(t, j, Options{Now: time.Now, Flights: 1, Queue: 2})
+		expect(t, c.Judge(ended(), ask("under way")), verify.Pending)
+		expect(t, c.Judge(ended(), at(ask("first"), "much.local", "app")), verify.Pending)
+		given := make(chan verify.Decision, 1)
+		go func() {
+			q := at(ask("second"), "much.local", "app")
+			q.Image.Use, q.Image.Binding = verify.UseQuestion, verify.BoundDigest
+			given <- c.Judge(bg, q)
+		}()
+		synctest.Wait()
+		expect(t, c.Judge(ended(), at(ask("third"), "other.local", "app")), verify.Pending)
+		synctest.Wait()
+		select {
+		case d := <-given:
+			expect(t, d, verify.Overloaded)
+		default:
+			t.Error("who waits is not told")
+		}
+		close(release)
+		synctest.Wait()
+		called(t, j, 3)
+		c.Close()
+	})
+}
+
+// TestJoinKeepsTheTurn: who asks for what waits already does not change whose turn
+// it is, unless a container asks for what was asked ahead of time.
+func TestJoinKeepsTheTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		var mu sync.Mutex
+		var order []string
+		j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision {
+			mu.Lock()
+			order = append(order, q.Image.Name.Path)
+			mu.Unlock()
+			<-release
+			return allow(q, time.Now(), time.Now().Add(time.Hour))
+		}}
+		c := open(t, j, Options{Now: time.Now, Flights: 1})
+		on := func(path string) verify.Question { return at(ask(path), "registry.local", path) }
+		for _, q := range []verify.Question{on("a"), on("b"), on("c"), on("b"), aheadOf(on("d")), aheadOf(on("e")), aheadOf(on("d"))} {
+			expect(t, c.Judge(ended(), q), verify.Pending)
+			synctest.Wait()
+		}
+		if s := c.Stats(); s.Waiting != 2 || s.Ahead != 2 || s.Joined != 2 {
+			t.Errorf("stats %+v", s)
+		}
+		for range 5 {
+			release <- struct{}{}
+			synctest.Wait()
+		}
+		if got := fmt.Sprint(order); got != "[a b c d e]" {
+			t.Errorf("order %s", got)
+		}
+		c.Close()
+	})
+}
+
+// TestSlowHosts: a host is slow whose last verification was long, whatever the ones
+// before it were.
+func TestSlowHosts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var took time.Duration
+		j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision {
+			time.Sleep(took)
+			return verify.Deny(verify.SourceUnreachable, "")
+		}}
+		c := open(t, j, Options{Now: time.Now})
+		for _, d := range []time.Duration{time.Millisecond, long, long + 1, time.Hour, long, 0} {
+			took = d
+			q := ask("a")
+			q.Image.Use, q.Image.Binding = verify.UseQuestion, verify.BoundDigest
+			c.Judge(bg, q)
+			if got, want := c.queue.slow.Contains("registry.local"), d > long; got != want {
+				t.Errorf("after a verification of %v it is slow: %t", d, got)
+			}
+		}
+		c.Close()
+	})
 }

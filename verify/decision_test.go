@@ -405,6 +405,12 @@ func TestReport(t *testing.T) {
 	if err != nil || !strings.HasPrefix(string(raw), `{"D":{"schema":"tidewaiter.dev/decision/v1","id":"`+yes.ID()+`","allowed":true,"reason":"VERIFIED",`) {
 		t.Errorf("decision is %s, %v", raw, err)
 	}
+	// What the pod wrote is said only where there is no name.
+	asked := q.Image
+	asked.Asked = "something else"
+	if r := yes.Report(asked, ""); r.Image != "registry.local/app:1.2" {
+		t.Errorf("the report is about %q", r.Image)
+	}
 	// A report is a copy.
 	r := yes.Report(q.Image, "")
 	r.Signers[0].Subject, r.Tried[0].Source = "changed", "changed"

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
@@ -172,8 +173,15 @@ func TestFloor(t *testing.T) {
 			q.Image.Others = []ocispec.Descriptor{desc("other")}
 			q.Rule.Digest = of("other")
 		}, PolicyInvalid},
+		{"another digest, where the layers are known", func(q *Question) { q.Rule.Digest, q.Image.Vouched = of("other"), true }, PolicyInvalid},
+		{"a rule that settles it as a no", func(q *Question) {
+			q.Rule.Digest, q.Rule.Settled = q.Image.Target.Digest, PolicyNoMatch
+		}, PolicyNoMatch},
 		{"pinned by the pod, not what runs", func(q *Question) { q.Image.Name.Digest, q.Rule.Digest = of("pinned"), of("pinned") }, PolicyInvalid},
 		{"none", func(q *Question) { q.Rule.Digest = "" }, PolicyInvalid},
+		{"none, and no config", func(q *Question) {
+			q.Rule.Digest, q.Image.Use, q.Image.Binding, q.Image.Config, q.Image.Vouched = "", UseQuestion, BoundDigest, "", true
+		}, PolicyInvalid},
 		{"fault", func(q *Question) {
 			q.Rule.Digest, q.Image.Fault = q.Image.Config, &Fault{ImageMismatch, "x"}
 		}, ImageMismatch},
@@ -203,6 +211,9 @@ func TestFloor(t *testing.T) {
 		*q.Rule, q.Image.Vouched = Rule{Settled: AllowedByDigest, Digest: q.Image.Config}, true
 	})
 	denied(t, allow(q, good(q), start), Internal)
+	denied(t, allow(q, Finding{Reason: Verified, Signed: q.Image.Config}, start), Internal)
+	denied(t, allow(q, Finding{Reason: AllowedByDigest, Signed: q.Image.Target.Digest}, start), Internal)
+	allowed(t, allow(q, Finding{Reason: AllowedByDigest, Signed: q.Image.Config}, start), AllowedByDigest)
 	denied(t, allow(bound(), Finding{Reason: AllowedByDigest, Signed: bound().Image.Config}, start), Internal)
 	denied(t, allow(bound(), Finding{Reason: AllowedByDigest, Signed: bound().Image.Target.Digest}, start), Internal)
 }
@@ -216,6 +227,12 @@ func TestVolumeNames(t *testing.T) {
 		}
 		return append(list, Name{Host: "registry.local", Path: last})
 	}
+	invalid := func(n int) (list []Name) {
+		for i := range n {
+			list = append(list, Name{Host: "weak.local", Path: fmt.Sprint("app", i)})
+		}
+		return list
+	}
 	for _, tt := range []struct {
 		name  string
 		use   Use
@@ -226,6 +243,8 @@ func TestVolumeNames(t *testing.T) {
 		{"the last", UseVolume, names(MaxNames-1, "app"), Verified},
 		{"beyond the bound", UseVolume, names(MaxNames, "app"), PolicyNoMatch},
 		{"another", UseVolume, names(0, "other"), PolicyNoMatch},
+		{"before others", UseVolume, append(names(0, "app"), names(3, "other")...), Verified},
+		{"behind many that no rule speaks of rightly", UseVolume, append(invalid(MaxOthers+1), names(0, "app")...), Verified},
 		{"too long", UseVolume, names(0, strings.Repeat("a", 1000)), PolicyNoMatch},
 		{"a container", UseContainer, names(0, "app"), PolicyNoMatch},
 	} {
@@ -235,7 +254,12 @@ func TestVolumeNames(t *testing.T) {
 			img.Name = Name{Host: "aaa.local", Path: "copy"}
 			s := setup(Enforce)
 			s.Policy = policy(func(i Image) *Rule {
-				if i.Name.Host == "registry.local" && i.Name.Path != "other" {
+				switch {
+				case len(i.Name.Path) > maxName:
+					t.Error("the policy was asked about a name that is too long")
+				case i.Name.Host == "weak.local":
+					return &Rule{Settled: PolicyInvalid}
+				case i.Name.Host == "registry.local" && i.Name.Path != "other":
 					return bound().Rule
 				}
 				return &Rule{Settled: PolicyNoMatch}
@@ -270,6 +294,37 @@ func TestVolumeNamesAreBounded(t *testing.T) {
 	if asked != 1+MaxOthers {
 		t.Errorf("asked %d times", asked)
 	}
+}
+
+// TestAlias: rules and sources see the name that the configuration gives an image,
+// and each name of a volume its own.
+func TestAlias(t *testing.T) {
+	s := setup(Enforce)
+	s.Alias = func(n Name) Name {
+		if n.Host == "relocated.local" {
+			n.Host = "registry.local"
+		}
+		return n
+	}
+	s.Policy = policy(func(i Image) *Rule {
+		if i.Name.Host == "registry.local" {
+			return bound().Rule
+		}
+		return &Rule{Settled: PolicyNoMatch}
+	})
+	s.Judge = judge(func(ctx context.Context, q Question) Decision {
+		if q.Image.Name.Host != "registry.local" {
+			t.Errorf("the judge was asked about %s", q.Image.Name)
+		}
+		return yes(ctx, q)
+	})
+	img := bound().Image
+	img.Name.Host = "relocated.local"
+	allowed(t, enforcer(s).Verify(bg, img), Verified)
+	img.Name.Host = "other.local"
+	denied(t, enforcer(s).Verify(bg, img), PolicyNoMatch)
+	img.Use, img.Binding, img.Names = UseVolume, BoundSnapshot, []Name{{Host: "relocated.local", Path: "app"}}
+	allowed(t, enforcer(s).Verify(bg, img), Verified)
 }
 
 // TestFaultIsNotMatched: a policy is not asked about an image that is not bound,
@@ -412,7 +467,7 @@ func TestPanicDetailIsBoundedInMessages(t *testing.T) {
 	s.Judge = judge(func(context.Context, Question) Decision { panic(strings.Repeat("x\n", 1<<20)) })
 	d := enforcer(s).Verify(bg, bound().Image)
 	denied(t, d, Internal)
-	if len(d.Detail) > MaxMessage || strings.Contains(d.Detail, "\n") {
+	if len(d.Detail) > MaxMessage || strings.Contains(d.Detail, "\n") || !strings.HasPrefix(d.Detail, "panic while deciding: x x ") {
 		t.Errorf("detail has %d bytes", len(d.Detail))
 	}
 	checkLine(t, d.Message(bound().Image, "n"))
@@ -478,4 +533,14 @@ func TestOtherTargetIsNotWhatRuns(t *testing.T) {
 	denied(t, enforcer(s).Verify(bg, q.Image), Internal)
 	q.Image.Vouched = true
 	allowed(t, enforcer(s).Verify(bg, q.Image), Verified)
+	for signed, takes := range map[digest.Digest]bool{
+		q.Image.Target.Digest: true, q.Image.Manifest.Digest: true, q.Image.Config: false, of("other"): false, "": false,
+	} {
+		if got := bound().Takes(Decision{Signed: signed}); got != takes {
+			t.Errorf("an answer that rests on %s is taken: %t", signed, got)
+		}
+	}
+	if (Question{}).Takes(Decision{}) {
+		t.Error("an answer that rests on nothing is taken")
+	}
 }

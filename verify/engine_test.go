@@ -65,7 +65,8 @@ func (c checks) Check(_ context.Context, ev Evidence, want ocispec.Descriptor, s
 	case "good":
 		return Finding{Reason: Verified, Signed: want.Digest, Signer: who, Until: start.Add(time.Hour), Warnings: []Reason{RevocationUnknown}, Detail: "fine"}
 	case "metadata":
-		m := map[string]string{"env": "prod", strings.Repeat("k", 200): "v", "long": strings.Repeat("v", 600)}
+		m := map[string]string{"env": "prod", strings.Repeat("k", 200): "v", "long": strings.Repeat("v", 600),
+			strings.Repeat("l", maxMetadataKey): "at the bound", strings.Repeat("l", maxMetadataKey+1): "beyond", "at": strings.Repeat("v", maxMetadataValue)}
 		for i := range 100 {
 			m[fmt.Sprintf("m%03d", i)] = "x"
 		}
@@ -83,6 +84,9 @@ func (c checks) Check(_ context.Context, ev Evidence, want ocispec.Descriptor, s
 	case "huge":
 		long := strings.Repeat("x\n", 1<<19)
 		return Finding{Reason: SignerUntrusted, Detail: long, Signer: Signer{long, long, long}, Warnings: make([]Reason, 1000)}
+	case "huge and good":
+		long := strings.Repeat("x\n", 1<<19)
+		return Finding{Reason: Verified, Signed: want.Digest, Detail: long, Signer: Signer{long, long, long}, Warnings: slices.Repeat([]Reason{RevocationUnknown}, 1000)}
 	}
 	return Finding{Reason: Reason(s), Signer: who, Detail: "found " + s}
 }
@@ -156,7 +160,7 @@ func TestJudgeDenies(t *testing.T) {
 		source  string
 	}{
 		{"no source", nil, SourceUnreachable, "no source of signatures is configured for this image", ""},
-		{"nothing anywhere", []Source{on("a"), on("b")}, SignatureMissing, "no Notary Project signature found at a, b", ""},
+		{"nothing anywhere", []Source{on("a"), on("b"), on("c")}, SignatureMissing, "no Notary Project signature found at a, b, c", ""},
 		{"one did not answer", []Source{on("a"), failing("b", ErrUnreachable), on("c")}, SourceUnreachable, "b: source did not answer", "b"},
 		{"one refused", []Source{failing("a", ErrUnauthorized), on("b")}, SourceUnauthorized, "a: source refused the credentials", "a"},
 		{"one cannot", []Source{failing("a", fmt.Errorf("http: %w", ErrNoReferrers))}, SourceNoReferrers, "a: http: source cannot serve referrers", "a"},
@@ -273,7 +277,12 @@ func TestCutShortIsNoAnswer(t *testing.T) {
 	ctx, cancel := context.WithCancel(bg)
 	s := on("a")
 	s.before = func(ocispec.Descriptor) { cancel() }
+	var asked []string
+	s.asked = &asked
 	denied(t, engine(s).Judge(ctx, bound()), SourceUnreachable)
+	if len(asked) != 1 {
+		t.Errorf("asked %q when time was over", asked)
+	}
 
 	e := engine(waits{})
 	e.Limits.Wall = time.Nanosecond
@@ -303,6 +312,30 @@ func TestBudgetIsPerSource(t *testing.T) {
 	if want := []int{2, 1, 2, 1}; !slices.Equal(*s.seen, want) {
 		t.Errorf("pages taken: %v, want %v", *s.seen, want)
 	}
+}
+
+// TestBudgetAhead: a source is told where nobody waits for it, and only there.
+func TestBudgetAhead(t *testing.T) {
+	for _, tt := range []struct {
+		use     Use
+		binding Binding
+	}{{UseContainer, BoundRuntime}, {UseVolume, BoundSnapshot}, {UseAhead, BoundRecord}, {UseQuestion, BoundDigest}} {
+		var ahead []bool
+		q := with(func(q *Question) { q.Image.Use, q.Image.Binding = tt.use, tt.binding })
+		denied(t, engine(patient{seen: &ahead}).Judge(bg, q), SignatureMissing)
+		if want := tt.use == UseAhead; !slices.Equal(ahead, []bool{want, want}) {
+			t.Errorf("use %d: ahead of time %v", tt.use, ahead)
+		}
+	}
+}
+
+// patient is a Source that notes whether it has time.
+type patient struct{ seen *[]bool }
+
+func (patient) Name() string { return "patient" }
+func (p patient) Find(_ context.Context, _ Name, _ ocispec.Descriptor, b *Budget, _ func(Evidence) bool) error {
+	*p.seen = append(*p.seen, b.Ahead)
+	return nil
 }
 
 // counts is a Source that takes two pages a subject.
@@ -344,6 +377,7 @@ func TestTextIsBounded(t *testing.T) {
 		engine(failing("b", errors.New(long))).Judge(bg, bound()),
 		engine(on(long, "huge")).Judge(bg, bound()),
 		engine(on("c", "huge", "good")).Judge(bg, bound()),
+		engine(on("d", "huge and good")).Judge(bg, bound()),
 	} {
 		n := len(d.Detail) + len(d.Source) + 30*len(d.Warnings)
 		for _, a := range d.Tried {
@@ -364,6 +398,14 @@ func TestMetadataIsWhole(t *testing.T) {
 	d := engine(on("a", "metadata")).Judge(bg, bound())
 	if _, long := d.Metadata["long"]; !d.Allowed() || long || len(d.Metadata) != maxMetadata || d.Metadata["env"] != "prod" || d.Metadata["m000"] != "x" {
 		t.Errorf("metadata is %v", d.Metadata)
+	}
+	for k, v := range d.Metadata {
+		if len(k) > maxMetadataKey || len(v) > maxMetadataValue {
+			t.Errorf("a key of %d bytes and a value of %d", len(k), len(v))
+		}
+	}
+	if d.Metadata[strings.Repeat("l", maxMetadataKey)] != "at the bound" || len(d.Metadata["at"]) != maxMetadataValue {
+		t.Error("what is within the bounds is left out")
 	}
 	if d := engine(on("a", "good")).Judge(bg, bound()); d.Metadata != nil {
 		t.Errorf("metadata is %v", d.Metadata)
@@ -542,4 +584,40 @@ func TestErrorOfOneSubjectHidesNoOther(t *testing.T) {
 			t.Errorf("%v at the index: %s, want %s", err, d.Reason, want)
 		}
 	}
+}
+
+// Of what a source could not do about several subjects the worst is said, and of
+// two that are alike the first.
+func TestWorstErrorIsSaid(t *testing.T) {
+	for _, tt := range []struct {
+		index, manifest error
+		want            Reason
+		detail          string
+	}{
+		{ErrUnreachable, ErrNoReferrers, SourceUnreachable, "a: index: source did not answer"},
+		{ErrNoReferrers, ErrUnreachable, SourceUnreachable, "a: manifest: source did not answer"},
+		{ErrBudget, ErrBudget, BudgetExceeded, "a: index: source sent more than the limits allow"},
+		{nil, ErrUnauthorized, SourceUnauthorized, "a: manifest: source refused the credentials"},
+	} {
+		errs := map[digest.Digest]error{}
+		if tt.index != nil {
+			errs[of("index")] = fmt.Errorf("index: %w", tt.index)
+		}
+		if tt.manifest != nil {
+			errs[of("manifest")] = fmt.Errorf("manifest: %w", tt.manifest)
+		}
+		d := engine(fails(errs)).Judge(bg, bound())
+		denied(t, d, tt.want)
+		if d.Detail != tt.detail {
+			t.Errorf("detail is %q, want %q", d.Detail, tt.detail)
+		}
+	}
+}
+
+// fails is a Source with an error for each subject.
+type fails map[digest.Digest]error
+
+func (fails) Name() string { return "a" }
+func (f fails) Find(_ context.Context, _ Name, subject ocispec.Descriptor, _ *Budget, _ func(Evidence) bool) error {
+	return f[subject.Digest]
 }

@@ -141,6 +141,7 @@ func TestEnvelopeIn(t *testing.T) {
 		{"two layers", func(m *ocispec.Manifest) { m.Layers = append(m.Layers, layer) }, "2 layers"},
 		{"no digest", func(m *ocispec.Manifest) { m.Layers[0].Digest = "" }, "digest"},
 		{"a path as digest", func(m *ocispec.Manifest) { m.Layers[0].Digest = "sha256:../../etc/passwd" }, "digest"},
+		{"empty envelope", func(m *ocispec.Manifest) { m.Layers[0].Size = 0 }, ""},
 		{"negative size", func(m *ocispec.Manifest) { m.Layers[0].Size = -1 }, "size -1"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -157,10 +158,20 @@ func TestEnvelopeIn(t *testing.T) {
 				}
 				return
 			}
-			if err != nil || got.Digest != layer.Digest || got.Size != 12 || got.MediaType != MediaTypeCOSE || got.Annotations != nil {
+			if err != nil || got.Digest != layer.Digest || got.Size != m.Layers[0].Size || got.MediaType != MediaTypeCOSE || got.Annotations != nil {
 				t.Errorf("envelope is %+v, error %v", got, err)
 			}
 		})
+	}
+	// A decoder that meets another type than it wants goes on, and says so at the end.
+	m := proper()
+	m.Annotations = map[string]string{"a": "b"}
+	raw, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := EnvelopeIn([]byte(strings.Replace(string(raw), `{"a":"b"}}`, "7}", 1)), subject); err == nil || !strings.Contains(err.Error(), "annotations") {
+		t.Errorf("annotations that are a number: %v", err)
 	}
 	for _, raw := range []string{"", "null", "{}", "[]", "junk", `{"layers":{}}`, strings.Repeat("[", 200_000), `{"subject":null,"layers":[{}]}`} {
 		if d, err := EnvelopeIn([]byte(raw), subject); err == nil || d.Digest != "" {
@@ -212,6 +223,7 @@ func TestMediaTypeOf(t *testing.T) {
 		{`[]`, index, ""},
 		{``, "", ""},
 		{`{"layers":[]} x`, "", ""},
+		{`{"layers":[],"mediaType":7}`, "", ""},
 	} {
 		got, err := MediaTypeOf([]byte(tt.raw), tt.listed)
 		var f *Fault

@@ -64,6 +64,13 @@ func TestSubjects(t *testing.T) {
 	if got := list(i); fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("subjects are %v, want %v", got, want)
 	}
+	// What the store leads to comes before other records, and nothing twice.
+	i = bound().Image
+	i.Others, i.links = []ocispec.Descriptor{desc("other")}, []ocispec.Descriptor{desc("above"), i.Target, i.Manifest, desc("same config")}
+	if got, want := list(i), []digest.Digest{of("index"), of("manifest"), of("above"), of("same config"), of("other")}; fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Errorf("subjects are %v, want %v", got, want)
+	}
+	i = bound().Image
 	// The list is the caller's: what is appended does not end up in Others.
 	room := make([]ocispec.Descriptor, 1, 10)
 	i.Others = room

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -85,6 +86,7 @@ func TestStore(t *testing.T) {
 		{"bad in the store", keeps{holds: on("store", "SIGNATURE_EXPIRED")}, []Source{on("a", "good")}, Verified, short(q.Image.Target.Digest) + " good", 2},
 		{"bad everywhere", keeps{holds: on("store", "SIGNATURE_EXPIRED")}, []Source{on("a", "SIGNER_UNTRUSTED")}, SignatureExpired, "", 2},
 		{"nowhere", keeps{}, []Source{on("a")}, SignatureMissing, "", 1},
+		{"what it rests on has ended", keeps{}, []Source{on("a", "ended")}, SignatureExpired, "", 1},
 		{"the store cannot be read", keeps{holds: failing("store", ErrUnreachable)}, []Source{on("a")}, SourceUnreachable, "", 2},
 		{"the store cannot be read, the mirror can", keeps{holds: failing("store", ErrUnreachable)}, []Source{on("a", "good")}, Verified, short(q.Image.Target.Digest) + " good", 2},
 		{"the store panics", keeps{panics: true}, []Source{on("a", "good")}, Verified, "", 1},
@@ -118,7 +120,7 @@ func TestStore(t *testing.T) {
 	}
 	for name, raw := range map[string][]byte{
 		"another manifest": index(other), "another size": index(wider), "another type": index(nested), "none": index(),
-		"two ways to read it": both, "no JSON": []byte("{"), "a list": []byte("[]"), "too long": []byte("{" + strings.Repeat(",", maxElements+1)),
+		"two ways to read it": both, "no JSON": []byte("{"), "a list": []byte("[]"), "too long": []byte(strings.Replace(string(lists), "{", `{"a":[0`+strings.Repeat(",0", maxElements)+"],", 1)),
 	} {
 		d := digest.FromBytes(raw)
 		e, _ := stored(keeps{holds: holds{name: "store", evidence: of(d)}, documents: map[digest.Digest][]byte{d: raw}}, on("a"))
@@ -170,9 +172,26 @@ func TestStore(t *testing.T) {
 			t.Errorf("%s: %v %s, signed %s: %s", tt.name, got.Allowed(), got.Reason, got.Signed, got.Detail)
 		}
 	}
+	// Where the config is not known, a manifest without one is not of the same config.
+	empty := config(ocispec.MediaTypeImageConfig, "")
+	k := keeps{holds: holds{name: "store", evidence: of(digest.FromBytes(empty))}, documents: map[digest.Digest][]byte{digest.FromBytes(empty): empty}}
+	e, _ = stored(k)
+	unknown := with(func(q *Question) {
+		q.Image.Use, q.Image.Binding, q.Image.Config, q.Image.Vouched = UseQuestion, BoundDigest, "", true
+	})
+	if d := e.Judge(t.Context(), unknown); d.Allowed() || d.Reason != SignatureMissing {
+		t.Errorf("a manifest without a config: %v %s", d.Allowed(), d.Reason)
+	}
+	// A digest that is none costs only that document.
+	k = keeps{holds: holds{name: "store", evidence: of(signed)}, documents: map[digest.Digest][]byte{signed: lists, "x": lists},
+		only: map[digest.Digest][]digest.Digest{manifest.Digest: {"x", signed}}}
+	e, _ = stored(k)
+	if d := e.Judge(t.Context(), q); !d.Allowed() {
+		t.Errorf("after a digest that is none: %s %s", d.Reason, d.Detail)
+	}
 	// Whoever has a bundle full of indexes that list the manifest does not hide by them
 	// the manifest that is signed, and the index of that.
-	k := keeps{holds: holds{name: "store", evidence: of(digest.FromBytes(above))},
+	k = keeps{holds: holds{name: "store", evidence: of(digest.FromBytes(above))},
 		documents: map[digest.Digest][]byte{digest.FromBytes(same): same, digest.FromBytes(above): above}}
 	k.only = map[digest.Digest][]digest.Digest{q.Image.Config: {sub.Digest}, sub.Digest: {digest.FromBytes(above)}}
 	for i := range 20 {
@@ -184,8 +203,20 @@ func TestStore(t *testing.T) {
 	if d := full.Judge(t.Context(), q); !d.Allowed() {
 		t.Errorf("behind many indexes: %s %s", d.Reason, d.Detail)
 	}
-	empty, _ := stored(keeps{})
-	if d := empty.Judge(t.Context(), q); d.Allowed() || d.Reason != SignatureMissing || len(d.Tried) != 1 {
+	// What is asked about is bounded, and nothing is asked about twice.
+	var asked []string
+	k.evidence, k.asked = nil, &asked
+	k.only[q.Image.Config] = slices.Repeat(k.only[q.Image.Config], 10)
+	full, _ = stored(k)
+	if d := full.Judge(t.Context(), q); d.Allowed() {
+		t.Error("allowed without a signature")
+	}
+	// The target, the manifest, 2 indexes that list it, 1 of the same config, 1 above that.
+	if n := len(asked); n != 6 || n != len(slices.Compact(slices.Sorted(slices.Values(asked)))) {
+		t.Errorf("asked about %q", asked)
+	}
+	bare, _ := stored(keeps{})
+	if d := bare.Judge(t.Context(), q); d.Allowed() || d.Reason != SignatureMissing || len(d.Tried) != 1 {
 		t.Errorf("nothing but a store: %s %s", d.Reason, d.Detail)
 	}
 }
@@ -227,6 +258,24 @@ func TestRefresh(t *testing.T) {
 	}
 	if len(*kept) != 0 {
 		t.Errorf("kept %q", *kept)
+	}
+	// Indexes that the store has seen to list the manifest are asked about as well.
+	raw, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{q.Image.Manifest}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	above := digest.FromBytes(raw)
+	e, kept = stored(keeps{documents: map[digest.Digest][]byte{above: raw}}, holds{name: "a", evidence: map[digest.Digest][]string{above: {"good"}}})
+	vouched := with(func(q *Question) { q.Image.Vouched = true })
+	if n, _ := e.Refresh(t.Context(), vouched); n != 1 || len(*kept) != 1 || (*kept)[0] != fmt.Sprintf("%.12s good", above.Encoded()) {
+		t.Errorf("of an index that lists it: kept %q", *kept)
+	}
+	if n, _ := e.Refresh(t.Context(), q); n != 0 {
+		t.Error("of an index that lists it, where nobody vouches for the layers")
+	}
+	e.Sources = func(Name) []Source { panic("sources") }
+	if n, tried := e.Refresh(t.Context(), q); n != 0 || tried != nil {
+		t.Error("refreshed without sources")
 	}
 	e.Store = nil
 	if n, tried := e.Refresh(t.Context(), q); n != 0 || tried != nil {

@@ -38,7 +38,7 @@ func TestReasons(t *testing.T) {
 		"", SourceUnreachable, SourceUnauthorized, SourceNoReferrers, Pending, Overloaded,
 		PolicyInvalid, Internal, ImageUnresolved, RevocationUnknown,
 	}
-	for _, r := range append(slices.Concat(unranked, ranked), Verified, AuditOnly) {
+	for _, r := range append(slices.Concat(unranked, ranked), Verified, AllowedByDigest, AuditOnly) {
 		if got, want := r.Unsettled(), slices.Contains(unsettled, r); got != want {
 			t.Errorf("%q: unsettled %t, want %t", string(r), got, want)
 		}
@@ -46,7 +46,7 @@ func TestReasons(t *testing.T) {
 			t.Errorf("%q: transient %t, want %t", string(r), got, want)
 		}
 		want := r
-		if r == "" || r == Verified || r == AuditOnly {
+		if r == "" || r == Verified || r == AllowedByDigest || r == AuditOnly {
 			want = Internal
 		}
 		if d := Deny(r, "x"); d.Allowed() || d.Reason != want || d.Detail != "x" {

@@ -80,6 +80,8 @@ var weakened = []struct {
 	{"fault", func(q *Question) { q.Image.Fault = &Fault{ImageMismatch, "another config"} }, ImageMismatch},
 	{"zero fault", func(q *Question) { q.Image.Fault = &Fault{} }, Internal},
 	{"fault that claims to allow", func(q *Question) { q.Image.Fault = &Fault{Reason: Verified} }, Internal},
+	{"name beyond the bound", func(q *Question) { q.Image.Name.Path = strings.Repeat("a", maxName+1-len(q.Image.Name.Host)) }, ImageUnresolved},
+	{"media type beyond the bound", func(q *Question) { q.Image.Manifest.MediaType = strings.Repeat("a", maxPart+1) }, ImageUnresolved},
 	{"long name", func(q *Question) { q.Image.Name.Path = strings.Repeat("a", 1000) }, ImageUnresolved},
 	{"long media type", func(q *Question) { q.Image.Target.MediaType = strings.Repeat("a", 1000) }, ImageUnresolved},
 	{"long digest", func(q *Question) { q.Image.Config = digest.Digest(strings.Repeat("a", 1000)) }, ImageUnresolved},
@@ -147,6 +149,12 @@ func TestUnfit(t *testing.T) {
 		with(func(q *Question) { q.Image.Use, q.Image.Binding = UseQuestion, BoundDigest }),
 		with(func(q *Question) { q.Image.Use, q.Image.Binding, q.Image.Config = UseQuestion, BoundDigest, "" }),
 		with(func(q *Question) { q.Image.Target.Digest = digest.SHA512.FromString("index") }),
+		with(func(q *Question) { q.Image.Use, q.Image.Binding = UseVolume, BoundSnapshot }),
+		with(func(q *Question) { q.Image.Use = UseAhead }),
+		with(func(q *Question) { q.Image.Use, q.Image.Binding = UseAhead, BoundSnapshot }),
+		with(func(q *Question) { q.Image.Use, q.Image.Binding = UseAhead, BoundRecord }),
+		with(func(q *Question) { q.Image.Name.Path = strings.Repeat("a", maxName-len(q.Image.Name.Host)) }),
+		with(func(q *Question) { q.Image.Target.MediaType = strings.Repeat("a", maxPart) }),
 	} {
 		if f := q.Unfit(); f != nil {
 			t.Errorf("%v %v: %v", q.Image.Use, q.Image.Binding, f)

@@ -301,7 +301,7 @@ func TestSelectNothing(t *testing.T) {
 }
 
 // Statements that a stranger's signature meets settle as POLICY_INVALID in both
-// modes (case 63).
+// modes.
 func TestWeakStatements(t *testing.T) {
 	weak := map[string]func(*verify.Statement){
 		"level skip":                func(s *verify.Statement) { s.Level, s.TrustStores, s.TrustedIdentities = "skip", nil, nil },
