@@ -205,7 +205,7 @@ func TestDocumentation(t *testing.T) {
 func TestRunning(t *testing.T) {
 	for text, want := range map[string]bool{"": false, "running: report\n": false, "running: stop\n": true} {
 		c := load1(t, write(t, with(notation(), "config.yaml", "version: 1\nmode: enforce\n"+text)))
-		if c.StopRunning != want || len(c.Warnings) != 0 {
+		if c.StopRunning != want || len(c.Warnings) > 0 != want { // there is nothing to stop yet
 			t.Errorf("%q: stops %v, warnings %v", text, c.StopRunning, c.Warnings)
 		}
 	}

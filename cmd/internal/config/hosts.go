@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -156,6 +158,16 @@ type served struct {
 type hostMirror struct {
 	mirror.Mirror // without Host and NS
 	proxy         func(host string) bool
+	plain         bool // nothing is written of how to connect to it
+}
+
+// again reports whether m is o once more: the same registry, asked for the same, and m
+// has nothing of its own to be let in by. A hosts.toml names the host itself as its server
+// and as a host, too.
+func (m *hostMirror) again(o *hostMirror) bool {
+	return m.plain && *m.URL == *o.URL && cmp.Or(m.Root, "/v2") == cmp.Or(o.Root, "/v2") && slices.EqualFunc(m.Rewrite, o.Rewrite, func(a, b mirror.Rewrite) bool {
+		return a.From.String() == b.From.String() && a.To == b.To
+	})
 }
 
 // hostSources makes clients for what was read; finish adds what all mirrors share.
@@ -169,7 +181,7 @@ func (c *Config) hostSources(finish func(mirror.Mirror) mirror.Mirror) hostSourc
 		if m.TLS != nil {
 			to.Client = &http.Client{Transport: mirror.Transport(m.TLS), Timeout: requestTimeout}
 		}
-		return hostMirror{finish(to), m.Proxy}
+		return hostMirror{finish(to), m.Proxy, m.TLS == nil && len(m.Header) == 0}
 	}
 	var found map[string]hosts.Registry
 	if c.certs != nil {
@@ -204,11 +216,16 @@ func (h hostSources) of(host string, listed []mirror.Mirror) []mirror.Mirror {
 	if !known {
 		s, known = h.registries["*"]
 	}
+	var before []hostMirror
 	add := func(m hostMirror) {
 		if m.URL == nil {
 			at := h.itself(host)
 			m.URL, m.Credentials = at.URL, at.Credentials
 		}
+		if slices.ContainsFunc(before, func(o hostMirror) bool { return m.again(&o) }) {
+			return
+		}
+		before = append(before, m)
 		// What config.yaml says of a registry goes before.
 		for _, o := range listed {
 			if o.URL.Scheme == m.URL.Scheme && o.URL.Host == m.URL.Host {
@@ -226,7 +243,7 @@ func (h hostSources) of(host string, listed []mirror.Mirror) []mirror.Mirror {
 	}
 	switch {
 	case !known:
-		add(hostMirror{Mirror: h.itself(host), proxy: func(string) bool { return false }})
+		add(hostMirror{Mirror: h.itself(host), proxy: func(string) bool { return false }, plain: true})
 	case s.origin != nil:
 		add(*s.origin)
 	}

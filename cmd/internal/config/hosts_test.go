@@ -54,6 +54,13 @@ func TestHosts(t *testing.T) {
 		"pushed.site/hosts.toml", "server = 'https://pushed.site'\ncapabilities = ['push']\n",
 	}
 	fallback := append(files[:len(files):len(files)], "_default/hosts.toml", "[host.'https://any.site']\n")
+	twice := []string{
+		"docker.io/hosts.toml", "server = 'https://m.site'\n[host.'https://m.site']\n[host.'https://m.site/hub']\n",
+		"quay.io/hosts.toml", "server = 'https://quay.io'\n[host.'https://quay.io']\ncapabilities = ['pull', 'resolve']\n",
+		"r.site/hosts.toml", "[host.'https://r.site']\n",
+		"s.site/hosts.toml", "server = 'https://m.site'\nskip_verify = true\n[host.'https://m.site']\n",
+		"t.site/hosts.toml", "server = 'https://m.site'\n[host.'https://m.site'.rewrite]\n'^(.*)$' = 'x/$1'\n",
+	}
 	for name, tt := range map[string]struct {
 		files []string
 		lines []string
@@ -70,6 +77,9 @@ func TestHosts(t *testing.T) {
 		"default, mirrors": {fallback, []string{"network: mirrors"}, map[string]string{"quay.io": "https://any.site", "169.254.169.254": "https://any.site", "r.site:5000": ""}},
 		"config.yaml goes before": {files, []string{"network: origin", "mirrors:", "  - {host: docker.io, url: 'https://c.site/x'}", "  - {host: docker.io, url: 'https://m.site/hub'}", "  - {host: quay.io, url: 'https://quay.io', ns: true}"}, map[string]string{
 			"docker.io": "https://c.site/x https://m.site/hub http://10.0.0.5:5000/hub/v2 https://registry-1.docker.io", "quay.io": "https://quay.io"}},
+		"named twice": {twice, []string{"network: origin"}, map[string]string{
+			"docker.io": "https://m.site https://m.site/hub/v2", "quay.io": "https://quay.io", "r.site": "https://r.site",
+			"s.site": "https://m.site https://m.site", "t.site": "https://m.site https://m.site"}},
 		"none": {files, []string{"network: mirrors", "hosts: none"}, map[string]string{"docker.io": "", "quay.io": ""}},
 	} {
 		t.Run(name, func(t *testing.T) {

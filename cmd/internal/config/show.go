@@ -120,7 +120,9 @@ func (c *Config) Summary() Summary {
 	if c.certs != nil {
 		for _, host := range slices.Sorted(maps.Keys(c.certs.of)) {
 			for _, m := range c.certs.of[host].Mirrors {
-				s.Mirrors = append(s.Mirrors, Listed{host, m.URL.Redacted(), m.File})
+				if one := (Listed{host, m.URL.Redacted(), m.File}); !slices.Contains(s.Mirrors, one) { // as host and as server
+					s.Mirrors = append(s.Mirrors, one)
+				}
 			}
 		}
 	}
