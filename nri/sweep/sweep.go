@@ -2,8 +2,8 @@
 // created now, and whether a gate ever did. It works in the background, outside
 // every hook: nothing waits for it, and it lets nothing run.
 //
-// A node that is told to (running: stop) has those stopped whose image is revoked
-// or denied outright. That is the one thing that this package does to a container.
+// A node that is told to (running: stop) has those stopped whose image is revoked.
+// That is the one thing that this package does to a container.
 package sweep
 
 import (
@@ -42,7 +42,7 @@ type Binder interface {
 type Rules struct {
 	Epoch verify.Epoch
 	Mode  verify.Mode
-	Stop  bool // stop what is revoked or denied; never in audit
+	Stop  bool // stop what is revoked; never in audit
 }
 
 // A Sweep looks at what runs: when it is woken, and once in a while. All fields are
@@ -141,13 +141,9 @@ const (
 	maxLogged      = 100 // lines of one sweep
 )
 
-// denied is the reason of a rule that denies outright, for which no configuration
-// has a word yet.
-const denied verify.Reason = "POLICY_DENIED"
-
 // stops reports whether a container that runs is to be stopped for that reason.
 // What signatures are missing or cannot be found now is none.
-func stops(r verify.Reason) bool { return r == verify.Revoked || r == denied }
+func stops(r verify.Reason) bool { return r == verify.Revoked }
 
 // Configure says which configuration is in force. Once Wake was called it wakes.
 func (s *Sweep) Configure(r Rules) {

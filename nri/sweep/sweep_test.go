@@ -454,7 +454,6 @@ func TestStop(t *testing.T) {
 		want   bool
 	}{
 		"revoked":               {stop, verify.Revoked, nil, true},
-		"denied":                {stop, denied, nil, true},
 		"report":                {enforcing, verify.Revoked, nil, false},
 		"audit":                 {Rules{Epoch: verify.Epoch{1}, Mode: verify.Audit, Stop: true}, verify.Revoked, nil, false},
 		"unsigned":              {stop, verify.SignatureMissing, nil, false},
