@@ -665,6 +665,30 @@ func TestTopLevel(t *testing.T) {
 	}
 }
 
+// TestNothingBuilt: what is in the tree was written by somebody, but for what .gitignore
+// names. A program that was built at the root was committed once.
+func TestNothingBuilt(t *testing.T) {
+	const most = 1 << 20
+	ignored := []string{".git", "bin", "dist", "tidewaiter"}
+	if err := filepath.WalkDir(".", func(p string, e fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case slices.Contains(ignored, p) && e.IsDir():
+			return fs.SkipDir
+		case slices.Contains(ignored, p), !e.Type().IsRegular(), strings.HasSuffix(p, ".test"), strings.HasSuffix(p, ".out"):
+			return nil
+		}
+		info, err := e.Info()
+		if err == nil && info.Size() > most {
+			t.Errorf("%s has %d bytes", p, info.Size())
+		}
+		return nil // what is gone meanwhile is not there
+	}); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestBinary: nothing in the program makes the linker keep every method of every
 // type, as calling text/template does, and with that the binary stays small
 // (DESIGN.md, "Targets": 20 MB).
