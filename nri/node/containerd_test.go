@@ -82,7 +82,7 @@ func TestSandboxRuntime(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	for id, want := range map[string]string{"new": "io.containerd.runc.v2", "old": "io.containerd.runc.v2", "both": "io.containerd.kata.v2"} {
 		if got, err := c.SandboxRuntime(ctx, id); got != want || err != nil {

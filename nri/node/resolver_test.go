@@ -673,7 +673,7 @@ func TestOthers(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); _ = (&Survey{Resolver: r, Log: slog.New(slog.DiscardHandler)}).Run(ctx) }()
-	for end := time.Now().Add(10 * time.Second); len(r.kin.of(i.config.Digest)) < 2 || len(r.kin.of(evil.config.Digest)) < 1; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); len(r.kin.of(i.config.Digest)) < 2 || len(r.kin.of(evil.config.Digest)) < 1; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("the survey does not find the images")
 		}

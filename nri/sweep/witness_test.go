@@ -70,7 +70,7 @@ func TestWitnessOutlivesProcesses(t *testing.T) {
 	c := newGate(t, dir, &uptime) // an upgrade: both run
 	c.want(t, "a third", 1, 2)
 	b.Saw(cid(2))
-	for end := time.Now().Add(10 * time.Second); !c.Has(cid(2)); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !c.Has(cid(2)); time.Sleep(time.Millisecond) {
 		if c.settle(); time.Now().After(end) {
 			t.Fatal("what another instance sees is not known here")
 		}

@@ -83,12 +83,15 @@ func (w *trigger) Write(b []byte) (int, error) {
 // TestWrongOutcome expects after the story what is not so.
 func TestWrongOutcome(t *testing.T) {
 	needRoot(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
-	defer cancel()
-	binary, err := node.BuildTidewaiter(ctx)
+	if _, err := node.FindTools(t.Context(), node.Containerd24, t.Output()); err != nil {
+		t.Fatal(err)
+	}
+	binary, err := node.BuildTidewaiter(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
+	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
+	defer cancel()
 	n, err := node.Start(ctx, node.Options{Required: true, Log: t.Output()})
 	if err != nil {
 		t.Fatal(err)

@@ -70,7 +70,7 @@ func run(ctx context.Context, version string, out io.Writer) error {
 
 	begin := time.Now()
 	// Far more than a slow machine needs: this is for what hangs.
-	limited, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	limited, cancel := context.WithTimeout(ctx, 8*time.Minute)
 	defer cancel()
 	n, err := node.Start(limited, node.Options{ContainerdVersion: version, Required: true, Log: out})
 	if err != nil {

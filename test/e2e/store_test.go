@@ -78,7 +78,7 @@ func TestPowerCut(t *testing.T) {
 // kept waits until the store has n envelopes.
 func (s *scene) kept(state string, n int) {
 	s.Helper()
-	ctx, cancel := context.WithTimeout(s.ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(s.ctx, 2*time.Minute)
 	defer cancel()
 	for {
 		raw, _ := os.ReadFile(filepath.Join(state, "store/index.json"))

@@ -56,7 +56,7 @@ func TestMain(m *testing.M) {
 	code, err := func() (int, error) {
 		if v := os.Getenv("TIDEWAITER_TEST_CREATIONS"); v != "" {
 			var err error
-			short = false
+			short, limit = false, 5*time.Second
 			if creations, err = strconv.Atoi(v); err != nil || creations < 1 {
 				return 1, fmt.Errorf("TIDEWAITER_TEST_CREATIONS: %q is no number of creations", v)
 			}

@@ -151,7 +151,7 @@ func (f *flood) noopTurn(ctx context.Context, creations int) error {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	}()
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		c, err := f.create(ctx, f.images[0])
 		if err == nil {
 			if err := c.Remove(ctx); err != nil {
@@ -181,7 +181,7 @@ func (f *flood) gateTurn(ctx context.Context, creations int, last bool) error {
 		return err
 	}
 	defer gate.Kill()
-	registered, cancel := context.WithTimeout(ctx, 20*time.Second)
+	registered, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	if err := gate.WaitRegistered(registered); err != nil {
 		return err
@@ -356,7 +356,7 @@ func (f *flood) fits(m image, r verify.Reason) bool {
 
 // begin starts an allowed container, whose image must be what runs.
 func (f *flood) begin(ctx context.Context, m image, c *node.Container) {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	if err := c.Start(ctx); err != nil {
 		f.tally.mistake("%s was created and does not start: %v", m.Name, err)

@@ -127,7 +127,7 @@ func kill(dir string) []int {
 }
 
 // attempts are how often kill is called, 20 ms apart.
-const attempts = 250
+const attempts = 3000
 
 // daemonPIDs finds the node's containerd, shims, gates, daemons and runcs at work, dead
 // ones that nobody has waited for left out.
@@ -270,7 +270,7 @@ func removeCgroup(top string) error {
 	slices.Reverse(dirs)
 	for _, d := range dirs {
 		var err error
-		for range 50 {
+		for range 2000 {
 			// A cgroup stays busy for a moment after its last process.
 			if err = unix.Rmdir(d); err == nil || errors.Is(err, unix.ENOENT) {
 				err = nil

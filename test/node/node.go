@@ -420,11 +420,11 @@ func (n *Node) StartContainerd(ctx context.Context) error {
 
 // ready waits until CRI answers, and NRI takes connections.
 func (n *Node) ready(ctx context.Context, p *process) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
 	defer cancel()
 	var last error
 	for {
-		call, cancel := context.WithTimeout(ctx, 2*time.Second)
+		call, cancel := context.WithTimeout(ctx, 10*time.Second)
 		status, err := n.Runtime.Status(call, &runtimeapi.StatusRequest{})
 		cancel()
 		if err == nil {

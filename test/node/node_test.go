@@ -61,7 +61,7 @@ func each(t *testing.T, f func(t *testing.T, ctx context.Context, version string
 	for _, v := range versions {
 		t.Run(v, func(t *testing.T) {
 			t.Parallel()
-			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+			ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 			defer cancel()
 			f(t, ctx, v)
 		})
@@ -283,7 +283,7 @@ func traces(t *testing.T, dir string) []string {
 // TestRequired has no plugin first, then one that answers PENDING twice.
 func TestRequired(t *testing.T) {
 	each(t, func(t *testing.T, ctx context.Context, version string) {
-		n := start(t, ctx, node.Options{ContainerdVersion: version, Required: true, RequestTimeout: 1500 * time.Millisecond})
+		n := start(t, ctx, node.Options{ContainerdVersion: version, Required: true, RequestTimeout: 15500 * time.Millisecond})
 		reg := newRegistry(t, "registry.example", node.RegistryOptions{})
 		if err := n.Use(reg); err != nil {
 			t.Fatal(err)
@@ -291,7 +291,7 @@ func TestRequired(t *testing.T) {
 		img := push(t, ctx, reg, "app:1", node.ImageOptions{Word: "hello"})
 
 		dump, err := n.ConfigDump(ctx)
-		if err != nil || !strings.Contains(dump, `required_plugins = ['tidewaiter']`) || !strings.Contains(dump, `plugin_request_timeout = '1.5s'`) {
+		if err != nil || !strings.Contains(dump, `required_plugins = ['tidewaiter']`) || !strings.Contains(dump, `plugin_request_timeout = '15.5s'`) {
 			t.Errorf("configuration: %v\n%s", err, dump)
 		}
 		_, err = n.Run(ctx, img.Name, node.RunOptions{})
@@ -368,7 +368,7 @@ func TestKilled(t *testing.T) {
 	}
 	_ = cmd.Wait()
 	var left []string
-	for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		if left = traces(t, dir); len(left) == 0 {
 			return
 		}
@@ -412,7 +412,7 @@ func TestGate(t *testing.T) {
 	if notRoot != "" {
 		t.Skip(notRoot)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	defer cancel()
 	n := start(t, ctx, node.Options{})
 	o := node.GateOptions{ConfigDir: t.TempDir(), Binary: "/proc/self/exe", Env: []string{"TIDEWAITER_TEST_AS=gate"}}

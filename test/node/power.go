@@ -79,7 +79,7 @@ func needMkfs(ctx context.Context) error {
 
 func (d *Disk) mount(ctx context.Context) error {
 	// The kernel may not be done with the file system that was there before.
-	for end := time.Now().Add(10 * time.Second); d.attached(); {
+	for end := time.Now().Add(time.Minute); d.attached(); {
 		if time.Now().After(end) {
 			return fmt.Errorf("%s is still in use", d.image)
 		}

@@ -47,12 +47,14 @@ type Registry struct {
 	noReferrers bool
 	twoRequests bool         // to put a blob
 	busy        atomic.Int64 // requests that are being answered
+	port        *Port        // that of Addr
+	behind      *Port        // of the registry in another process, or nil
 
 	mu       sync.Mutex
 	server   *http.Server // nil while stopped
 	served   chan struct{}
 	tls      *tls.Config // of Secure, or nil
-	tlsAddr  string
+	tlsPort  *Port
 	fault    func(http.Handler) http.Handler
 	requests []Request
 }
@@ -68,9 +70,14 @@ type Request struct {
 // [Node.Use] maps it to the registry, which never resolves host itself.
 func NewRegistry(host string, o RegistryOptions) (*Registry, error) {
 	logger := log.New(io.Discard, "", 0)
+	port, err := ReservePort()
+	if err != nil {
+		return nil, err
+	}
 	r := &Registry{
 		Host:    host,
-		Addr:    "127.0.0.1:0",
+		Addr:    port.Addr,
+		port:    port,
 		handler: artifactTypes(registry.New(registry.WithReferrersSupport(!o.NoReferrers), registry.Logger(logger))),
 		log:     logger,
 
@@ -87,14 +94,15 @@ func (n *Node) NewDistribution(ctx context.Context, host string) (*Registry, err
 	if err != nil {
 		return nil, err
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	behind, err := ReservePort()
 	if err != nil {
 		return nil, err
 	}
-	addr := l.Addr().String()
-	if err := l.Close(); err != nil {
+	front, err := ReservePort()
+	if err != nil {
 		return nil, err
 	}
+	addr := behind.Addr
 	config := filepath.Join(n.Dir, distributionFile)
 	text := fmt.Sprintf("version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\nstorage: {filesystem: {rootdirectory: %q}}\nhttp: {addr: %q}\n", filepath.Join(n.Dir, "distribution"), addr)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
@@ -117,8 +125,8 @@ func (n *Node) NewDistribution(ctx context.Context, host string) (*Registry, err
 	logger := log.New(io.Discard, "", 0)
 	proxy := httputil.NewSingleHostReverseProxy(target)
 	proxy.Transport, proxy.ErrorLog = client.Transport, logger
-	r := &Registry{Host: host, Addr: "127.0.0.1:0", handler: proxy, log: logger, noReferrers: true, twoRequests: true}
-	for end := time.Now().Add(20 * time.Second); ; {
+	r := &Registry{Host: host, Addr: front.Addr, port: front, behind: behind, handler: proxy, log: logger, noReferrers: true, twoRequests: true}
+	for end := time.Now().Add(2 * time.Minute); ; {
 		res, err := client.Get(target.String() + "/v2/")
 		if err == nil {
 			res.Body.Close()
@@ -179,12 +187,9 @@ func (r *Registry) Start() error {
 	if err != nil {
 		return fmt.Errorf("registry of %s: %w", r.Host, err)
 	}
-	if r.served == nil { // the first time; Addr does not change after that
-		r.Addr = l.Addr().String()
-	}
 	listeners := []net.Listener{l}
 	if r.tls != nil {
-		l, err := tls.Listen("tcp", r.tlsAddr, r.tls)
+		l, err := tls.Listen("tcp", r.tlsPort.Addr, r.tls)
 		if err != nil {
 			return errors.Join(fmt.Errorf("registry of %s: %w", r.Host, err), listeners[0].Close())
 		}
@@ -207,17 +212,17 @@ func (r *Registry) Start() error {
 // Secure makes the registry answer TLS too, at the address that it returns and
 // keeps, for those whom c lets in. Addr goes on without. Nobody may be asking.
 func (r *Registry) Secure(c *tls.Config) (addr string, err error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := ReservePort()
 	if err != nil {
 		return "", err
 	}
-	if err := errors.Join(l.Close(), r.Stop()); err != nil {
+	if err := r.Stop(); err != nil {
 		return "", err
 	}
 	r.mu.Lock()
-	r.tls, r.tlsAddr = c, l.Addr().String()
+	r.tls, r.tlsPort = c, port
 	r.mu.Unlock()
-	return r.tlsAddr, r.Start()
+	return port.Addr, r.Start()
 }
 
 // Stop makes the registry unreachable: connections are cut and new ones refused.
@@ -232,10 +237,15 @@ func (r *Registry) Stop() error {
 	err := s.Close()
 	<-served
 	// What it was answering notices soon that nobody listens any more.
-	for end := time.Now().Add(5 * time.Second); r.busy.Load() > 0 && time.Now().Before(end); {
-		time.Sleep(10 * time.Millisecond)
-	}
+	r.idle()
 	return err
+}
+
+// idle waits until nothing is being answered, but not for what hangs.
+func (r *Registry) idle() {
+	for end := time.Now().Add(5 * time.Second); r.busy.Load() > 0 && time.Now().Before(end); {
+		time.Sleep(5 * time.Millisecond)
+	}
 }
 
 // Fault puts wrap around the registry, to delay, refuse or falsify; what wrap
@@ -249,6 +259,7 @@ func (r *Registry) Fault(wrap func(http.Handler) http.Handler) {
 // Requests returns the requests that ended since the start or Forget, the oldest
 // first. Those that Push and Attach make are among them.
 func (r *Registry) Requests() []Request {
+	r.idle()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return append([]Request(nil), r.requests...)
@@ -256,6 +267,7 @@ func (r *Registry) Requests() []Request {
 
 // Forget empties Requests.
 func (r *Registry) Forget() {
+	r.idle() // who asked may have the answer already that is about to be noted
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.requests = nil

@@ -387,8 +387,15 @@ func install(ctx context.Context, progress io.Writer, t tool) (string, error) {
 			return "", err
 		}
 	}
-	if err := goTool(ctx, in, []string{cgo, "GOBIN=" + tmp}, args...); err != nil {
-		return "", fmt.Errorf("building %s %s: %w", t.name, version, err)
+	// A network may fail once: what was fetched by then is not fetched again.
+	for left := 2; ; left-- {
+		err := goTool(ctx, in, []string{cgo, "GOBIN=" + tmp}, args...)
+		if err == nil {
+			break
+		}
+		if left == 0 || pause(ctx, 2*time.Second) != nil {
+			return "", fmt.Errorf("building %s %s: %w", t.name, version, err)
+		}
 	}
 	if err := os.Rename(tmp, dir); err != nil {
 		return "", err
@@ -457,7 +464,7 @@ func needSeccomp(ctx context.Context, progress io.Writer) error {
 }
 
 func aptGet(ctx context.Context, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, "apt-get", args...)
+	cmd := exec.CommandContext(ctx, "apt-get", append([]string{"-o", "Acquire::Retries=5"}, args...)...)
 	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
 	return cmd
 }

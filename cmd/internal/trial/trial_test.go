@@ -116,7 +116,7 @@ func TestGuard(t *testing.T) {
 	defer func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }()
 	stopped := func(want bool) {
 		t.Helper()
-		for range 500 {
+		for range 6000 {
 			raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", cmd.Process.Pid))
 			if err != nil {
 				t.Fatal(err)
