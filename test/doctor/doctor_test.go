@@ -62,12 +62,18 @@ func newScene(t *testing.T, version string) *scene {
 	if os.Geteuid() != 0 {
 		t.Skip("a node needs root")
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
+	// What is built the first time has the time that it takes.
+	_, err := node.FindTools(t.Context(), version, t.Output())
+	if err != nil {
+		t.Fatal(err)
+	}
+	program, err := node.BuildTidewaiter(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	t.Cleanup(cancel)
-	s := &scene{T: t, ctx: ctx, dir: filepath.Join(t.TempDir(), "config"), state: t.TempDir()}
-	var err error
-	s.program, err = node.BuildTidewaiter(ctx)
-	s.must(err)
+	s := &scene{T: t, ctx: ctx, program: program, dir: filepath.Join(t.TempDir(), "config"), state: t.TempDir()}
 	s.reg, err = node.NewRegistry("registry.example", node.RegistryOptions{})
 	s.must(err)
 	t.Cleanup(func() { s.must(s.reg.Stop()) })
@@ -76,7 +82,7 @@ func newScene(t *testing.T, version string) *scene {
 	t.Cleanup(func() {
 		// The node's end ends processes in cgroups of its own alone, and not those of a
 		// test that failed half-way.
-		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Minute)
 		defer cancel()
 		if err := s.RemovePods(clean); err != nil {
 			t.Log(err)
@@ -227,7 +233,7 @@ func (s *scene) opens() {
 // ready waits until the gate is asked again.
 func (s *scene) ready() {
 	s.Helper()
-	for range 100 {
+	for range 1000 {
 		if exec.CommandContext(s.ctx, s.program, "status", "--ready", "--run-dir", s.RunDir()).Run() == nil {
 			return
 		}
@@ -299,7 +305,7 @@ func TestKilled(t *testing.T) {
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGKILL} {
 		cmd := exec.CommandContext(s.ctx, s.program, "selftest", "--absent", "--config-dir", s.dir, "--run-dir", s.RunDir(), "--containerd-socket", s.Socket)
 		s.must(cmd.Start())
-		for range 400 {
+		for range 6000 {
 			if s.stopped() {
 				break
 			}
@@ -310,7 +316,7 @@ func TestKilled(t *testing.T) {
 		}
 		s.must(cmd.Process.Signal(sig))
 		_ = cmd.Wait()
-		for range 100 {
+		for range 1200 {
 			if !s.stopped() {
 				break
 			}

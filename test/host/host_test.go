@@ -62,12 +62,18 @@ func newMachine(t *testing.T, version string) *machine {
 	if os.Geteuid() != 0 {
 		t.Skip("a node needs root")
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
+	// What is built the first time has the time that it takes.
+	_, err := node.FindTools(t.Context(), version, t.Output())
+	if err != nil {
+		t.Fatal(err)
+	}
+	program, err := node.BuildTidewaiter(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	t.Cleanup(cancel)
-	m := &machine{T: t, ctx: ctx, served: make(chan struct{})}
-	var err error
-	m.program, err = node.BuildTidewaiter(ctx)
-	m.must(err)
+	m := &machine{T: t, ctx: ctx, program: program, served: make(chan struct{})}
 	m.reg, err = node.NewRegistry("registry.example", node.RegistryOptions{})
 	m.must(err)
 	t.Cleanup(func() { m.must(m.reg.Stop()) })
@@ -240,7 +246,7 @@ func (m *machine) startGate() error {
 	}
 	m.notify = l
 	// Type=notify: it has started when it says so, or has ended.
-	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); {
+	for end := time.Now().Add(2 * time.Minute); time.Now().Before(end); {
 		select {
 		case <-m.gate.Done():
 			return errors.New("it ended before it was ready")
@@ -301,7 +307,7 @@ func (m *machine) allowed(img *node.Image) {
 	m.Helper()
 	// A gate that was just registered may not know the image yet.
 	var err error
-	for range 40 {
+	for range 200 {
 		if err = m.starts(img); err == nil || !node.Pending(err) {
 			break
 		}
@@ -315,7 +321,7 @@ func (m *machine) allowed(img *node.Image) {
 func (m *machine) denied(img *node.Image, why string) {
 	m.Helper()
 	var err error
-	for range 40 {
+	for range 200 {
 		if err = m.starts(img); err == nil || !node.Pending(err) || why == "PENDING" {
 			break
 		}
@@ -575,7 +581,7 @@ func (m *machine) edit(name, old, now string) {
 
 func (m *machine) until(what string, is func() bool) {
 	m.Helper()
-	for range 400 {
+	for range 900 {
 		if is() {
 			return
 		}

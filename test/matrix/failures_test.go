@@ -170,13 +170,13 @@ var failures = []failure{
 	}},
 	{"Synchronize cannot be delivered", true, false, func(s *scene) {
 		s.gone()
-		s.receive(s.rt.send(question{Containers: 8, Size: 1 << 20}), 10*time.Second)
+		s.receive(s.rt.send(question{Containers: 8, Size: 1 << 20}), 2*time.Minute)
 		s.start(false)
 		_, err := s.gate.Wait(s.Context(), 0, func(l node.Line) bool { return strings.HasPrefix(l.Msg, "not registered") })
 		s.must(err)
 		s.refused(s.w.evil, notPresent)
 		s.refused(s.w.good, notPresent)
-		s.receive(s.rt.send(question{}), 10*time.Second)
+		s.receive(s.rt.send(question{}), 2*time.Minute)
 	}},
 	{"the caller gave up before", false, false, func(s *scene) {
 		s.ready(false)
@@ -196,7 +196,7 @@ func (s *scene) whileAsked(f func()) {
 	s.Helper()
 	s.hangs()
 	c := s.rt.send(question{Create: s.request(s.w.evil)})
-	time.Sleep(slow + 300*time.Millisecond)
+	time.Sleep(slow + timeout/3)
 	f()
 	s.noted(s.w.evil, c, closed)
 }
@@ -237,7 +237,7 @@ func (s *scene) impostorBeside(index string) {
 	defer impostor.Stop()
 	s.refused(s.w.evil, "SIGNATURE_MISSING")
 	s.allows()
-	for end := time.Now().Add(30 * time.Second); !s.alarmed(mark); time.Sleep(100 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); !s.alarmed(mark); time.Sleep(100 * time.Millisecond) {
 		if got := s.ask(s.w.evil); got != "SIGNATURE_MISSING" {
 			s.Errorf("beside an impostor: %s", got)
 		}
@@ -287,7 +287,7 @@ func (s *scene) gone() {
 // becomesAllowed waits until an image that was signed just now is allowed.
 func (s *scene) becomesAllowed(img *image) {
 	s.Helper()
-	for end := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		got := s.raw(s.rt.send(question{Create: s.request(img)}))
 		if got == allowed {
 			return

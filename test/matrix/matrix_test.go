@@ -99,6 +99,7 @@ func runTests(m *testing.M) (code int, err error) {
 		return 1, err
 	}
 	if !full {
+		timeout = 5 * time.Second
 		libraries = []*library{libraries[0], libraries[2]}
 		neighbours = []neighbour{alone, after}
 	}
@@ -254,7 +255,7 @@ func TestKilledAtAnyMoment(t *testing.T) {
 					flood := s.rt.send(question{Create: s.request(s.w.evil), Until: absentText})
 					time.Sleep(rand.N(20 * time.Millisecond))
 					s.gate.Kill()
-					a := s.receive(flood, time.Minute)
+					a := s.receive(flood, 3*time.Minute)
 					for text, n := range a.Refused {
 						if asked += n; kind(text) == "" {
 							t.Errorf("an answer that is none: %s", text)

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/image-spec/specs-go"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tidewaiter/tidewaiter/test/node"
@@ -80,7 +81,7 @@ func (s *site) survives(c node.Config, good, bad []*node.Image) {
 // offline takes network and power away, and has images run.
 func (s *site) offline(good, bad []*node.Image) {
 	s.Helper()
-	s.settled()
+	s.settled(good...)
 	s.cut()
 	s.network(false)
 	took := s.boot(good[0], node.GateOptions{})
@@ -95,8 +96,8 @@ func (s *site) offline(good, bad []*node.Image) {
 }
 
 // settled waits until the store has written index.json, which it does when all that
-// it had to write is safe.
-func (s *site) settled() {
+// it had to write is safe, and names a signature of each of these images there.
+func (s *site) settled(images ...*node.Image) {
 	s.Helper()
 	ctx, cancel := s.within()
 	defer cancel()
@@ -113,15 +114,36 @@ func (s *site) settled() {
 			}
 			return nil
 		})
-		if err == nil && info.ModTime().After(newest) {
+		signed := s.subjects(name)
+		missing := slices.DeleteFunc(slices.Clone(images), func(i *node.Image) bool { return signed[i.Target.Digest] || signed[i.Manifest.Digest] })
+		if err == nil && info.ModTime().After(newest) && len(missing) == 0 {
 			return
 		}
 		select {
 		case <-ctx.Done():
-			s.Fatalf("index.json is not written: %v\n%s", err, s.gate.Log())
+			s.Fatalf("index.json is not written, or names no signature of %d images: %v\n%s", len(missing), err, s.gate.Log())
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
+}
+
+// subjects are what the signatures that are named in the store's index.json are of.
+func (s *site) subjects(name string) map[digest.Digest]bool {
+	s.Helper()
+	list := map[digest.Digest]bool{}
+	var index ocispec.Index
+	raw, err := os.ReadFile(name)
+	if err != nil || json.Unmarshal(raw, &index) != nil {
+		return list
+	}
+	for _, d := range index.Manifests {
+		var m ocispec.Manifest
+		raw, err := os.ReadFile(filepath.Join(filepath.Dir(name), "blobs/sha256", d.Digest.Encoded()))
+		if err == nil && json.Unmarshal(raw, &m) == nil && m.Subject != nil {
+			list[m.Subject.Digest] = true
+		}
+	}
+	return list
 }
 
 // trio pushes a good image with a signed index, one without signature and one that a
@@ -367,7 +389,7 @@ func collected(s *site) {
 	s.registered(node.GateOptions{})
 	s.allowed(img, node.PullIfNotPresent)
 	s.denied(bare.Name, node.PullIfNotPresent, refusals...)
-	s.settled()
+	s.settled(img)
 
 	dir := s.TempDir()
 	for _, i := range []*node.Image{img, bare} {
@@ -665,7 +687,7 @@ func TestNever(t *testing.T) {
 // offlineIn is offline with a gate in another network.
 func (s *site) offlineIn(shell string, good, bad []*node.Image) {
 	s.Helper()
-	s.settled()
+	s.settled(good...)
 	s.cut()
 	s.boot(good[0], node.GateOptions{Shell: shell})
 	for _, img := range good {

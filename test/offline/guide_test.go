@@ -85,7 +85,7 @@ func TestGuide(t *testing.T) {
 				case "sh":
 					// What the gate says is what it knows at that moment.
 					question := strings.HasPrefix(strings.TrimSpace(text), "tidewaiter images")
-					for end := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
+					for end := time.Now().Add(3 * time.Minute); ; time.Sleep(100 * time.Millisecond) {
 						out, err := s.Output(ctx, "sh", "-e", "-c", "cd /root\n"+text)
 						if question && !strings.Contains(out, " 0 denied, 0 unknown") && time.Now().Before(end) {
 							continue
