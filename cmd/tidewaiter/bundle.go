@@ -245,7 +245,8 @@ func ofNode(dir string) (*bundle.Judge, map[string][]byte, error) {
 
 type importOptions struct {
 	configDir, stateDir, name, output string
-	trust, yes, force                 bool
+	trust, force                      bool
+	accept                            string // digest of the trust that was looked at
 }
 
 func bundleImport(stdin io.Reader, stdout io.Writer) *cobra.Command {
@@ -260,10 +261,13 @@ notices. It refuses what is damaged, and with no signature that verifies under t
 configuration, unless --force.
 
 With --trust it also puts the bundle's trust policy and trust store in the place of
-this node's: it prints what would change, and with --yes changes it. What was before
-is kept beside the configuration directory.
+this node's: it prints them with a digest and what would change, and changes it where
+--accept names this digest. What was before is kept beside the configuration directory.
 
-Exit status: 0 imported, 1 refused, or --yes is missing, 2 it could not be done.`,
+Exit status: 0 imported, 1 refused, or --accept is missing, 2 it could not be done.`,
+		Example: `  tidewaiter bundle import site.tar
+  tidewaiter bundle import --trust site.tar
+  tidewaiter bundle import --trust --accept sha256:... site.tar`,
 		Args: exactly("FILE or DIR"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := checkOutput(o.output); err != nil {
@@ -277,7 +281,7 @@ Exit status: 0 imported, 1 refused, or --yes is missing, 2 it could not be done.
 	outputFlag(cmd, &o.output)
 	cmd.Flags().StringVar(&o.name, "name", "", "`NAME` of the bundle on this node (default: from the name of the file)")
 	cmd.Flags().BoolVar(&o.trust, "trust", false, "put trust policy and trust store of the bundle in force")
-	cmd.Flags().BoolVar(&o.yes, "yes", false, "with --trust: do it")
+	cmd.Flags().StringVar(&o.accept, "accept", "", "with --trust: the `DIGEST` of the trust that was looked at, to put that in force and no other")
 	cmd.Flags().BoolVar(&o.force, "force", false, "import a bundle although no signature in it verifies")
 	return cmd
 }
@@ -285,6 +289,9 @@ Exit status: 0 imported, 1 refused, or --yes is missing, 2 it could not be done.
 func importBundle(ctx context.Context, stdin io.Reader, stdout io.Writer, o importOptions, file string) error {
 	if o.stateDir == "" {
 		return unknown(errors.New("--state-dir is empty: there is nowhere to import to"), "")
+	}
+	if o.accept != "" && !o.trust {
+		return unknown(errors.New("--accept is for --trust"), "")
 	}
 	name, err := o.name, error(nil)
 	if name == "" {
@@ -311,7 +318,7 @@ func importBundle(ctx context.Context, stdin io.Reader, stdout io.Writer, o impo
 	defer c.Close()
 	var staged *bundle.Staged
 	if o.trust {
-		files, err := c.Trust()
+		files, _, err := c.Trust()
 		if err == nil && files == nil {
 			err = errors.New("the bundle has no trust policy")
 		}
@@ -339,8 +346,10 @@ func importBundle(ctx context.Context, stdin io.Reader, stdout io.Writer, o impo
 		refused = "there is no configuration in " + o.configDir + " under which a signature could verify (--force imports it all the same)"
 	case r.Verified == 0 && !o.force && !alone:
 		refused = "no signature in it verifies under " + r.Policy + " (--force imports it all the same)"
-	case staged != nil && !o.yes:
-		refused = "--trust changes what this node trusts: look at what is above, and add --yes"
+	case staged != nil && o.accept == "":
+		refused = "--trust changes what this node trusts: look at what is above, and add --accept " + r.Trust.Digest
+	case staged != nil && o.accept != r.Trust.Digest:
+		refused = "its trust is " + r.Trust.Digest + ", and not the one that --accept names"
 	}
 	r.Outcome = &bundle.Outcome{Refused: refused}
 	if refused != "" {
@@ -353,6 +362,9 @@ func importBundle(ctx context.Context, stdin io.Reader, stdout io.Writer, o impo
 	}
 	if staged != nil {
 		if r.Outcome.Backup, err = staged.Commit(time.Now()); err != nil {
+			if r.Outcome.File != "" {
+				err = fmt.Errorf("%w (the signatures are in %s)", err, r.Outcome.File)
+			}
 			return unknown(err, "")
 		}
 		r.Outcome.Trust = staged.Config.Dir

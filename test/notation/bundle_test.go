@@ -1,6 +1,8 @@
 package notation_test
 
 import (
+	"archive/tar"
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,6 +13,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
@@ -166,7 +169,36 @@ func TestBundles(t *testing.T) {
 
 	// Trust comes along, and notation has it where it is put.
 	c.do(nil, c.tidewaiter, "bundle", "create", mirror("first"), "--trust", "-o", c.path("trust.tar"), scope+":v1")
-	c.do([]string{"has the trust of the bundle now"}, c.tidewaiter, "bundle", "import", "--config-dir", c.path("fresh"), "--trust", "--yes", c.path("trust.tar"))
+	c.do([]string{"has the trust of the bundle now"}, c.tidewaiter, "bundle", "import", "--config-dir", c.path("fresh"), "--trust", "--accept", trustIn(t, c.path("trust.tar")), c.path("trust.tar"))
 	c.env = append(c.env, "NOTATION_CONFIG="+c.path("fresh"))
 	c.do([]string{"Successfully verified"}, c.notation, "verify", "--insecure-registry", second+digest)
+}
+
+// trustIn is the digest of the trust in a bundle.
+func trustIn(t *testing.T, file string) string {
+	t.Helper()
+	f, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	r := tar.NewReader(f)
+	for {
+		h, err := r.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Name != ocispec.ImageIndexFile {
+			continue
+		}
+		var index ocispec.Index
+		if err := json.NewDecoder(r).Decode(&index); err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range index.Manifests {
+			if d.ArtifactType == "application/vnd.tidewaiter.trust.v1" {
+				return d.Digest.String()
+			}
+		}
+	}
 }

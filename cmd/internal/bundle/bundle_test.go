@@ -740,6 +740,93 @@ func TestStageKeeps(t *testing.T) {
 	}
 }
 
+// What somebody else has changed since the copy was made is not undone.
+func TestStageMeanwhile(t *testing.T) {
+	t.Parallel()
+	from := t.TempDir()
+	trustConfig(t, from, "x509.subject: C=US, ST=WA, O=new")
+	files, err := config.Trust(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, change := range map[string]func(dir string) error{
+		"a file that is written": func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, "config.yaml"), []byte("version: 1\nmode: audit\n"), 0o600)
+		},
+		"a mode":        func(dir string) error { return os.Chmod(filepath.Join(dir, "config.yaml"), 0o640) },
+		"a file more":   func(dir string) error { return os.WriteFile(filepath.Join(dir, "more"), nil, 0o600) },
+		"its trust":     func(dir string) error { return os.WriteFile(filepath.Join(dir, "trustpolicy.json"), nil, 0o600) },
+		"the file gone": func(dir string) error { return os.Remove(filepath.Join(dir, "config.yaml")) },
+		"all of it":     os.RemoveAll,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := filepath.Join(t.TempDir(), "etc")
+			trustConfig(t, dir, "x509.subject: C=US, ST=WA, O=old")
+			if err := os.WriteFile(filepath.Join(dir, "config.yaml"), []byte("version: 1\nmode: enforce\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			s, err := Stage(dir, files)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := change(dir); err != nil {
+				t.Fatal(err)
+			}
+			was, _ := sumOf(dir)
+			if backup, err := s.Commit(time.Unix(1e9, 0)); err == nil || backup != "" {
+				t.Errorf("it is in force, and what was before in %q", backup)
+			}
+			s.Discard()
+			if is, _ := sumOf(dir); is != was {
+				t.Error("something was changed")
+			}
+			if left, _ := filepath.Glob(filepath.Join(filepath.Dir(dir), ".*")); len(left) > 0 {
+				t.Errorf("left %q", left)
+			}
+		})
+	}
+}
+
+// Where the last step fails, what was before is not removed with what was prepared.
+func TestStageBackupStays(t *testing.T) {
+	t.Parallel()
+	from, dir := t.TempDir(), filepath.Join(t.TempDir(), "etc")
+	trustConfig(t, from, "x509.subject: C=US, ST=WA, O=new")
+	trustConfig(t, dir, "x509.subject: C=US, ST=WA, O=old")
+	files, err := config.Trust(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	was, err := config.Trust(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := Stage(dir, files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A file has the name, and then the other one that it would have.
+	backup := dir + ".before-20010909T014640Z"
+	if err := errors.Join(os.WriteFile(backup, nil, 0o600),
+		os.WriteFile(backup+"-"+strings.TrimPrefix(filepath.Base(s.next), ".etc-next-"), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	backup, err = s.Commit(time.Unix(1e9, 0))
+	if err == nil || !strings.Contains(err.Error(), "has the trust of the bundle now") {
+		t.Errorf("error %v", err)
+	}
+	s.Discard()
+	now, err := config.Trust(dir)
+	if err != nil || !bytes.Equal(now["trustpolicy.json"], files["trustpolicy.json"]) {
+		t.Errorf("the trust is not in force: %v", err)
+	}
+	before, err := config.Trust(backup)
+	if err != nil || !bytes.Equal(before["trustpolicy.json"], was["trustpolicy.json"]) {
+		t.Errorf("what was before is not there: %v", err)
+	}
+}
+
 func FuzzOpen(f *testing.F) {
 	dir, _, _ := site(f)
 	for _, raw := range packed(f, dir) {

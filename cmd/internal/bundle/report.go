@@ -133,11 +133,12 @@ func (c *Contents) Inspect(ctx context.Context, name string, j *Judge, trust map
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	files, err := c.Trust()
+	files, sum, err := c.Trust()
 	if err != nil {
 		r.Problems = append(r.Problems, err.Error())
 	} else if files != nil {
 		r.Trust = compare(files, trust)
+		r.Trust.Digest = sum.String()
 	}
 	return r, nil
 }

@@ -1,6 +1,7 @@
 package bundle
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -23,7 +24,9 @@ const (
 // on the disk, beside the one in force.
 type Staged struct {
 	dir, next string
-	there     bool // there is one in force
+	there     bool     // there is one in force
+	sum       [32]byte // of that, when it was copied
+	inForce   bool     // they have changed places: next is what was before
 
 	Config *config.Config // that was read from it
 }
@@ -52,6 +55,9 @@ func Stage(dir string, trust map[string][]byte) (_ *Staged, err error) {
 	}()
 	c := &copying{files: maxConfigFiles, bytes: maxConfigBytes}
 	if s.there {
+		if s.sum, err = sumOf(s.dir); err != nil {
+			return nil, err
+		}
 		if err := c.tree(s.dir, s.next, true); err != nil {
 			return nil, err
 		}
@@ -82,22 +88,28 @@ func Stage(dir string, trust map[string][]byte) (_ *Staged, err error) {
 
 // Commit puts it in force, and returns where the configuration is now that was before;
 // empty if there was none. Both change places in one step, so that a power cut leaves
-// the one or the other.
+// the one or the other. It refuses where somebody has changed the configuration since
+// it was copied.
 func (s *Staged) Commit(now time.Time) (backup string, err error) {
 	crossed()
 	if !s.there {
 		if err := os.Rename(s.next, s.dir); err != nil {
 			return "", err
 		}
+		s.inForce = true
 		crossed()
-		return "", syncDir(filepath.Dir(s.dir))
+		return "", s.lasts(syncDir(filepath.Dir(s.dir)))
+	}
+	if sum, err := sumOf(s.dir); err != nil || sum != s.sum {
+		return "", errors.Join(fmt.Errorf("%s was changed by somebody else meanwhile, and stays as it is: try again", s.dir), err)
 	}
 	if err := exchange(s.next, s.dir); err != nil {
 		return "", fmt.Errorf("exchange %s and its successor: %w (its own directory on a file system that can, such as ext4, XFS, btrfs or tmpfs, and no mount point)", s.dir, err)
 	}
+	s.inForce = true
 	crossed()
 	if err := syncDir(filepath.Dir(s.dir)); err != nil {
-		return "", err
+		return s.next, s.lasts(err)
 	}
 	crossed()
 	backup = s.dir + ".before-" + now.UTC().Format("20060102T150405Z")
@@ -105,14 +117,57 @@ func (s *Staged) Commit(now time.Time) (backup string, err error) {
 		backup += "-" + strings.TrimPrefix(filepath.Base(s.next), "."+filepath.Base(s.dir)+"-next-")
 	}
 	if err := os.Rename(s.next, backup); err != nil {
-		return s.next, err
+		return s.next, s.lasts(err)
 	}
 	crossed()
-	return backup, syncDir(filepath.Dir(s.dir))
+	return backup, s.lasts(syncDir(filepath.Dir(s.dir)))
 }
 
-// Discard removes it.
-func (s *Staged) Discard() { _ = os.RemoveAll(s.next) }
+// lasts says of an error that came after the change what holds until the power goes.
+func (s *Staged) lasts(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s has the trust of the bundle now, but perhaps not after a power cut: %w", s.dir, err)
+}
+
+// Discard removes it, unless Commit has put it in force: then nothing is removed.
+func (s *Staged) Discard() {
+	if !s.inForce {
+		_ = os.RemoveAll(s.next)
+	}
+}
+
+// sumOf is a digest of a configuration directory: of names, modes and bytes.
+func sumOf(dir string) (sum [32]byte, err error) {
+	h := sha256.New()
+	left := copying{files: maxConfigFiles, bytes: maxConfigBytes}
+	err = filepath.WalkDir(dir, func(name string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		var raw []byte
+		switch {
+		case info.Mode().IsRegular():
+			if left.files, left.bytes = left.files-1, left.bytes-info.Size(); left.files < 0 || left.bytes < 0 {
+				return fmt.Errorf("%s: more than %d files or %d MiB", dir, maxConfigFiles, maxConfigBytes>>20)
+			}
+			raw, err = os.ReadFile(name)
+		case info.Mode()&fs.ModeSymlink != 0:
+			var target string
+			target, err = os.Readlink(name)
+			raw = []byte(target)
+		}
+		fmt.Fprintf(h, "%q %o %d\n", name, info.Mode(), len(raw))
+		h.Write(raw)
+		return err
+	})
+	return [32]byte(h.Sum(nil)), err
+}
 
 // A copying copies a configuration directory.
 type copying struct {

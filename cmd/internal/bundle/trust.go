@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tidewaiter/tidewaiter/verify"
@@ -28,6 +29,7 @@ const (
 
 // A TrustReport compares the trust in a bundle with that of the node.
 type TrustReport struct {
+	Digest  string      `json:"digest"`  // of all that the bundle has of it, names and bytes; what --accept wants
 	Changed bool        `json:"changed"` // whether putting it in force would change anything
 	Files   []TrustFile `json:"files"`
 	Rules   []TrustRule `json:"statements"`
@@ -78,8 +80,9 @@ func isTrust(name string) bool {
 }
 
 // Trust returns the files of trust policy and trust store in the bundle, by names in a
-// configuration directory; nil if there are none.
-func (c *Contents) Trust() (map[string][]byte, error) {
+// configuration directory, and the digest of all of them: it is that of the artifact,
+// which has their names and digests. Nil if there are none.
+func (c *Contents) Trust() (map[string][]byte, digest.Digest, error) {
 	var artifact *document
 	for _, e := range c.entries {
 		d := c.documents[e.Digest]
@@ -87,21 +90,21 @@ func (c *Contents) Trust() (map[string][]byte, error) {
 			continue
 		}
 		if artifact != nil {
-			return nil, fmt.Errorf("%w: it holds more than one trust", ErrRefused)
+			return nil, "", fmt.Errorf("%w: it holds more than one trust", ErrRefused)
 		}
 		artifact = d
 	}
 	if artifact == nil {
-		return nil, nil
+		return nil, "", nil
 	}
 	files, policies, left := map[string][]byte{}, 0, int64(maxTrust)
 	if len(artifact.layers) > maxTrustFiles {
-		return nil, fmt.Errorf("%w: its trust has more than %d files", ErrRefused, maxTrustFiles)
+		return nil, "", fmt.Errorf("%w: its trust has more than %d files", ErrRefused, maxTrustFiles)
 	}
 	for _, l := range artifact.layers {
 		name := l.Annotations[ocispec.AnnotationTitle]
 		if !isTrust(name) || files[name] != nil {
-			return nil, fmt.Errorf("%w: a file of its trust is called %s", ErrRefused, verify.Quote(name, 100))
+			return nil, "", fmt.Errorf("%w: a file of its trust is called %s", ErrRefused, verify.Quote(name, 100))
 		}
 		raw, err := c.dir.Blob(l, func(n int64) error {
 			if left -= n; n > maxTrustFile || left < 0 {
@@ -110,7 +113,7 @@ func (c *Contents) Trust() (map[string][]byte, error) {
 			return nil
 		})
 		if err != nil {
-			return nil, fmt.Errorf("trust: %s: %w", verify.Quote(name, 100), err)
+			return nil, "", fmt.Errorf("trust: %s: %w", verify.Quote(name, 100), err)
 		}
 		if isPolicy(name) {
 			policies++
@@ -118,9 +121,9 @@ func (c *Contents) Trust() (map[string][]byte, error) {
 		files[name] = raw
 	}
 	if policies != 1 {
-		return nil, fmt.Errorf("%w: its trust has %d trust policies, not one", ErrRefused, policies)
+		return nil, "", fmt.Errorf("%w: its trust has %d trust policies, not one", ErrRefused, policies)
 	}
-	return files, nil
+	return files, artifact.Digest, nil
 }
 
 // compare says what would change if the node's files became those of the bundle.
@@ -244,7 +247,7 @@ func certificates(raw []byte) (list []Certificate, err error) {
 }
 
 func (r *TrustReport) text(b *strings.Builder) {
-	b.WriteString("trust policy and trust store, against those of this node:\n")
+	fmt.Fprintf(b, "trust policy and trust store %s, against those of this node:\n", r.Digest)
 	for _, s := range r.Rules {
 		fmt.Fprintf(b, "  %-7s statement %s: %s\n", s.Change, verify.Quote(s.Name, 100), s.Text)
 		if s.Was != "" {
