@@ -1,6 +1,7 @@
 package verify
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -55,7 +56,7 @@ func (e *Engine) Judge(ctx context.Context, q Question) (d Decision) {
 		seen, tried = append(seen, found...), append(tried, a)
 		if won != nil {
 			d := allow(q, found[len(found)-1], e.Now())
-			d.Source, d.Tried = a.Source, tried
+			d.Source, d.Tried = clip(cmp.Or(won.evidence.From, a.Source)), tried
 			if d.allowed && e.Store != nil && !stored {
 				e.keep(q.Image, won)
 			}

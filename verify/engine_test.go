@@ -108,6 +108,31 @@ func failing(name string, err error, evidence ...string) holds {
 
 var bg = context.Background()
 
+// A place is a source that says where in it evidence was found.
+type place struct {
+	holds
+	from string
+}
+
+func (p place) Find(ctx context.Context, in Name, subject ocispec.Descriptor, b *Budget, yield func(Evidence) bool) error {
+	return p.holds.Find(ctx, in, subject, b, func(ev Evidence) bool {
+		ev.From = p.from
+		return yield(ev)
+	})
+}
+
+// The part of a source that had the evidence is named in its place, clean and cut, and
+// what was asked is what it was.
+func TestJudgeNamesThePart(t *testing.T) {
+	for from, want := range map[string]string{"": "a", "bundle site.tar": "bundle site.tar", "x\ny": "x y", strings.Repeat("x", 1<<20): strings.Repeat("x", MaxMessage-3) + "..."} {
+		d := engine(place{on("a", "SIGNER_UNTRUSTED", "good"), from}).Judge(bg, bound())
+		allowed(t, d, Verified)
+		if d.Source != want || len(d.Tried) != 1 || d.Tried[0].Source != "a" {
+			t.Errorf("source %.80q, tried %+v", d.Source, d.Tried)
+		}
+	}
+}
+
 func TestJudgeAllows(t *testing.T) {
 	var asked []string
 	a, b, c := on("a", "SIGNER_UNTRUSTED", "unreadable", "panic"), on("b", "good", "good"), on("c", "good")

@@ -2,6 +2,7 @@ package verify
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	_ "crypto/sha256" // go-digest knows only the algorithms that are linked in,
 	_ "crypto/sha512" // and panics when it is to hash with another
@@ -76,6 +77,7 @@ type Evidence struct {
 	MediaType string             // of Blob
 	Blob      []byte             // the signature envelope
 	Err       error              // why it could not be read; then Blob is nil
+	From      string             // what a Decision names in place of the source: "bundle site.tar"; empty: that
 }
 
 // Artifact and media types of Notary Project signatures
@@ -245,12 +247,7 @@ func (l Limits) Or(d Limits) Limits {
 	return l
 }
 
-func or[T comparable](p *T, d T) {
-	var zero T
-	if *p == zero {
-		*p = d
-	}
-}
+func or[T comparable](p *T, d T) { *p = cmp.Or(*p, d) }
 
 // A Budget is what is left of Limits for one question at one source. Its methods
 // return an error that wraps ErrBudget once a limit is passed. It is not safe

@@ -195,7 +195,9 @@ func explainNow(line func(name, format string, args ...any), a explain.About, r 
 			line("signer", "%s, whom no trust store of the rule vouches for", s.Subject)
 		}
 	}
-	if r.Signed != "" {
+	if r.Signed != "" && r.Source != "" {
+		line("signed", "%s, as %s has it", r.Signed, r.Source)
+	} else if r.Signed != "" {
 		line("signed", "%s", r.Signed)
 	}
 	for _, w := range r.Warnings {

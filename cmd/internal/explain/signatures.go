@@ -1,6 +1,7 @@
 package explain
 
 import (
+	"cmp"
 	"context"
 	"time"
 
@@ -106,7 +107,7 @@ func (l *looking) add(ev verify.Evidence, want ocispec.Descriptor, f verify.Find
 		l.found = l.found[:maxSigned-1] // the last one may be the one that met the rule
 	}
 	s := Signature{
-		Source: l.source, Manifest: verify.Clean(ev.Manifest.Digest.String(), 144), Subject: verify.Clean(want.Digest.String(), 144),
+		Source: cmp.Or(verify.Clean(ev.From, 256), l.source), Manifest: verify.Clean(ev.Manifest.Digest.String(), 144), Subject: verify.Clean(want.Digest.String(), 144),
 		MediaType: verify.Clean(ev.MediaType, 80), Reason: f.Reason.String(), Detail: verify.Clean(f.Detail, 400),
 		Anchor: verify.Clean(f.Signer.Anchor, 256), Ends: f.Ends, Chain: []Link{},
 	}

@@ -161,6 +161,42 @@ func testBundle(t *testing.T, form string) {
 	}
 }
 
+// Each signature says which bundle it is from, whatever that is called; those in the
+// store say nothing.
+func TestFrom(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	var a, b, own site
+	one, _ := a.image("one")
+	two, _ := b.image("two")
+	three, kept := own.image("three")
+	long := strings.Repeat("x", 200)
+	put(t, dir, "site 1\n.tar", a)
+	put(t, dir, long, b)
+	r := start(t, dir, store.Options{})
+	r.keep(three, three, kept)
+	r.settled()
+	for subject, want := range map[digest.Digest]string{one.Digest: "bundle site 1 .tar", two.Digest: "bundle " + long[:77] + "...", three.Digest: ""} {
+		n := 0
+		for _, d := range []ocispec.Descriptor{one, two, three} {
+			if d.Digest != subject {
+				continue
+			}
+			if err := r.Find(t.Context(), verify.Name{}, d, verify.NewBudget(verify.Limits{}), func(ev verify.Evidence) bool {
+				if n++; ev.From != want || ev.Err != nil {
+					t.Errorf("from %q, want %q, error %v", ev.From, want, ev.Err)
+				}
+				return true
+			}); err != nil {
+				t.Error(err)
+			}
+		}
+		if n != 1 {
+			t.Errorf("%d signatures", n)
+		}
+	}
+}
+
 // A directory that something writes in place is read again.
 func TestBundleInPlace(t *testing.T) {
 	t.Parallel()

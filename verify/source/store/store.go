@@ -286,6 +286,9 @@ func (s *Store) Find(ctx context.Context, _ verify.Name, subject ocispec.Descrip
 			return false
 		}
 		ev := verify.Evidence{Manifest: x.Descriptor}
+		if x.bundle != "" {
+			ev.From = "bundle " + verify.Clean(x.bundle, 80)
+		}
 		err := x.signature(ctx, &ev, subject, b)
 		if whole[x.Digest] = err == nil; err != nil {
 			if failed == nil && layout.Inconclusive(err) {
