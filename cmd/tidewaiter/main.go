@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/signal"
 	"strings"
@@ -49,7 +50,12 @@ func (f *failure) Error() string {
 func (f *failure) Unwrap() error { return f.err }
 
 // unknown is a failure to find out.
-func unknown(err error, hint string) error { return &failure{exitUnknown, err, hint} }
+func unknown(err error, hint string) error {
+	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
+		hint = "run it as root"
+	}
+	return &failure{exitUnknown, err, hint}
+}
 
 // Main is the program with its surroundings handed in; it returns the exit status.
 func Main(args []string, stdout, stderr io.Writer) int {

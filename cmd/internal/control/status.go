@@ -241,7 +241,7 @@ func (s *Status) Judge() {
 		if r.Error != "" {
 			why = r.Error
 		}
-		found(NotRegistered, "systemctl status containerd; ls -l "+r.Socket, "the runtime does not ask this gate: %s", why)
+		found(NotRegistered, "tidewaiter doctor; ls -l "+r.Socket, "the runtime does not ask this gate: %s", why)
 	case c.Epoch != "" && r.Audit != (s.Mode == "audit"):
 		found(Registering, "wait a moment", "the mode changed to %s, and the gate registers anew", s.Mode)
 	}
@@ -260,7 +260,7 @@ func (s *Status) Judge() {
 			"the configuration was rejected and the last good one is in force: %s", c.Rejected.Error)
 	}
 	if r.Stuck > 0 {
-		found(RuntimeHangs, "systemctl status containerd", "containerd does not answer %d questions of the gate, for which containers are refused", r.Stuck)
+		found(RuntimeHangs, "look at containerd and its log: tidewaiter doctor", "containerd does not answer %d questions of the gate, for which containers are refused", r.Stuck)
 	}
 	s.Healthy = len(s.Problems) == 0
 

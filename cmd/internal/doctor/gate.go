@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"slices"
 	"strings"
@@ -15,7 +16,7 @@ import (
 func (x *examination) gate() {
 	s := x.Gate
 	if s == nil {
-		next := "start it: tidewaiter run, or systemctl start tidewaiter"
+		next := "start it: " + x.Host.Manager.Begin() + "; where it is not installed: tidewaiter install"
 		if errors.Is(x.GateErr, fs.ErrPermission) {
 			x.unknown("gate", "run it as root", "the gate cannot be asked: %v", x.GateErr)
 			return
@@ -112,7 +113,7 @@ func (x *examination) configuration() {
 	case s == nil:
 		x.ok(check, "%s is valid, mode %s", c.Dir, c.Mode)
 	case s.Configuration.Epoch != c.Epoch.String():
-		x.add(Fail, check, "send the gate SIGHUP (systemctl kill -s HUP tidewaiter), and read its log", "what %s holds (epoch %s, mode %s) is not what is in force (epoch %s, mode %s)", c.Dir, c.Epoch, c.Mode, s.Configuration.Epoch, s.Mode)
+		x.add(Fail, check, fmt.Sprintf("kill -HUP %d, and read its log", s.PID), "what %s holds (epoch %s, mode %s) is not what is in force (epoch %s, mode %s)", c.Dir, c.Epoch, c.Mode, s.Configuration.Epoch, s.Mode)
 	default:
 		x.ok(check, "%s is valid and in force: mode %s, epoch %s", c.Dir, c.Mode, c.Epoch)
 	}
@@ -138,6 +139,8 @@ func (x *examination) state() {
 	case x.StateDir == "":
 		x.add(Warn, check, "", "nothing is kept: without a mirror no image is allowed after a restart")
 	case s == nil:
+	case errors.Is(s.Err, fs.ErrPermission):
+		x.unknown(check, "run it as root", "%s: %v", x.StateDir, s.Err)
 	case s.Err != nil:
 		x.add(Fail, check, "make it writable for the gate", "%s: %v", x.StateDir, s.Err)
 	case s.Free < full:

@@ -36,7 +36,7 @@ const guarded = "without-gate.tidewaiter.dev"
 
 // runtime looks at containerd: what runs, and what it is configured with.
 func (x *examination) runtime() {
-	status := "systemctl status " + cmp.Or(x.Host.Service, "containerd")
+	status := x.Host.Manager.Look(cmp.Or(x.Host.Service, "containerd"))
 	switch p := x.Process; {
 	case x.ProcessErr != nil && errors.Is(x.ProcessErr, fs.ErrPermission):
 		x.unknown("runtime", "run it as root", "containerd at %s: %v", x.Host.Socket, x.ProcessErr)
@@ -74,6 +74,12 @@ func (x *examination) runtime() {
 func (x *examination) plugins() {
 	e := x.Effective
 	switch {
+	case e.NoCRI:
+		who := ""
+		if s := x.last(nil, "disabled_plugins"); s != nil {
+			who = ", by " + s.At()
+		}
+		x.add(Fail, "nri", "remove cri from that list, then "+x.Restart+"; or name the containerd that runs pods: --runtime, --containerd-config", "CRI is switched off%s: no kubelet uses this containerd, and nothing that it starts is asked about", who)
 	case e.NRIDisabled:
 		who := ""
 		for _, s := range x.settings() {

@@ -20,6 +20,7 @@ type Effective struct {
 	Imports []string // of all files
 	Socket  string   // unless containerd is started with --address
 
+	NoCRI               bool // no kubelet can use it: that of Docker's packages
 	NRIDisabled         bool
 	ConnectionsDisabled bool // only plugins that containerd starts itself
 	NRISocket           string
@@ -52,7 +53,13 @@ var ErrNoBinary = errors.New("containerd's program was not found")
 
 // Effective asks containerd's own program. Nothing is changed, and the containerd
 // that runs is not asked.
-func (h *Host) Effective(ctx context.Context) (*Effective, error) { return h.effective(ctx, h.Config) }
+func (h *Host) Effective(ctx context.Context) (*Effective, error) {
+	e, err := h.effective(ctx, h.Config)
+	if said := (*Hint)(nil); err != nil && !errors.As(err, &said) {
+		err = hint("correct "+h.Config+" until this shows it: "+h.Binary+" --config "+h.Config+" config dump", "%w", err)
+	}
+	return e, err
+}
 
 func (h *Host) effective(ctx context.Context, config string) (*Effective, error) {
 	if h.Binary == "" {
@@ -97,6 +104,9 @@ func parseDump(raw []byte) (*Effective, error) {
 	e := &Effective{
 		Imports: list(all, "imports"),
 		Socket:  text(table(all, "grpc"), "address"),
+		NoCRI: slices.ContainsFunc(list(all, "disabled_plugins"), func(p string) bool {
+			return p == "io.containerd.grpc.v1.cri" || p == "io.containerd.cri.v1.runtime" || p == "io.containerd.cri.v1.images"
+		}),
 		// The dump shows the table of a plugin that is switched off by name, if a file has it.
 		NRIDisabled:         nri == nil || flag(nri, "disable") || slices.Contains(list(all, "disabled_plugins"), "io.containerd.nri.v1.nri"),
 		ConnectionsDisabled: flag(nri, "disable_connections"),

@@ -537,6 +537,7 @@ func TestEnforceIsRefused(t *testing.T) {
 		"no configuration":     {kubeadm, func(s *scene) { s.gate.Configuration.Epoch = "" }, "would refuse everything"},
 		"rejected":             {kubeadm, func(s *scene) { s.gate.Configuration.Rejected = &control.Rejected{Current: true, Error: "line 3"} }, "line 3"},
 		"NRI off":              {kubeadm.with(tree{"/etc/containerd/conf.d/10.toml": "version = 3\n[plugins.'io.containerd.nri.v1.nri']\n  disable = true\n"}), func(*scene) {}, "NRI is switched off"},
+		"CRI off":              {kubeadm.with(tree{"/etc/containerd/conf.d/10.toml": "version = 3\ndisabled_plugins = ['io.containerd.grpc.v1.cri']\n"}), func(*scene) {}, "CRI is switched off"},
 		"imports no directory": {kubeadm.with(tree{"/etc/containerd/config.toml": "version = 3\nimports = ['/etc/containerd/other.toml']\n", "/etc/containerd/other.toml": "version = 3\n"}), func(*scene) {}, "no directory for a file of ours"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -1058,7 +1059,7 @@ func TestParseDump(t *testing.T) {
 		if e.Knows != knows || e.Requires("tidewaiter") != knows || e.Requires("other") || e.NRIDisabled || e.ConnectionsDisabled {
 			t.Errorf("%s: %+v", version, e)
 		}
-		if e.Socket != "/run/containerd/containerd.sock" || e.NRISocket != "/var/run/nri/nri.sock" || e.RequestTimeout != "2s" || e.RegistrationTimeout != "5s" ||
+		if e.NoCRI || e.Socket != "/run/containerd/containerd.sock" || e.NRISocket != "/var/run/nri/nri.sock" || e.RequestTimeout != "2s" || e.RegistrationTimeout != "5s" ||
 			e.Pause != pause || e.Snapshotter != "overlayfs" || e.Runtimes["runc"] != "io.containerd.runc.v2" || e.Toleration != "" {
 			t.Errorf("%s: %+v", version, e)
 		}

@@ -163,11 +163,9 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 	if askErr == nil {
 		was = status.Mode
 	}
-	var before *Effective
-	if e, err := i.Effective(ctx); err == nil {
-		before = e
-	} else if i.Enforce {
-		return "", err
+	before, beforeErr := i.Effective(ctx)
+	if beforeErr != nil && i.Enforce {
+		return "", beforeErr
 	}
 	if i.Enforce {
 		if err := i.canEnforce(ctx, before); err != nil {
@@ -200,6 +198,12 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 			}
 			return "", refuse("write mode: audit into "+path.Join(i.ConfigDir, "config.yaml")+", then tidewaiter install, then tidewaiter install --enforce; --enforce --force enforces at once", "the configuration says mode: enforce")
 		}
+	}
+	switch {
+	case beforeErr != nil:
+		i.Say("warn", "it is not known whether this containerd can ask a gate: %v", beforeErr)
+	case before.NoCRI || before.NRIDisabled:
+		i.Say("warn", "this containerd asks no gate about anything: CRI or NRI is switched off in its configuration, see tidewaiter doctor")
 	}
 	base = append(base, start...)
 	var mode []Change
@@ -254,6 +258,10 @@ func (i *Installation) program() ([]byte, error) { return os.ReadFile(i.Path(i.P
 
 // canEnforce refuses where containerd cannot be made to refuse.
 func (i *Installation) canEnforce(ctx context.Context, before *Effective) error {
+	if before.NoCRI {
+		return refuse("remove cri from disabled_plugins in "+i.Config+", or name the containerd that runs pods: --runtime, --containerd-config",
+			"CRI is switched off in containerd's configuration, as in that of Docker's packages: no kubelet uses this containerd, and what Docker starts no plugin is asked about")
+	}
 	if before.NRIDisabled {
 		return refuse("remove disable = true of the plugin io.containerd.nri.v1.nri, or its name from disabled_plugins, restart containerd, and look at tidewaiter status",
 			"NRI is switched off in containerd's configuration, so that no gate can be asked")

@@ -94,6 +94,30 @@ func (m Manager) Restart() []string {
 	return nil
 }
 
+// Look is the command that says how a service is.
+func (m Manager) Look(service string) string {
+	switch m.Name {
+	case "systemd":
+		return "systemctl status " + service
+	case "openrc":
+		return "rc-service " + service + " status"
+	}
+	return "ask what supervises " + service + " here how it is"
+}
+
+// Begin is what starts the gate where it is installed.
+func (m Manager) Begin() string {
+	switch {
+	case m.Name == "systemd":
+		return "systemctl start " + gate
+	case m.Name == "openrc":
+		return "rc-service " + gate + " start"
+	case m.gateAgain != nil:
+		return strings.Join(m.gateAgain, " ")
+	}
+	return "by what supervises it here"
+}
+
 // start are the commands that start the gate, or start it anew, now and at boot.
 func (m Manager) start() [][]string {
 	switch {
