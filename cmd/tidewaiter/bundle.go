@@ -69,6 +69,8 @@ such as SBOMs, a node uses nothing today: --referrers all takes them along.
 
 The registries asked are those of the configuration with its credentials; --mirror
 and --layout name others instead, and without a configuration it is the image's own.
+Where one redirects the request for a signature to another public host, as nearly all
+public registries do, it is fetched there: --redirects names the hosts, or none.
 The same images give the same bytes. Exit status: 0 written, 2 not.`,
 		Example: `  tidewaiter bundle create -o site.tar registry.example/app:1.2 registry.example/db@sha256:...
   tidewaiter bundle create --trust --platform linux/arm64 --file images.txt -o /media/usb/site`,
@@ -76,7 +78,9 @@ The same images give the same bytes. Exit status: 0 written, 2 not.`,
 		RunE: func(cmd *cobra.Command, args []string) error { return create(cmd.Context(), stdout, stderr, o, args) },
 	}
 	configDir(cmd, &o.sources.configDir)
-	sourceFlags(cmd, &o.sources)
+	// Everything is checked by its digest, nothing is at stake here but this look, and
+	// public registries have their blobs wherever they like.
+	sourceFlags(cmd, &o.sources, "*")
 	cmd.Flags().StringVarP(&o.to, "to", "o", "", "`PATH` to write: a tar file if it ends in .tar, - for standard output, else a new directory")
 	cmd.Flags().StringVar(&o.file, "file", "", "`LIST` of further images, one a line, # begins a comment")
 	cmd.Flags().StringArrayVar(&o.platforms, "platform", nil, "`OS/ARCH` of the manifests to take from an index, instead of all; may be given several times")

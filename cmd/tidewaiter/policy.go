@@ -157,8 +157,14 @@ func summary(s config.Summary) string {
 	}
 	for _, m := range s.Mirrors {
 		line("mirror", "of %s: %s (%s)", m.Host, m.URL, m.File)
+		for _, r := range m.Redirects {
+			line("redirect", "from %s to %s", m.URL, r)
+		}
 	}
 	line("network", "%s", s.Network)
+	for _, r := range s.Redirects {
+		line("redirect", "from registries that are not listed in config.yaml to %s", r)
+	}
 	for _, a := range s.Aliases {
 		line("alias", "%s", a)
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
+	"github.com/tidewaiter/tidewaiter/verify/source/mirror"
 )
 
 // verifyTimeout bounds one run of the verb: the limits bound each source.
@@ -27,6 +28,7 @@ type verifyOptions struct {
 	configDir string
 	layouts   []string
 	mirrors   []string
+	redirects []string
 	namespace string
 	output    string
 }
@@ -61,16 +63,21 @@ Exit status: 0 allowed, 1 denied, 2 it could not be found out.`,
 		},
 	}
 	configDir(cmd, &o.configDir)
-	sourceFlags(cmd, &o)
+	sourceFlags(cmd, &o, none)
 	cmd.Flags().StringVar(&o.namespace, "namespace", "", "`NAME` of the pod's namespace, for floor files and the report")
 	outputFlag(cmd, &o.output)
 	return cmd
 }
 
+// none is the value of --redirects that adds nothing to what the configuration says.
+const none = "none"
+
 // sourceFlags adds the flags that name sources instead of those of the configuration.
-func sourceFlags(cmd *cobra.Command, o *verifyOptions) {
+// redirects is the default of --redirects.
+func sourceFlags(cmd *cobra.Command, o *verifyOptions, redirects string) {
 	cmd.Flags().StringArrayVar(&o.layouts, "layout", nil, "OCI image layout `PATH`, directory or tar file, with signatures; may be given several times")
 	cmd.Flags().StringArrayVar(&o.mirrors, "mirror", nil, "`HOST=URL` of a registry with the signatures of HOST's images; HOST * serves every host without a mirror of its own; may be given several times")
+	cmd.Flags().StringArrayVar(&o.redirects, "redirects", []string{redirects}, "`HOST` that signatures may come from where a registry redirects there, besides those of the configuration; *.DOMAIN are the public hosts below a domain, * all public hosts, none no others; may be given several times")
 }
 
 func verifyImage(ctx context.Context, stdout io.Writer, o verifyOptions, ref string) error {
@@ -160,8 +167,27 @@ func (j *judging) judge(ctx context.Context, name verify.Name, ref, namespace st
 }
 
 // listed makes the layouts and mirrors of the command line, if there are any, the
-// only sources.
+// only sources, and lets these redirect as it says.
 func (o verifyOptions) listed(c *config.Config) error {
+	if err := o.only(c); err != nil {
+		return err
+	}
+	var list []mirror.Pattern
+	for _, s := range o.redirects {
+		if s == none {
+			continue
+		}
+		p, err := mirror.ParsePattern(s)
+		if err != nil {
+			return unknown(fmt.Errorf("--redirects: %w", err), "for example --redirects '*.cdn.example'")
+		}
+		list = append(list, p)
+	}
+	c.Redirect(list)
+	return nil
+}
+
+func (o verifyOptions) only(c *config.Config) error {
 	if len(o.layouts)+len(o.mirrors) == 0 {
 		return nil
 	}

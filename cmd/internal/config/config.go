@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"net/url"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"time"
 
@@ -37,14 +38,15 @@ type Config struct {
 	Dir         string // that it was read from
 	Mode        verify.Mode
 	Mirrors     []Mirror
-	Layouts     []string      // directories and tar files, absolute
-	Keep        time.Duration // how long the node's store keeps signatures after their image left; 0: store.DefaultKeep
-	Refresh     time.Duration // how often signatures of the node's images are looked for again; 0: only on demand
-	Limits      verify.Limits // zero fields mean verify.DefaultLimits
-	Credentials string        // docker config.json with what registries know this node by; empty: none
-	Helpers     string        // directory of credential helpers; empty: PATH
-	Network     Network       // whom else to ask
-	Hosts       string        // directory of containerd's hosts.toml that was read; empty: none
+	Layouts     []string         // directories and tar files, absolute
+	Keep        time.Duration    // how long the node's store keeps signatures after their image left; 0: store.DefaultKeep
+	Refresh     time.Duration    // how often signatures of the node's images are looked for again; 0: only on demand
+	Limits      verify.Limits    // zero fields mean verify.DefaultLimits
+	Credentials string           // docker config.json with what registries know this node by; empty: none
+	Helpers     string           // directory of credential helpers; empty: PATH
+	Network     Network          // whom else to ask
+	Redirects   []mirror.Pattern // where blobs of mirrors from Hosts and of the hosts themselves may come from besides
+	Hosts       string           // directory of containerd's hosts.toml that was read; empty: none
 	Aliases     []policy.Alias
 	Gate        Gate
 	StopRunning bool // stop what runs and is revoked or denied, instead of only reporting it; never in audit
@@ -59,6 +61,7 @@ type Config struct {
 	certs       *certs       // of Hosts; nil: none
 	trees       []string     // directories elsewhere of which all may be read, be they there or not
 	outside     []string     // files that were read elsewhere than in Dir itself and the trust store
+	given       bool         // layouts and mirrors are of the command line
 }
 
 // A Mirror is a registry that holds the signatures of images of another.
@@ -72,9 +75,11 @@ type Mirror struct {
 	Realm *url.URL // where tokens may come from besides the URL's own scheme, host and port; may be nil
 	NS    bool     // whether it is told in the query whose images it is asked for
 
-	Rewrite []mirror.Rewrite // of the path asked for
+	Rewrite   []mirror.Rewrite // of the path asked for
+	Redirects []mirror.Pattern // where its blobs may come from besides
 
 	roots *x509.CertPool   // of CA
+	away  *x509.CertPool   // of CA and the system, for Redirects; nil: of the system
 	pair  *tls.Certificate // of Cert and Key
 }
 
@@ -233,8 +238,9 @@ func (c *Config) Sources() func(verify.Name) []verify.Source {
 		return m
 	}
 	mirrors := map[string][]mirror.Mirror{}
-	for _, m := range c.Mirrors {
+	for i, m := range c.Mirrors {
 		e := finish(mirror.Mirror{URL: m.URL, NS: m.NS, Realm: m.Realm, Rewrite: m.Rewrite})
+		e.Elsewhere = mirror.NewElsewhere(c.redirects(index("sources.mirrors", i)), m.Redirects, m.away)
 		// The clients are shared by the sources of all hosts, with their connections.
 		if m.roots != nil || m.pair != nil {
 			e.Client = client(m.roots, m.pair)
@@ -261,7 +267,25 @@ func (c *Config) Sources() func(verify.Name) []verify.Source {
 
 // Only makes these the only layouts and mirrors, and nobody else a source.
 func (c *Config) Only(layouts []string, mirrors []Mirror) {
-	c.Network, c.Layouts, c.Mirrors, c.certs = NetworkMirrors, layouts, mirrors, nil
+	c.Network, c.Layouts, c.Mirrors, c.certs, c.given = NetworkMirrors, layouts, mirrors, nil, true
+}
+
+// Redirect lets blobs of all registries come from these hosts too.
+func (c *Config) Redirect(list []mirror.Pattern) {
+	c.Redirects = slices.Concat(c.Redirects, list)
+	c.Mirrors = slices.Clone(c.Mirrors)
+	for i := range c.Mirrors {
+		c.Mirrors[i].Redirects = slices.Concat(c.Mirrors[i].Redirects, list)
+	}
+}
+
+// redirects is where a person adds to the redirects at a field of config.yaml: the
+// command line, where there is none or its mirrors do not count.
+func (c *Config) redirects(at string) string {
+	if c.Dir == "" || c.given {
+		return "--redirects"
+	}
+	return at + ".redirects"
 }
 
 // client is one that trusts these CAs alone, if there are any, and shows pair, if

@@ -24,18 +24,19 @@ import (
 
 // Limits of config.yaml besides its length.
 const (
-	maxMirrors  = 100
-	maxLayouts  = 20
-	maxFloors   = 32   // files
-	maxRewrites = 64   // of one mirror
-	maxRewrite  = 1024 // bytes of one side of one
-	maxAliases  = 100
-	maxNames    = 50  // snapshotters, and runtimes
-	maxName     = 128 // bytes of one; not in the expressions, where each repetition would be compiled
-	maxWait     = time.Second
-	maxKeep     = 10 * 366 * 24 * time.Hour
-	minRefresh  = 10 * time.Minute
-	maxRefresh  = 366 * 24 * time.Hour
+	maxMirrors   = 100
+	maxLayouts   = 20
+	maxFloors    = 32   // files
+	maxRewrites  = 64   // of one mirror
+	maxRewrite   = 1024 // bytes of one side of one
+	maxRedirects = 64   // patterns of one mirror
+	maxAliases   = 100
+	maxNames     = 50  // snapshotters, and runtimes
+	maxName      = 128 // bytes of one; not in the expressions, where each repetition would be compiled
+	maxWait      = time.Second
+	maxKeep      = 10 * 366 * 24 * time.Hour
+	minRefresh   = 10 * time.Minute
+	maxRefresh   = 366 * 24 * time.Hour
 )
 
 var (
@@ -175,8 +176,9 @@ func (r *reader) floor(n *yaml.Node, c *Config) {
 
 // sources returns the directory of containerd's that it names, see network.
 func (r *reader) sources(n *yaml.Node, c *Config) (hosts string) {
-	f := r.mapping(n, "sources", "network", "hosts", "mirrors", "layouts", "credentials", "helpers", "keep", "refresh")
+	f := r.mapping(n, "sources", "network", "hosts", "mirrors", "redirects", "layouts", "credentials", "helpers", "keep", "refresh")
 	hosts = r.network(f, c)
+	c.Redirects = r.redirects(f["redirects"], "sources.redirects")
 	c.Keep = r.duration(f["keep"], "sources.keep", time.Hour, maxKeep)
 	r.refresh(f["refresh"], c)
 	for i, v := range r.sequence(f["mirrors"], "sources.mirrors", maxMirrors) {
@@ -285,7 +287,7 @@ func (r *reader) named(n *yaml.Node, at string) (name string, raw []byte) {
 }
 
 func (r *reader) mirror(n *yaml.Node, path string) (m Mirror) {
-	f := r.mapping(n, path, "host", "url", "ca", "cert", "key", "realm", "ns", "rewrite")
+	f := r.mapping(n, path, "host", "url", "ca", "cert", "key", "realm", "ns", "rewrite", "redirects")
 	for _, must := range []string{"host", "url"} {
 		if f[must] == nil {
 			r.fail(n, path+"."+must, "is required")
@@ -306,7 +308,7 @@ func (r *reader) mirror(n *yaml.Node, path string) (m Mirror) {
 	if r.err != nil {
 		return m
 	}
-	for _, key := range []string{"ca", "cert", "key"} {
+	for _, key := range []string{"ca", "cert", "key", "redirects"} {
 		if f[key] != nil && m.URL.Scheme != "https" {
 			r.fail(f[key], path+"."+key, "has no use without https")
 		}
@@ -314,8 +316,10 @@ func (r *reader) mirror(n *yaml.Node, path string) (m Mirror) {
 	if n := f["ca"]; n != nil {
 		name, raw := r.named(n, path+".ca")
 		if r.err == nil {
-			if m.roots, err = pool(raw); err != nil {
+			if m.roots, err = pool(raw, x509.NewCertPool()); err != nil {
 				r.fail(n, path+".ca", "%s: %v", verify.Quote(name, 256), err)
+			} else if f["redirects"] != nil {
+				m.away, _ = pool(raw, systemPool())
 			}
 		}
 		m.CA = absolute(r.dir.dir, name)
@@ -328,6 +332,7 @@ func (r *reader) mirror(n *yaml.Node, path string) (m Mirror) {
 		m.NS = r.boolean(n, path+".ns")
 	}
 	m.Rewrite = r.rewrites(f["rewrite"], path+".rewrite")
+	m.Redirects = r.redirects(f["redirects"], path+".redirects")
 	return m
 }
 
@@ -396,9 +401,17 @@ func ParseURL(s string) (*url.URL, error) {
 	return u, nil
 }
 
-// pool reads CA certificates in PEM. Text between the blocks is allowed.
-func pool(raw []byte) (*x509.CertPool, error) {
-	roots, n := x509.NewCertPool(), 0
+// systemPool is a copy of the system's CAs, or empty where it has none.
+func systemPool() *x509.CertPool {
+	if roots, err := x509.SystemCertPool(); err == nil {
+		return roots
+	}
+	return x509.NewCertPool()
+}
+
+// pool adds CA certificates in PEM to roots. Text between the blocks is allowed.
+func pool(raw []byte, roots *x509.CertPool) (*x509.CertPool, error) {
+	n := 0
 	for b, rest := pem.Decode(raw); b != nil; b, rest = pem.Decode(rest) {
 		if b.Type != "CERTIFICATE" {
 			return nil, fmt.Errorf("holds a PEM block %s, which is no certificate", verify.Quote(b.Type, 32))

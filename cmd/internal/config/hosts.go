@@ -173,8 +173,14 @@ func (m *hostMirror) again(o *hostMirror) bool {
 // hostSources makes clients for what was read; finish adds what all mirrors share.
 func (c *Config) hostSources(finish func(mirror.Mirror) mirror.Mirror) hostSources {
 	h := hostSources{network: c.Network, registries: map[string]served{}}
+	const at = "sources"
+	anywhere := mirror.NewElsewhere(c.redirects(at), c.Redirects, nil)
 	convert := func(m hosts.Mirror) hostMirror {
-		to := mirror.Mirror{URL: m.URL, Root: m.Root, Header: http.Header(m.Header)}
+		to := mirror.Mirror{URL: m.URL, Root: m.Root, Header: http.Header(m.Header), Elsewhere: anywhere}
+		// Its CAs, which are besides the system's, but not that it is not checked at all.
+		if m.TLS != nil && m.TLS.RootCAs != nil {
+			to.Elsewhere = mirror.NewElsewhere(c.redirects(at), c.Redirects, m.TLS.RootCAs)
+		}
 		for _, r := range m.Rewrite {
 			to.Rewrite = append(to.Rewrite, mirror.Rewrite(r))
 		}
@@ -201,7 +207,9 @@ func (c *Config) hostSources(finish func(mirror.Mirror) mirror.Mirror) hostSourc
 		}
 		h.registries[host] = s
 	}
-	h.itself = func(host string) mirror.Mirror { return finish(mirror.Mirror{URL: origin(host), Client: anybody}) }
+	h.itself = func(host string) mirror.Mirror {
+		return finish(mirror.Mirror{URL: origin(host), Client: anybody, Elsewhere: anywhere})
+	}
 	return h
 }
 
@@ -288,7 +296,7 @@ func (r *reader) network(f map[string]*yaml.Node, c *Config) (dir string) {
 		}
 	}
 	if c.Network == NetworkNever {
-		for _, key := range []string{"mirrors", "credentials"} {
+		for _, key := range []string{"mirrors", "credentials", "redirects"} {
 			if n := f[key]; n != nil {
 				r.fail(n, "sources."+key, "has no use with network: never")
 			}
@@ -325,6 +333,22 @@ func (r *reader) rewrites(n *yaml.Node, at string) (list []mirror.Rewrite) {
 		}
 		seen[from] = true
 		list = append(list, mirror.Rewrite{From: e, To: to})
+	}
+	return list
+}
+
+// redirects reads hosts that blobs may come from.
+func (r *reader) redirects(n *yaml.Node, path string) (list []mirror.Pattern) {
+	for i, v := range r.sequence(n, path, maxRedirects) {
+		at := index(path, i)
+		p, err := mirror.ParsePattern(r.text(v, at))
+		if err != nil {
+			r.fail(v, at, "%v", err)
+		}
+		if slices.Contains(list, p) {
+			r.fail(v, at, "is listed twice")
+		}
+		list = append(list, p)
 	}
 	return list
 }

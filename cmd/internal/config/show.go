@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/source/mirror"
 )
 
 // A Summary is what a configuration says, for people and scripts. It holds no secret:
@@ -24,6 +25,7 @@ type Summary struct {
 	Layouts    []string    `json:"layouts"`
 	Mirrors    []Listed    `json:"mirrors"` // those of config.yaml and of hosts.toml, in the order of hosts
 	Network    string      `json:"network"`
+	Redirects  []string    `json:"redirects"` // where blobs may come from besides registries that config.yaml does not list
 	Hosts      string      `json:"hosts"` // directory of hosts.toml that was read; empty: none
 	Aliases    []string    `json:"aliases"`
 	Floor      []Floor     `json:"floor"`
@@ -58,6 +60,8 @@ type Listed struct {
 	Host string `json:"host"` // "*": every host without a mirror of its own
 	URL  string `json:"url"`
 	File string `json:"file"` // that says so
+
+	Redirects []string `json:"redirects"` // where its blobs may come from besides
 }
 
 // A Floor is a digest that runs without a signature.
@@ -95,6 +99,14 @@ func Describe(s verify.Statement) Statement {
 // orNone is list as JSON shows it: never null.
 func orNone[T any](list []T) []T { return append([]T{}, list...) }
 
+func spelled(list []mirror.Pattern) []string {
+	all := []string{}
+	for _, p := range list {
+		all = append(all, p.String())
+	}
+	return all
+}
+
 // String is the network as config.yaml spells it.
 func (n Network) String() string {
 	for name, is := range networks {
@@ -109,18 +121,19 @@ func (n Network) String() string {
 func (c *Config) Summary() Summary {
 	s := Summary{
 		Schema: SummarySchema, Dir: c.Dir, Epoch: c.Epoch.String(), Mode: c.Mode.String(), Statements: []Statement{}, Stores: c.Anchors(),
-		Layouts: orNone(c.Layouts), Mirrors: []Listed{}, Network: c.Network.String(), Hosts: c.Hosts, Aliases: []string{}, Floor: []Floor{}, Warnings: []string{},
+		Layouts: orNone(c.Layouts), Mirrors: []Listed{}, Network: c.Network.String(), Redirects: spelled(c.Redirects), Hosts: c.Hosts, Aliases: []string{}, Floor: []Floor{}, Warnings: []string{},
 	}
 	for _, st := range c.Statements {
 		s.Statements = append(s.Statements, Describe(st))
 	}
 	for _, m := range c.Mirrors {
-		s.Mirrors = append(s.Mirrors, Listed{m.Host, m.URL.Redacted(), "config.yaml"})
+		s.Mirrors = append(s.Mirrors, Listed{m.Host, m.URL.Redacted(), "config.yaml", spelled(m.Redirects)})
 	}
 	if c.certs != nil {
 		for _, host := range slices.Sorted(maps.Keys(c.certs.of)) {
 			for _, m := range c.certs.of[host].Mirrors {
-				if one := (Listed{host, m.URL.Redacted(), m.File}); !slices.Contains(s.Mirrors, one) { // as host and as server
+				one := Listed{host, m.URL.Redacted(), m.File, spelled(c.Redirects)}
+				if !slices.ContainsFunc(s.Mirrors, func(o Listed) bool { return o.Host == one.Host && o.URL == one.URL && o.File == one.File }) { // as host and as server
 					s.Mirrors = append(s.Mirrors, one)
 				}
 			}

@@ -426,8 +426,6 @@ func (e *exchange) fetch(client *http.Client, req *http.Request) (value string, 
 	fail := func(class error, text string, cause error) (string, time.Duration, error) {
 		return "", 0, &failure{class: class, text: at + text, cause: cause}
 	}
-	client = &http.Client{Transport: client.Transport, Timeout: client.Timeout,
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	req.Header.Set("Accept-Encoding", "identity")
 	req.Header.Set("User-Agent", "tidewaiter")
 	if err := e.pace(req.Context()); err != nil {

@@ -75,14 +75,16 @@ func (x *exchange) list(ctx context.Context, subject ocispec.Descriptor, artifac
 }
 
 // unsupported reports whether err says that there is no Referrers API. The
-// specification knows 404 alone; 405 and 501 are what gateways make of it, and
-// oras-go says ErrUnsupported of an answer that is no index.
+// specification knows 404 alone. 405 and 501 are what gateways make of it, 400 and 406
+// what some registries do (go-containerregistry takes them for it too; 406 is
+// Artifactory), a redirect to its web pages what GitHub's does, and oras-go says
+// ErrUnsupported of an answer that is no index.
 func unsupported(err error) bool {
 	switch status(err) {
-	case http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusNotImplemented:
+	case http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusNotImplemented, http.StatusBadRequest, http.StatusNotAcceptable:
 		return true
 	}
-	return errors.Is(err, errdef.ErrUnsupported)
+	return errors.Is(err, errdef.ErrUnsupported) || errors.Is(err, errElsewhere)
 }
 
 // byTag lists what the index with the referrers tag of subject lists.
@@ -200,7 +202,7 @@ func (x *exchange) content(ctx context.Context, d ocispec.Descriptor, take func(
 	if err := take(d.Size); err != nil {
 		return nil, err
 	}
-	repo, err := (&getter{exchange: x, limit: func() (int64, error) { return d.Size, nil }}).at()
+	repo, err := (&getter{exchange: x, blob: !manifest, limit: func() (int64, error) { return d.Size, nil }}).at()
 	if err != nil {
 		return nil, err
 	}

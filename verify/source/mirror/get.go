@@ -28,7 +28,10 @@ type getter struct {
 	*exchange
 	limit func() (int64, error) // asked before each request: how many bytes the answer may have
 	check func([]byte) error    // told each answer; may be nil
+	blob  bool                  // a blob is asked for
 	asked int                   // requests so far, without those that a challenge makes necessary
+
+	signed []string // queries of the URLs that it was redirected to
 }
 
 // Do implements remote.Client.
@@ -61,14 +64,14 @@ func (g *getter) Do(req *http.Request) (*http.Response, error) {
 		return nil, refused(req, resp, g.unwelcome(resp.StatusCode))
 	}
 	if e := resp.Header.Get("Content-Encoding"); e != "" && e != "identity" {
-		return nil, failed(req, fmt.Errorf("content encoding %s that was not asked for", verify.Quote(e, 32)))
+		return nil, failed(req, g.shown(fmt.Errorf("content encoding %s that was not asked for", verify.Quote(e, 32))))
 	}
 	if resp.ContentLength > limit {
 		return nil, fmt.Errorf("%s: %w: %d bytes, limit %d", what(req), errTooLong, resp.ContentLength, limit)
 	}
 	body, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
 	if err != nil {
-		return nil, lost(req, err, true)
+		return nil, lost(req, g.shown(err), true)
 	}
 	if int64(len(body)) > limit {
 		return nil, fmt.Errorf("%s: %w: limit %d", what(req), errTooLong, limit)
@@ -88,8 +91,7 @@ func (g *getter) Do(req *http.Request) (*http.Response, error) {
 }
 
 // authorized sends req with what is known to be wanted, and once more with what the
-// answer says is wanted. req is of the mirror, and so is every request that its
-// client redirects it to.
+// answer says is wanted. req is of the mirror, and so is an answer that is not a 200.
 func (g *getter) authorized(req *http.Request) (*http.Response, error) {
 	header, old, err := g.known(req.Context())
 	if err != nil {
@@ -116,30 +118,49 @@ func (g *getter) authorized(req *http.Request) (*http.Response, error) {
 	return g.once(req, header)
 }
 
-// once sends req with header as its Authorization.
+// once sends req with header as its Authorization, and follows redirects, at most two.
+// The answer is the mirror's, or has status 200.
 func (g *getter) once(req *http.Request, header string) (*http.Response, error) {
-	if header != "" {
-		req = req.Clone(req.Context())
-		req.Header.Set("Authorization", header)
-	}
-	if err := g.pace(req.Context()); err != nil {
-		return nil, failed(req, err)
-	}
 	connected := false
-	resp, err := g.client.Do(req.WithContext(httptrace.WithClientTrace(req.Context(), &httptrace.ClientTrace{
+	ask := req.Clone(httptrace.WithClientTrace(req.Context(), &httptrace.ClientTrace{
 		GotConn: func(httptrace.GotConnInfo) {
 			connected = true
 			g.reached()
 		},
-	})))
-	g.connected = g.connected || connected
-	switch {
-	case errors.Is(err, errElsewhere):
-		return nil, failed(req, err)
-	case err != nil:
-		return nil, lost(req, err, connected)
+	}))
+	if header != "" {
+		ask.Header.Set("Authorization", header)
 	}
-	g.header = header
+	var resp *http.Response
+	for hops := 0; ; {
+		if err := g.pace(req.Context()); err != nil {
+			return nil, failed(req, err)
+		}
+		var err error
+		resp, err = g.client.Do(ask)
+		g.connected = g.connected || connected
+		if err != nil {
+			return nil, lost(req, err, connected)
+		}
+		g.header = header
+		to, err := redirected(resp)
+		if err == nil && to == nil {
+			break
+		}
+		drain(resp)
+		resp.Body.Close()
+		hops++
+		switch {
+		case err != nil:
+			return nil, failed(req, err)
+		case g.own(to) != nil:
+			return g.away(req, to, hops)
+		case hops > maxRedirects:
+			return nil, failed(req, errTooOften)
+		}
+		ask = ask.Clone(ask.Context())
+		ask.URL = to
+	}
 	if resp.StatusCode == http.StatusUnauthorized {
 		g.header = ""
 		g.tokens.forget(g.origin, g.repository)
@@ -177,23 +198,13 @@ func (s *Source) own(u *url.URL) error {
 		scheme = "http"
 	}
 	if u.Scheme != scheme || !strings.EqualFold(u.Host, s.base.Registry) || u.User != nil {
-		return fmt.Errorf("%s is another host or scheme and is not asked", verify.Clean(u.Scheme+"://"+u.Host, 80))
+		return another(u)
 	}
 	return nil
 }
 
-// errElsewhere is wrapped where an answer was a redirect that is not followed.
-var errElsewhere = errors.New("redirected")
-
-// redirect lets the client follow a redirect within the mirror, at most two.
-func (s *Source) redirect(req *http.Request, via []*http.Request) error {
-	if len(via) > 2 {
-		return fmt.Errorf("%w too often", errElsewhere)
-	}
-	if err := s.own(req.URL); err != nil {
-		return fmt.Errorf("%w: %w", errElsewhere, err)
-	}
-	return nil
+func another(u *url.URL) error {
+	return fmt.Errorf("%s is another host or scheme and is not asked", verify.Clean(u.Scheme+"://"+u.Host, 80))
 }
 
 // what names a request for a person: no query, and dots for the digest, which the
@@ -247,7 +258,7 @@ func told(req *http.Request, err error) error {
 // refused makes the error for an answer with another status than 200; why may be
 // empty.
 func refused(req *http.Request, resp *http.Response, why string) error {
-	f := &failure{class: verify.ErrUnreachable, status: resp.StatusCode}
+	f := &failure{class: verify.ErrUnreachable, status: resp.StatusCode, busy: busy(resp.StatusCode)}
 	f.text = strings.TrimSpace(fmt.Sprintf("%s: %d %s", what(req), resp.StatusCode, http.StatusText(resp.StatusCode)))
 	asks := ""
 	asks, f.after, f.at = wait(resp)
@@ -264,7 +275,7 @@ func refused(req *http.Request, resp *http.Response, why string) error {
 // wait says how long, or until when, a registry that is busy asks not to be asked.
 // One question asks nothing twice; for others see [Links].
 func wait(resp *http.Response) (text string, after time.Duration, at time.Time) {
-	if resp.StatusCode != http.StatusTooManyRequests && resp.StatusCode != http.StatusServiceUnavailable {
+	if !busy(resp.StatusCode) {
 		return "", 0, at
 	}
 	header := resp.Header.Get("Retry-After")
@@ -277,14 +288,20 @@ func wait(resp *http.Response) (text string, after time.Duration, at time.Time) 
 	return "", 0, at
 }
 
+// busy reports whether a status says to come back later.
+func busy(status int) bool {
+	return status == http.StatusTooManyRequests || status == http.StatusServiceUnavailable
+}
+
 // A failure is what kept a request from being answered with status 200.
 type failure struct {
 	class  error // of verify's
 	text   string
-	status int // 0: no answer
+	status int // 0: no answer of the registry
 	cause  error
 
 	lost, connected bool          // see lost
+	busy            bool          // the registry, or where it redirected to, says to come back later
 	after           time.Duration // how long a busy registry asks to wait, or 0
 	at              time.Time     // or until when
 }
@@ -345,7 +362,7 @@ func unanswered(err error) error {
 // Errors of oras-go name URLs, whose queries may hold secrets of the registry.
 var (
 	quotedURL = regexp.MustCompile(`"[a-zA-Z]+://[^"]*"`)
-	query     = regexp.MustCompile(`\?[^\s"]*`)
+	query     = regexp.MustCompile(`(?s)\?.*`) // to the end: who knows where a broken one has its own
 )
 
 // short is err for a person, without URLs.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"slices"
 	"sync"
 	"time"
@@ -229,9 +228,9 @@ func (e *exchange) through(ctx context.Context, subject digest.Digest, ask func(
 	if repeats(failed.why, e.secrets) {
 		failed.why = "an answer that is not shown"
 	}
-	switch busy := f.status == http.StatusTooManyRequests || f.status == http.StatusServiceUnavailable; {
+	switch {
 	case errors.Is(ctx.Err(), context.Canceled): // who asked has gone
-	case busy || f.lost && f.connected:
+	case f.busy || f.lost && f.connected:
 		own = failed
 		own.blame = subject
 	case f.lost && ctx.Err() == nil:

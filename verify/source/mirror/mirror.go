@@ -14,9 +14,9 @@
 // looked at; the bytes on the wire are the bytes that count (no compression).
 // Nothing is asked twice. The deadline is that of the context.
 //
-// Nothing but the scheme, host and port of the URL is ever spoken to: redirects
-// and links that lead elsewhere are errors, also for blobs. Proxies from the
-// environment are not used.
+// Nothing but the scheme, host and port of the URL is ever spoken to: redirects and
+// links that lead elsewhere are errors, but for blobs that the configuration says may
+// come from there ([Elsewhere]). Proxies from the environment are not used.
 //
 // # Credentials
 //
@@ -90,7 +90,7 @@ type Mirror struct {
 	Header http.Header
 
 	// Client sends the requests; its Transport and Timeout are used, not its Jar or
-	// CheckRedirect. Nil means a client that all such mirrors share, with
+	// CheckRedirect, and to nobody else. Nil means a client that all such mirrors share, with
 	// [Transport] and 30 seconds a request.
 	Client *http.Client
 
@@ -115,6 +115,9 @@ type Mirror struct {
 
 	// Tokens keeps tokens between questions. Nil means that none are kept.
 	Tokens *Tokens
+
+	// Elsewhere is where blobs may come from besides. Nil means nowhere.
+	Elsewhere *Elsewhere
 
 	// Links knows how the registry fares. Nil means that it is asked whatever comes of
 	// it, and as often as anybody likes.
@@ -168,15 +171,16 @@ type Source struct {
 	credentials func(context.Context) (Credential, error)
 	realm       *url.URL // may be nil
 	realmClient *http.Client
-	tokens      *Tokens // may be nil
-	links       *Links  // may be nil
+	tokens      *Tokens    // may be nil
+	elsewhere   *Elsewhere // may be nil
+	links       *Links     // may be nil
 }
 
 var _ verify.Source = (*Source)(nil)
 
 // New returns the source for m. What is wrong with m, Find says.
 func New(m Mirror) *Source {
-	s := &Source{name: "mirror", host: m.Host, ns: m.NS, credentials: m.Credentials, realm: m.Realm, tokens: m.Tokens, links: m.Links,
+	s := &Source{name: "mirror", host: m.Host, ns: m.NS, credentials: m.Credentials, realm: m.Realm, tokens: m.Tokens, elsewhere: m.Elsewhere, links: m.Links,
 		api: strings.TrimSuffix(cmp.Or(m.Root, dockerAPI), "/"), header: m.Header, rules: m.Rewrite}
 	u := m.URL
 	if u == nil {
@@ -209,11 +213,11 @@ func New(m Mirror) *Source {
 		s.err = fmt.Errorf("the registry of %s is %s", u.Host, s.base.Host())
 	}
 	s.client, s.realmClient = bounded(m.Client), bounded(m.RealmClient)
-	s.client.CheckRedirect = s.redirect
 	return s
 }
 
-// bounded is a client with the transport and timeout of c, which may be nil.
+// bounded is a client with the transport and timeout of c, which may be nil. It follows
+// no redirect.
 func bounded(c *http.Client) *http.Client {
 	if c == nil {
 		c = defaultClient
@@ -222,7 +226,7 @@ func bounded(c *http.Client) *http.Client {
 	if transport == nil { // http.DefaultTransport would use a proxy from the environment
 		transport = defaultClient.Transport
 	}
-	return &http.Client{Transport: transport, Timeout: c.Timeout}
+	return &http.Client{Transport: unfollowed{transport}, Timeout: c.Timeout}
 }
 
 // Name implements [verify.Source]. It shows scheme, host and path of the URL.
