@@ -3,10 +3,12 @@ package main
 import (
 	"archive/tar"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"path"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -205,7 +207,7 @@ var world = sync.OnceValue(func() fixtures {
 //	fixture layout DIR IMAGE... [without=images|signatures|manifests]
 //	fixture tar FILE DIR
 //	fixture break DIR DIGEST other|pipe|link|huge
-//	fixture mirror VAR IMAGE... [without=...] [as=team/app] [does=tags|notags|refuses|hangs|floods|drips]
+//	fixture mirror VAR IMAGE... [without=...] [as=team/app] [does=tags|notags|refuses|hangs|floods|drips|redirects]
 //
 // A layout or mirror holds the images as team/app, a mirror under their names as tags
 // too. A mirror stores its URL in
@@ -395,6 +397,35 @@ func (l *registryList) of(url string) *sourcetest.Registry {
 	return l.all[url]
 }
 
+// fixtureRedirects serves g with https and its blobs at another port, as public
+// registries do, the host and port of which is in VAR_cdn. GitHub's has no Referrers
+// API either, and leads who asks for it to its web pages.
+func fixtureRedirects(ts *testscript.TestScript, variable string, g *sourcetest.Registry) {
+	cdn := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Write(g.Content.Blobs[digest.Digest("sha256:"+path.Base(r.URL.Path))])
+	}))
+	ts.Defer(cdn.Close)
+	g.Intercept = func(w http.ResponseWriter, r *http.Request) bool {
+		switch {
+		case strings.Contains(r.URL.Path, "/blobs/"):
+			_, hex, _ := strings.Cut(path.Base(r.URL.Path), ":")
+			http.Redirect(w, r, cdn.URL+"/secret-path/"+hex+"?sig=s3cret", http.StatusTemporaryRedirect)
+		case strings.Contains(r.URL.Path, "/referrers/"):
+			http.Redirect(w, r, "https://web.test/-/v2/packages?sig=s3cret", http.StatusSeeOther)
+		default:
+			return false
+		}
+		return true
+	}
+	srv := httptest.NewTLSServer(g)
+	ts.Defer(srv.Close)
+	file := ts.MkAbs("ca.crt") // of both
+	ts.Check(os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw}), 0o644))
+	ts.Setenv("SSL_CERT_FILE", file)
+	ts.Setenv(variable, srv.URL)
+	ts.Setenv(variable+"_cdn", strings.TrimPrefix(cdn.URL, "https://"))
+}
+
 func fixtureMirror(ts *testscript.TestScript, variable string, c sourcetest.Content, option map[string]string) {
 	g := &sourcetest.Registry{Content: c, Repository: sourcetest.Name.Path, Tags: map[string]digest.Digest{}}
 	for name, img := range world().images {
@@ -428,6 +459,9 @@ func fixtureMirror(ts *testscript.TestScript, variable string, c sourcetest.Cont
 			w.WriteHeader(http.StatusUnauthorized)
 			return true
 		}
+	case "redirects":
+		fixtureRedirects(ts, variable, g)
+		return
 	case "hangs":
 		g.Intercept = func(_ http.ResponseWriter, r *http.Request) bool {
 			wait(r)

@@ -187,7 +187,7 @@ func TestDocumentation(t *testing.T) {
 		t.Errorf("warnings %v", c.Warnings)
 	}
 	for _, key := range []string{
-		"version", "mode", "sources.mirrors", "….host", "….url", "….ca", "….cert`, `….key", "….realm", "….ns", "….rewrite", "sources.network", "sources.hosts", "aliases", "sources.credentials", "sources.helpers", "sources.layouts", "sources.keep` | 720h |", "sources.refresh` | 24h |",
+		"version", "mode", "sources.mirrors", "….host", "….url", "….ca", "….cert`, `….key", "….realm", "….ns", "….rewrite", "….redirects", "sources.redirects", "sources.network", "sources.hosts", "aliases", "sources.credentials", "sources.helpers", "sources.layouts", "sources.keep` | 720h |", "sources.refresh` | 24h |",
 		"limits.pages` | 24 |", "limits.referrers` | 200 |", "limits.signatures` | 100 |", "limits.certificates` | 10 |",
 		"limits.manifestBytes` | 4194304 |", "limits.envelopeBytes` | 262144 |", "limits.totalBytes` | 16777216 |", "limits.wall` | 10s |",
 		"gate.wait` | 50ms |", "gate.snapshotters", "gate.runtimes", "floor", "running", "metrics.listen", "metrics.file",
@@ -334,6 +334,15 @@ func TestConfigErrors(t *testing.T) {
 		"ca no PEM":          {mirror("{host: a.b, url: https://a.b,\n       ca: config.yaml}"), "holds no certificate in PEM"},
 		"ca empty":           {mirror("{host: a.b, url: https://a.b,\n       ca: \"\"}"), ":6: sources.mirrors[0].ca: must be a file"},
 		"ca with http":       {mirror("{host: a.b, url: http://a.b,\n       ca: config.yaml}"), ":6: sources.mirrors[0].ca: has no use without https"},
+		"redirects text":     {mirror("{host: a.b, url: https://a.b,\n       redirects: c.d}"), ":6: sources.mirrors[0].redirects: must be a list"},
+		"redirects empty":    {mirror("{host: a.b, url: https://a.b,\n       redirects: []}"), ":6: sources.mirrors[0].redirects: is empty: leave it out"},
+		"redirects URL":      {mirror("{host: a.b, url: https://a.b,\n       redirects: [c.d, \"https://c.d\"]}"), ":6: sources.mirrors[0].redirects[1]: has no port from 1 to 65535"},
+		"redirects path":     {mirror("{host: a.b, url: https://a.b,\n       redirects: [c.d/x]}"), ":6: sources.mirrors[0].redirects[0]: must be a host"},
+		"redirects wide":     {mirror("{host: a.b, url: https://a.b,\n       redirects: [\"*.com\"]}"), `:6: sources.mirrors[0].redirects[0]: must have a domain behind "*.", with a dot in it`},
+		"redirects twice":    {mirror("{host: a.b, url: https://a.b,\n       redirects: [C.d, \"c.d:443\"]}"), ":6: sources.mirrors[0].redirects[1]: is listed twice"},
+		"redirects by http":  {mirror("{host: a.b, url: http://a.b,\n       redirects: [c.d]}"), ":6: sources.mirrors[0].redirects: has no use without https"},
+		"redirects number":   {minimal + "sources:\n  redirects: [1]\n", ":4: sources.redirects[0]: must be text"},
+		"redirects of never": {minimal + "sources:\n  network: never\n  redirects: [c.d]\n", ":5: sources.redirects: has no use with network: never"},
 		"mirror's user":      {mirror("{host: a.b, url: https://a.b,\n       user: x}"), ":6: sources.mirrors[0].user: unknown key"},
 		"layouts text":       {minimal + "sources:\n  layouts: /a\n", ":4: sources.layouts: must be a list"},
 		"layout relative":    {minimal + "sources:\n  layouts: [a]\n", ":4: sources.layouts[0]: must be the absolute path"},
@@ -640,6 +649,7 @@ func FuzzConfig(f *testing.F) {
 	for _, s := range []string{
 		minimal, minimal + "gate: {wait: 0s, snapshotters: [a]}\n", minimal + "limits: {pages: 0x10, wall: 1m}\n",
 		minimal + "sources:\n  mirrors: [{host: \"*\", url: \"http://[::1]:5000/a\"}]\n  layouts: [/a]\n",
+		minimal + "sources:\n  mirrors: [{host: \"*\", url: \"https://a.b\", redirects: [\"*.c.d:8443\", \"[::1]\"]}]\n  redirects: [\"*\"]\n",
 		"version: &a 1\nmode: *a\n", "a: &a [*a]", "{", "? [a]\n: b", "%YAML 1.1\n---\nversion: 1\n...\n", "\xff\xfev\x00", "version: !!int \"1\"\nmode: |-\n  audit\n",
 	} {
 		f.Add([]byte(s))

@@ -176,7 +176,7 @@ func (r *reader) floor(n *yaml.Node, c *Config) {
 
 // sources returns the directory of containerd's that it names, see network.
 func (r *reader) sources(n *yaml.Node, c *Config) (hosts string) {
-	f := r.mapping(n, "sources", "network", "hosts", "mirrors", "redirects", "layouts", "credentials", "helpers", "keep", "refresh")
+	f := r.mapping(n, "sources", "network", "hosts", "mirrors", "layouts", "redirects", "credentials", "helpers", "keep", "refresh")
 	hosts = r.network(f, c)
 	c.Redirects = r.redirects(f["redirects"], "sources.redirects")
 	c.Keep = r.duration(f["keep"], "sources.keep", time.Hour, maxKeep)

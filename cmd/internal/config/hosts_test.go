@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -25,6 +26,7 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
+	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
 )
 
 // certsD makes a certs.d of files.
@@ -269,6 +271,107 @@ func TestHostsTLS(t *testing.T) {
 	c = load(strings.Replace(all, "ca = ['ca.crt']", "skip_verify = true", 1))
 	if errs := find(t, c, "docker.io", "library/nginx"); errs != nil || got.all() == "" || !strings.Contains(fmt.Sprint(c.Warnings), "can hide signatures") {
 		t.Errorf("skip_verify: %v, %v", errs, c.Warnings)
+	}
+}
+
+// Each kind of registry has its blobs where the field says that it may have them, the
+// certificates there come from the registry's CA, and no other is shown there.
+func TestRedirects(t *testing.T) {
+	var content sourcetest.Content
+	subject := content.Image("app")
+	content.Sign(subject, verify.MediaTypeJWS, "envelope")
+	secured := func(h http.Handler) *url.URL {
+		srv := httptest.NewUnstartedServer(h)
+		srv.TLS = &tls.Config{ClientAuth: tls.RequestClientCert}
+		srv.Config.ErrorLog = log.New(io.Discard, "", 0)
+		srv.StartTLS()
+		t.Cleanup(srv.Close)
+		u, err := url.Parse(srv.URL)
+		must(t, err)
+		return u
+	}
+	var blobs atomic.Int64
+	cdn := secured(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if len(r.TLS.PeerCertificates) > 0 || len(r.Header) != 2 {
+			t.Errorf("was told %v", r.Header)
+		}
+		blobs.Add(1)
+		w.Write([]byte("envelope"))
+	}))
+	var known atomic.Int64
+	registry := secured(&sourcetest.Registry{Content: content, Repository: "app", Intercept: func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.Contains(r.URL.Path, "/blobs/") {
+			return false
+		}
+		if len(r.TLS.PeerCertificates) > 0 {
+			known.Add(1)
+		}
+		http.Redirect(w, r, cdn.String()+"/x?sig=geheim-geheim", http.StatusTemporaryRedirect)
+		return true
+	}})
+	own := httptest.NewTLSServer(nil) // all of httptest have the same certificate
+	ca := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: own.Certificate().Raw}))
+	own.Close()
+	cert, key := pairOf(t, "node")
+	listed := "mirrors: [{host: registry.test, url: \"" + registry.String() + "\", ca: ca.crt, cert: node.crt, key: node.key%s}]"
+	toml := certsD(t, "registry.test/hosts.toml", "[host.'"+registry.String()+"']\nca = ['ca.crt']\nclient = [['node.crt', 'node.key']]\n",
+		"registry.test/ca.crt", ca, "registry.test/node.crt", cert, "registry.test/node.key", key)
+	itself := certsD(t, strings.Replace(registry.Host, ":", "_", 1)+"_/ca.crt", ca)
+	unchecked := certsD(t, "registry.test/hosts.toml", "[host.'"+registry.String()+"']\nskip_verify = true\n")
+	redirects := "redirects: [\"" + cdn.Host + "\"]"
+	for name, tt := range map[string]struct {
+		host, sources, hosts, with, field string
+		shown, followed                   bool
+	}{
+		"mirror":               {"registry.test", fmt.Sprintf(listed, ", "+redirects), "none", "", "", true, true},
+		"mirror, not listed":   {"registry.test", fmt.Sprintf(listed, ""), "none", redirects, "sources.mirrors[0].redirects", true, false},
+		"hosts.toml":           {"registry.test", "", toml, redirects, "", true, true},
+		"hosts.toml, nothing":  {"registry.test", "", toml, "", "sources.redirects", true, false},
+		"the host itself":      {registry.Host, "", itself, redirects, "", false, true},
+		"the host, nothing":    {registry.Host, "", itself, "", "sources.redirects", false, false},
+		"any host, no address": {registry.Host, "", itself, "redirects: [\"*:" + cdn.Port() + "\"]", "sources.redirects", false, false},
+		"unchecked":            {"registry.test", "", unchecked, redirects, "", false, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			blobs.Store(0)
+			known.Store(0)
+			lines := []string{"hosts: " + tt.hosts}
+			for _, l := range []string{tt.sources, tt.with} {
+				if l != "" {
+					lines = append(lines, l)
+				}
+			}
+			c := load1(t, write(t, with(notation(), "ca.crt", ca, "node.crt", cert, "node.key", key, "config.yaml", sourcesOf(lines...))))
+			n := verify.Name{Host: tt.host, Path: "app"}
+			list := c.Sources()(n)
+			if len(list) != 1 {
+				t.Fatalf("%d sources", len(list))
+			}
+			var got []verify.Evidence
+			err := list[0].Find(t.Context(), n, subject, verify.NewBudget(verify.Limits{}), func(e verify.Evidence) bool { got = append(got, e); return true })
+			if strings.Contains(fmt.Sprint(err, c.Warnings), "geheim") || strings.Contains(fmt.Sprint(err), "/x") {
+				t.Errorf("a secret is shown: %v", err)
+			}
+			if shown := known.Load() == 1; shown != tt.shown {
+				t.Errorf("the registry knows the node: %v", shown)
+			}
+			if tt.followed {
+				if err != nil || len(got) != 1 || string(got[0].Blob) != "envelope" || blobs.Load() != 1 {
+					t.Errorf("%v, %v, %d requests", err, got, blobs.Load())
+				}
+				return
+			}
+			text := "is another host"
+			if tt.field != "" {
+				text = "at another host: if that is right, add " + cdn.Host + " to " + tt.field
+			}
+			if tt.hosts == unchecked {
+				text = "certificate"
+			}
+			if !errors.Is(err, verify.ErrUnreachable) || !strings.Contains(fmt.Sprint(err), text) || blobs.Load() != 0 {
+				t.Errorf("%v, %d requests", err, blobs.Load())
+			}
+		})
 	}
 }
 
