@@ -217,9 +217,8 @@ const maxRedirects = 2
 // cannot parse.
 type unfollowed struct{ http.RoundTripper }
 
-// location is where unfollowed puts where a redirect leads. No header of an answer is
-// called so: net/http capitalises their names.
-const location = "location"
+// leadsTo is the header that unfollowed says in where a redirect leads.
+const leadsTo = "Tidewaiter-Leads-To"
 
 // RoundTrip implements [http.RoundTripper].
 func (t unfollowed) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -227,25 +226,24 @@ func (t unfollowed) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
-	if to := resp.Header.Values("Location"); len(to) > 0 {
-		resp.Header.Del("Location")
-		resp.Header[location] = to[:1]
-	}
+	to := resp.Header.Get("Location")
+	resp.Header.Del("Location")
+	resp.Header.Set(leadsTo, to) // whatever an answer says in it itself
 	return resp, nil
 }
 
 // redirected is where resp leads to, or nil: it is an answer. The error does not say where.
 func redirected(resp *http.Response) (*url.URL, error) {
-	to := resp.Header[location]
+	to := resp.Header.Get(leadsTo)
 	switch resp.StatusCode {
 	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
 	default:
-		to = nil
+		to = ""
 	}
-	if to == nil {
+	if to == "" {
 		return nil, nil
 	}
-	u, err := resp.Request.URL.Parse(to[0])
+	u, err := resp.Request.URL.Parse(to)
 	if err != nil {
 		return nil, errors.New("redirected to what is no URL")
 	}
