@@ -26,7 +26,7 @@ type Summary struct {
 	Mirrors    []Listed    `json:"mirrors"` // those of config.yaml and of hosts.toml, in the order of hosts
 	Network    string      `json:"network"`
 	Redirects  []string    `json:"redirects"` // where blobs may come from besides registries that config.yaml does not list
-	Hosts      string      `json:"hosts"` // directory of hosts.toml that was read; empty: none
+	Hosts      string      `json:"hosts"`     // directory of hosts.toml that was read; empty: none
 	Aliases    []string    `json:"aliases"`
 	Floor      []Floor     `json:"floor"`
 	Warnings   []string    `json:"warnings"`
