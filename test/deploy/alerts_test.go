@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 // TestAlerts has Prometheus' own tool read the alert rules and play the stories of
 // alerts_test.yaml to them.
 func TestAlerts(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	defer cancel()
 	promtool, err := node.FindPromtool(ctx, t.Output())
 	if err != nil {

@@ -58,7 +58,7 @@ var built = sync.OnceValues(func() (string, error) { return makeImage("one") })
 var scratch string // of all tests, removed by TestMain
 
 func makeImage(name string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 25*time.Minute)
 	defer cancel()
 	dir := filepath.Join(scratch, name, "tidewaiter")
 	list, err := command(ctx, "../..", "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")

@@ -111,7 +111,9 @@ func TestPod(t *testing.T) {
 	must(t, err)
 	for _, v := range node.Versions(node.Containerd24, node.Containerd22) {
 		t.Run(v, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+			_, err := node.FindTools(t.Context(), v, t.Output()) // built the first time
+			must(t, err)
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 			defer cancel()
 			n, err := node.Start(ctx, node.Options{ContainerdVersion: v, Log: t.Output()})
 			must(t, err)
@@ -145,7 +147,9 @@ func TestWithoutGate(t *testing.T) {
 	}
 	for _, v := range node.Versions(node.Containerd24, node.Containerd22) {
 		t.Run(v, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+			_, err := node.FindTools(t.Context(), v, t.Output())
+			must(t, err)
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 			defer cancel()
 			n, err := node.Start(ctx, node.Options{ContainerdVersion: v, DropIns: map[string]string{"99-tidewaiter.toml": string(dropIn)}, Log: t.Output()})
 			must(t, err)
@@ -392,12 +396,12 @@ func (g *gate) log(t *testing.T) string {
 
 func (g *gate) eventually(ctx context.Context, t *testing.T, what string, so func() bool) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
 	defer cancel()
 	for !so() {
 		select {
 		case <-ctx.Done():
-			t.Fatalf("not so in a minute: %s\n%s", what, g.log(t))
+			t.Fatalf("not so in three minutes: %s\n%s", what, g.log(t))
 		case <-time.After(200 * time.Millisecond):
 		}
 	}
@@ -406,7 +410,7 @@ func (g *gate) eventually(ctx context.Context, t *testing.T, what string, so fun
 // exec runs a program in the container and returns what it prints and its status.
 func (g *gate) exec(ctx context.Context, t *testing.T, command ...string) (string, int32) {
 	t.Helper()
-	r, err := g.n.Runtime.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: g.id, Cmd: command, Timeout: 30})
+	r, err := g.n.Runtime.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: g.id, Cmd: command, Timeout: 120})
 	if err != nil {
 		t.Fatalf("%v\n%s", err, g.log(t))
 	}
