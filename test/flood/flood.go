@@ -26,11 +26,12 @@ type options struct {
 	turns     int // into which the creations are divided
 	callers   int // that ask at once
 	seed      uint64
-	fails     []illness // of the mirror
-	nodes     string    // where nodes are made; see node.Options.Dir
-	dir       string    // below it is what else is written
-	binary    string    // tidewaiter
-	nothing   string    // the no-op plugin
+	fails     []illness     // of the mirror
+	patience  time.Duration // of containerd with a plugin; 0: its own, 2 s
+	nodes     string        // where nodes are made; see node.Options.Dir
+	dir       string        // below it is what else is written
+	binary    string        // tidewaiter
+	nothing   string        // the no-op plugin
 	log       func(string, ...any)
 }
 
@@ -52,7 +53,7 @@ const (
 
 	// recovery is how long after the mirror is well an image may be refused for another
 	// reason than its own. Denials that say no are kept for 30 s.
-	recovery = 2 * time.Minute
+	recovery = 5 * time.Minute
 )
 
 // A side is what was measured of one plugin.
@@ -114,7 +115,7 @@ func (t *tally) mistake(format string, a ...any) {
 // run floods. The error says what kept it from doing so; what came out is in tally.
 func (f *flood) run(ctx context.Context, version string) (err error) {
 	f.rand = rand.New(rand.NewPCG(f.seed, 0))
-	if f.fixture, err = newFixture(ctx, version, f.nodes, filepath.Join(f.dir, "config-"+version), f.perKind, f.log); err != nil {
+	if f.fixture, err = newFixture(ctx, version, f.nodes, filepath.Join(f.dir, "config-"+version), f.perKind, f.patience, f.log); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.stop()) }()

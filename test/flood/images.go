@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
@@ -88,7 +89,7 @@ type fixture struct {
 
 // newFixture starts a node below nodes with so many images of each kind. dir is
 // where the gate's configuration is written.
-func newFixture(ctx context.Context, version, nodes, dir string, images int, log func(string, ...any)) (_ *fixture, err error) {
+func newFixture(ctx context.Context, version, nodes, dir string, images int, patience time.Duration, log func(string, ...any)) (_ *fixture, err error) {
 	acme, rival := notarytest.NewCA(notarytest.CAOptions{Intermediates: 1}), notarytest.NewCA(notarytest.CAOptions{Intermediates: 1})
 	leaf := func(ca *notarytest.CA, name string) *notarytest.Signer {
 		return ca.Leaf(notarytest.CertOptions{Subject: notarytest.Name(name)})
@@ -110,7 +111,7 @@ func newFixture(ctx context.Context, version, nodes, dir string, images int, log
 	}
 	f.mirror = registries[mirrored]
 	// The node requires the gate from the beginning; the pause image needs no answer.
-	f.node, err = node.Start(ctx, node.Options{ContainerdVersion: version, Dir: nodes, Required: true, Log: writer(log)})
+	f.node, err = node.Start(ctx, node.Options{ContainerdVersion: version, Dir: nodes, Required: true, RequestTimeout: patience, Log: writer(log)})
 	if err != nil {
 		return nil, err
 	}

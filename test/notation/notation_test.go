@@ -301,7 +301,7 @@ func (st *stage) ask(ctx context.Context, q question) (notation, tidewaiter answ
 
 // run runs a program; status is -1 if it did not end by itself.
 func run(ctx context.Context, env []string, program string, args ...string) (stdout, stderr string, status int) {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
 	var out, errs bytes.Buffer
 	cmd := exec.CommandContext(ctx, program, args...)
