@@ -55,7 +55,7 @@ func TestHang(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 	eventually := func(hung int) {
-		for end := time.Now().Add(30 * time.Second); src.Hung() != hung; time.Sleep(time.Millisecond) {
+		for end := time.Now().Add(2 * time.Minute); src.Hung() != hung; time.Sleep(time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatalf("%d reads hang, not %d", src.Hung(), hung)
 			}

@@ -109,7 +109,7 @@ func start(t testing.TB, dir string, o store.Options, edit ...func(*store.Store)
 // eventually waits for what another goroutine does.
 func (r *run) eventually(what string, ok func() bool) {
 	r.t.Helper()
-	for end := time.Now().Add(30 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
 			r.t.Fatalf("%s: it did not come about; the log:\n%s", what, r.log.String())
 		}
