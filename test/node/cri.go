@@ -300,12 +300,23 @@ func (p *Pod) ensureImage(ctx context.Context, image string, pull Pull) (string,
 	return p.node.pull(ctx, image, p.handler, p.config)
 }
 
-// Remove stops and removes the pod with its containers.
+// Remove stops and removes the pod with its containers. They are removed before it, as a
+// kubelet does: where RemovePodSandbox has to, containerd takes a lock for reading twice,
+// and hangs for ever where a plugin registers in between (as of 2.4.2).
 func (p *Pod) Remove(ctx context.Context) error {
 	if _, err := p.node.Runtime.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.ID}); err != nil {
 		return err
 	}
-	_, err := p.node.Runtime.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: p.ID})
+	list, err := p.node.Runtime.ListContainers(ctx, &runtimeapi.ListContainersRequest{Filter: &runtimeapi.ContainerFilter{PodSandboxId: p.ID}})
+	if err != nil {
+		return err
+	}
+	for _, c := range list.Containers {
+		if _, err := p.node.Runtime.RemoveContainer(ctx, &runtimeapi.RemoveContainerRequest{ContainerId: c.Id}); err != nil {
+			return err
+		}
+	}
+	_, err = p.node.Runtime.RemovePodSandbox(ctx, &runtimeapi.RemovePodSandboxRequest{PodSandboxId: p.ID})
 	return err
 }
 

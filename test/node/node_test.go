@@ -331,6 +331,53 @@ func TestRequired(t *testing.T) {
 	})
 }
 
+// TestRemoveWhileRegistering removes pods with containers while plugins register, which
+// containerd does not bear where the containers are left to RemovePodSandbox.
+func TestRemoveWhileRegistering(t *testing.T) {
+	each(t, func(t *testing.T, ctx context.Context, version string) {
+		n := start(t, ctx, node.Options{ContainerdVersion: version})
+		reg := newRegistry(t, "registry.example", node.RegistryOptions{})
+		if err := n.Use(reg); err != nil {
+			t.Fatal(err)
+		}
+		img := push(t, ctx, reg, "app:1", node.ImageOptions{Word: "hello"})
+		for range 3 {
+			p, err := n.RunPod(ctx, node.PodOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i := range 5 {
+				if _, err := p.Run(ctx, img.Name, node.ContainerOptions{Name: fmt.Sprint("c", i)}, node.Retry{}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			quit, done := make(chan struct{}), make(chan struct{})
+			go func() {
+				defer close(done)
+				for {
+					select {
+					case <-quit:
+						return
+					default:
+					}
+					s, err := stub.New(&plugin{}, stub.WithSocketPath(n.NRISocket), stub.WithPluginName("comes-and-goes"), stub.WithPluginIdx("50"),
+						stub.WithOnClose(func() {})) // without one the stub ends the process
+					if err == nil && s.Start(ctx) == nil {
+						s.Stop()
+						s.Wait()
+					}
+				}
+			}()
+			err = p.Remove(ctx)
+			close(quit)
+			<-done
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
+
 // A plugin answers PENDING a few times and then allows.
 type plugin struct{ pending, asked atomic.Int64 }
 

@@ -196,10 +196,25 @@ func (c *client) removeContainer(ctx context.Context, id string) error {
 	return err
 }
 
+// removePod removes a sandbox, and what is in it first: where RemovePodSandbox has to
+// remove containers, containerd takes a lock for reading twice, and hangs for ever where
+// a plugin registers in between (internal/cri/server/sandbox_remove.go, as of 2.4.2). The
+// gate may: it was just stopped.
 func (c *client) removePod(ctx context.Context, id string) error {
-	_, err := c.cri(ctx, "RuntimeService/StopPodSandbox", message(nil).text(1, id))
-	_, err2 := c.cri(ctx, "RuntimeService/RemovePodSandbox", message(nil).text(1, id))
-	return errors.Join(err, err2)
+	list, err := c.cri(ctx, "RuntimeService/ListContainers", message(nil).sub(1, message(nil).text(3, id)))
+	failed := err
+	if err == nil {
+		err = list.fields(func(f protowire.Number, item message, _ uint64) {
+			if f == 1 {
+				failed = errors.Join(failed, c.removeContainer(ctx, string(item.get(1))))
+			}
+		})
+		failed = errors.Join(failed, err)
+	}
+	_, err = c.cri(ctx, "RuntimeService/StopPodSandbox", message(nil).text(1, id))
+	failed = errors.Join(failed, err)
+	_, err = c.cri(ctx, "RuntimeService/RemovePodSandbox", message(nil).text(1, id))
+	return errors.Join(failed, err)
 }
 
 // imageID is the ID that CRI knows an image by; empty: it does not know it.
