@@ -47,11 +47,13 @@ type Survey struct {
 	// and the map is its own; nil is allowed.
 	Listed func(map[digest.Digest]bool)
 
-	again atomic.Bool      // images that were denied are to be asked about again
-	items map[string]*item // by record name
-	turn  int              // numbers the looks
-	conns uint64           // Resolver.connections when Looked was last called
-	epoch verify.Epoch     // of the configuration that items are asked under
+	again atomic.Bool             // images that were denied are to be asked about again
+	many  bool                    // there are more images than are looked at
+	far   map[digest.Digest]trail // of those, by target
+	items map[string]*item        // by record name
+	turn  int                     // numbers the looks
+	conns uint64                  // Resolver.connections when Looked was last called
+	epoch verify.Epoch            // of the configuration that items are asked under
 	mark  *inflight
 }
 
@@ -77,6 +79,10 @@ type item struct {
 	no     bool      // the last answer was one
 }
 
+// A trail is what a Survey keeps of an image that it does not look at: the digests of
+// the manifest and the config that the target leads to. Empty: it cannot be judged.
+type trail struct{ manifest, config digest.Digest }
+
 // In which order images are verified.
 const (
 	rankNew  = iota // it has just come: a container is likely to follow
@@ -90,6 +96,8 @@ const (
 	surveyList  = 30 * time.Second      // longest that the list may take
 	surveyPause = 10 * time.Millisecond // between two images: no hurry
 	surveyImage = 5 * time.Second       // longest that reading one image may take
+	surveyFar   = 128                   // images beyond maxLeads that are read in one look
+	maxFar      = 16384                 // such images at most; a list of more is not whole
 	aheadImage  = 2 * time.Minute       // longest that verifying one image may take
 
 	// An answer that settled nothing is asked for again after a pause that grows from
@@ -182,13 +190,15 @@ func (s *Survey) look(ctx context.Context) bool {
 	if err != nil {
 		return false
 	}
-	whole := len(records) <= maxLeads
-	if !whole {
-		s.Log.Warn("the node has more images than are looked at ahead of time", "images", len(records), "looked at", maxLeads)
-		records = records[:maxLeads]
+	records, far := nearest(records)
+	if many := len(far) > 0; many != s.many {
+		if s.many = many; many {
+			s.Log.Warn("the node has more images than are looked at ahead of time", "looked at", maxLeads, "others", len(far))
+		}
 	}
 	for _, record := range records {
-		if _, known := r.leads.Peek(plain(record.Target)); known || s.mark.skips(record.Target.Digest) {
+		// Those that are looked at are not to be forgotten for those that are not.
+		if _, known := r.leads.Get(plain(record.Target)); known || s.mark.skips(record.Target.Digest) {
 			continue
 		}
 		s.learn(ctx, record.Target)
@@ -196,8 +206,14 @@ func (s *Survey) look(ctx context.Context) bool {
 			return true
 		}
 	}
-	if whole && s.Listed != nil {
+	if s.Listed != nil && s.trails(ctx, far) {
 		live := map[digest.Digest]bool{}
+		for target, t := range s.far {
+			live[target] = true
+			if t != (trail{}) {
+				live[t.manifest], live[t.config] = true, true
+			}
+		}
 		for _, record := range records {
 			live[record.Target.Digest] = true
 			if l, known := r.leads.Peek(plain(record.Target)); known && l.fault == nil {
@@ -231,6 +247,65 @@ func (s *Survey) look(ctx context.Context) bool {
 		s.Looked()
 	}
 	return true
+}
+
+// nearest returns the records of the images that are looked at, which are as many as a
+// Resolver remembers the leads of, and the targets of the others.
+func nearest(records []Record) (near []Record, far []ocispec.Descriptor) {
+	first, others := map[verify.Target]bool{}, map[verify.Target]bool{}
+	slices.SortFunc(records, func(a, b Record) int { return cmp.Compare(a.Name, b.Name) }) // the same each time
+	for _, r := range records {
+		t := plain(r.Target)
+		if !first[t] && len(first) == maxLeads {
+			if !others[t] {
+				others[t], far = true, append(far, r.Target)
+			}
+			continue
+		}
+		first[t] = true
+		near = append(near, r)
+	}
+	return near, far
+}
+
+// trails reads where the targets in far lead to, some of them each time, and forgets
+// others. It reports whether all are known.
+func (s *Survey) trails(ctx context.Context, far []ocispec.Descriptor) bool {
+	if len(far) > maxFar {
+		return false
+	}
+	known := make(map[digest.Digest]trail, len(far))
+	left, whole := surveyFar, true
+	for _, target := range far {
+		if t, is := s.far[target.Digest]; is {
+			known[target.Digest] = t
+			continue
+		}
+		if left--; left < 0 || ctx.Err() != nil {
+			whole = false
+			continue
+		}
+		t := trail{}
+		if !s.mark.skips(target.Digest) {
+			image, cancel := context.WithTimeout(ctx, surveyImage)
+			s.mark.begin(target.Digest)
+			l, err := read(image, s.Resolver.records.Blob, target)
+			s.mark.end()
+			cancel()
+			t = trail{l.manifest.Digest, l.config}
+			if f := (*verify.Fault)(nil); err != nil && !errors.As(err, &f) && !errors.Is(err, ErrNotFound) {
+				whole = false // containerd did not say; the next look asks again
+				continue
+			}
+			pause(ctx, surveyPause)
+		}
+		known[target.Digest] = t
+	}
+	s.far = known
+	if left < 0 {
+		s.Resolver.look()
+	}
+	return whole
 }
 
 func (s *Survey) learn(ctx context.Context, target ocispec.Descriptor) {

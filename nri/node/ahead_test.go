@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -534,6 +535,69 @@ func TestSurveyListed(t *testing.T) {
 		last := told[len(told)-1]
 		if len(last) != 4 || !last[a.manifest.Digest] || !last[b.manifest.Digest] {
 			t.Errorf("told %v at last", last)
+		}
+	})
+}
+
+// A node with more images than are looked at ahead of time is told of whole too, once
+// all of them were read, and never with a part of them missing.
+func TestSurveyListsAll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := survey(t)
+		s.Verifier = nil
+		var log strings.Builder
+		s.Log = slog.New(slog.NewTextHandler(&log, nil))
+		var told []map[digest.Digest]bool
+		s.Listed = func(live map[digest.Digest]bool) { told = append(told, live) }
+		want := map[digest.Digest]bool{}
+		var list []image
+		for i := range maxLeads + 3*surveyFar {
+			img := s.image(fmt.Sprintf("image-%05d", i))
+			// As the CRI plugin has it, three records for one image.
+			s.rec.images["r.example/image@"+img.manifest.Digest.String()] = img.manifest
+			s.rec.images[img.config.Digest.String()] = img.manifest
+			want[img.manifest.Digest], want[img.config.Digest] = true, true
+			list = append(list, img)
+		}
+		// Of one there is nothing but the record.
+		lost := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("lost"), Size: 100}
+		s.rec.images["r.example/lost"] = lost
+		want[lost.Digest] = true
+		s.start()
+		defer s.end()
+		for range 30 {
+			s.settle()
+		}
+		if len(told) == 0 {
+			t.Fatal("nothing was told")
+		}
+		for _, live := range told {
+			if !maps.Equal(live, want) {
+				t.Fatalf("told of %d digests, want %d", len(live), len(want))
+			}
+		}
+		if n := strings.Count(log.String(), "more images than"); n != 1 {
+			t.Errorf("said %d times:\n%s", n, log.String())
+		}
+		// One goes, and one comes.
+		calls := s.calls()
+		s.mu.Lock()
+		gone := list[len(list)-1]
+		maps.DeleteFunc(s.rec.images, func(_ string, d ocispec.Descriptor) bool { return d.Digest == gone.manifest.Digest })
+		s.mu.Unlock()
+		come := s.image("come")
+		delete(want, gone.manifest.Digest)
+		delete(want, gone.config.Digest)
+		want[come.manifest.Digest], want[come.config.Digest] = true, true
+		s.Resolver.look()
+		for range 10 {
+			s.settle()
+		}
+		if last := told[len(told)-1]; !maps.Equal(last, want) {
+			t.Errorf("told of %d digests at last, want %d", len(last), len(want))
+		}
+		if n := s.calls() - calls; n > 100 {
+			t.Errorf("%d calls to containerd for one image more", n)
 		}
 	})
 }

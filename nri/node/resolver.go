@@ -125,7 +125,8 @@ const proofFor = 30 * time.Second
 const (
 	maxParsed  = 2048
 	maxNames   = 2048
-	maxLeads   = 2048
+	maxLeads   = 2048 // of the images that a Survey looks at
+	moreLeads  = 256  // and of others that containers are made from
 	maxUsed    = 64
 	maxRuntime = 1024
 	maxDecided = 4096
@@ -135,7 +136,7 @@ const (
 func NewResolver(r Records, o Options) *Resolver {
 	n := &Resolver{records: r, wake: make(chan struct{}, 1)}
 	// Errors only for a size below one.
-	c, _ := lru.NewWithEvict(maxLeads, func(t verify.Target, l lead) { n.kin.remove(l.config, t) })
+	c, _ := lru.NewWithEvict(maxLeads+moreLeads, func(t verify.Target, l lead) { n.kin.remove(l.config, t) })
 	s, _ := lru.New[string, parsed](maxParsed)
 	p, _ := lru.New[string, proof](maxNames)
 	u, _ := lru.New[string, string](maxUsed)

@@ -1123,6 +1123,74 @@ func TestRetain(t *testing.T) {
 }
 
 // A slow disk delays nobody who asks.
+// A clock that is years wrong, as of a board without one before it is told the time,
+// deletes nothing of an image that is on the node, nor of one that left it that day; and
+// what it left behind does not keep the rest for years.
+func TestClockJumps(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	var c site
+	stays, one := c.image("stays")
+	goes, two := c.image("goes")
+	at := func(clock *clock, run func(r *run, listing func(live ...ocispec.Descriptor))) {
+		t.Helper()
+		r := start(t, dir, store.Options{Now: clock.now, Image: c.read})
+		defer r.stop()
+		run(r, func(live ...ocispec.Descriptor) {
+			t.Helper()
+			m := map[digest.Digest]bool{}
+			for _, d := range live {
+				m[d.Digest] = true
+			}
+			r.Retain(m)
+			r.eventually("the listing was looked at", r.Retained)
+		})
+	}
+	now := time.Now()
+	at(&clock{at: now}, func(r *run, listing func(live ...ocispec.Descriptor)) {
+		r.keep(stays, stays, one)
+		r.keep(goes, goes, two)
+		r.settled()
+		listing(stays, goes)
+	})
+	at(&clock{at: now.AddDate(9, 0, 0)}, func(r *run, listing func(live ...ocispec.Descriptor)) {
+		listing(stays) // before it was listed
+		listing(stays, goes)
+		r.has(goes, two)
+	})
+	early := &clock{at: time.Unix(0, 0)}
+	at(early, func(r *run, listing func(live ...ocispec.Descriptor)) {
+		for range 10 {
+			listing(stays, goes)
+			early.pass(12 * time.Hour)
+		}
+		r.has(stays, one)
+		r.has(goes, two)
+	})
+	late := &clock{at: now.AddDate(9, 0, 0)}
+	at(late, func(r *run, listing func(live ...ocispec.Descriptor)) {
+		listing(stays, goes) // their time is now that of a year to come
+		listing(stays)
+		late.pass(23 * time.Hour)
+		listing(stays)
+		r.has(goes, two)
+	})
+	right := &clock{at: now}
+	at(right, func(r *run, listing func(live ...ocispec.Descriptor)) {
+		for range 20 {
+			listing(stays)
+			right.pass(24 * time.Hour)
+		}
+		r.has(goes, two)
+		for range 20 {
+			listing(stays)
+			right.pass(24 * time.Hour)
+		}
+		r.has(stays, one)
+		r.has(goes)
+	})
+}
+
 func TestManyAtOnce(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

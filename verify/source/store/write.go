@@ -637,19 +637,23 @@ func (w *writer) retain(ctx context.Context) {
 	var fresh, over, lacks []*blob
 	for _, list := range w.signed {
 		for _, b := range list {
+			age := now.Round(0).Sub(b.seen)
 			switch {
 			case w.alive(b):
 				b.gone = time.Time{}
 				if w.lacks(b) && !now.Before(w.lacking[b.digest]) {
 					lacks = append(lacks, b)
 				}
-				if now.Round(0).Sub(b.seen) > min(freshEvery, w.keep/4) {
+				if age > min(freshEvery, w.keep/4) {
 					fresh = append(fresh, b)
 				}
 			case b.gone.IsZero():
 				b.gone = now
-			case now.Sub(b.gone) >= min(goneFor, w.keep) && now.Round(0).Sub(b.seen) > w.keep:
+			case now.Sub(b.gone) >= min(goneFor, w.keep) && age > w.keep:
 				over = append(over, b)
+			}
+			if age < -freshEvery { // the clock was wrong then: from now on
+				fresh = append(fresh, b)
 			}
 		}
 	}
