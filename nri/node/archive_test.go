@@ -1,11 +1,13 @@
 package node
 
 import (
+	"encoding/json"
 	"strings"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tidewaiter/tidewaiter/verify"
@@ -16,13 +18,46 @@ func TestExplain(t *testing.T) {
 	rec := newRecords()
 	r := NewResolver(rec, testOptions())
 	base := rec.image("app", "app")
-	of := func(mediaType, layer string) ocispec.Descriptor {
-		return rec.put(mediaType, ocispec.Manifest{MediaType: mediaType,
-			Config: ocispec.Descriptor{MediaType: images.MediaTypeDockerSchema2Config, Digest: base.config.Digest, Size: base.config.Size},
-			Layers: []ocispec.Descriptor{{MediaType: layer, Digest: digest.FromString(layer), Size: 3}}})
+	manifest := func(mediaType, config string, layers ...string) ocispec.Manifest {
+		m := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: mediaType, Config: ocispec.Descriptor{MediaType: config, Digest: base.config.Digest, Size: base.config.Size}}
+		for _, l := range layers {
+			m.Layers = append(m.Layers, ocispec.Descriptor{MediaType: l, Digest: digest.FromString(l), Size: 3})
+		}
+		return m
 	}
-	imported := of(images.MediaTypeDockerSchema2Manifest, images.MediaTypeDockerSchema2Layer)
-	pulled := of(images.MediaTypeDockerSchema2Manifest, images.MediaTypeDockerSchema2LayerGzip)
+	docker := func(layers ...string) ocispec.Manifest {
+		return manifest(images.MediaTypeDockerSchema2Manifest, images.MediaTypeDockerSchema2Config, layers...)
+	}
+	oci := func(layers ...string) ocispec.Manifest {
+		return manifest(ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageConfig, layers...)
+	}
+	// As containerd makes it of an archive whose layers are compressed, and as docker
+	// push wrote the same.
+	same := docker(images.MediaTypeDockerSchema2LayerGzip)
+	compact, err := json.Marshal(same)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pushed, err := json.MarshalIndent(same, "", "   ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	annotated := same
+	annotated.Annotations = map[string]string{"a": "b"}
+	fromArchive := map[string]ocispec.Descriptor{
+		"containerd's":                         rec.put(images.MediaTypeDockerSchema2Manifest, docker(images.MediaTypeDockerSchema2Layer)),
+		"containerd's with compressed layers":  rec.put(images.MediaTypeDockerSchema2Manifest, compact),
+		"containerd's with layers of the node": rec.put(images.MediaTypeDockerSchema2Manifest, docker(images.MediaTypeDockerSchema2LayerGzip, images.MediaTypeDockerSchema2Layer)),
+		"Docker 25's":                          rec.put(ocispec.MediaTypeImageManifest, oci(ocispec.MediaTypeImageLayer, ocispec.MediaTypeImageLayer)),
+	}
+	notFrom := map[string]ocispec.Descriptor{
+		"docker push's":        rec.put(images.MediaTypeDockerSchema2Manifest, pushed),
+		"with annotations":     rec.put(images.MediaTypeDockerSchema2Manifest, annotated),
+		"an OCI registry's":    rec.put(ocispec.MediaTypeImageManifest, oci(ocispec.MediaTypeImageLayerGzip)),
+		"one layer of several": rec.put(ocispec.MediaTypeImageManifest, oci(ocispec.MediaTypeImageLayerGzip, ocispec.MediaTypeImageLayer)),
+		"without layers":       base.manifest,
+	}
+	imported := fromArchive["containerd's"]
 	answer := verify.Deny(verify.SignatureMissing, "nothing found")
 	v := r.Explain(&ledger{answer: func(verify.Image) verify.Decision { return answer }})
 	ask := func(target ocispec.Descriptor) string {
@@ -37,12 +72,14 @@ func TestExplain(t *testing.T) {
 		}
 		return d.Detail
 	}
-	if s := ask(imported); !strings.Contains(s, "tidewaiter bundle create") || !strings.HasSuffix(s, "; nothing found") {
-		t.Errorf("imported: %s", s)
+	for name, d := range fromArchive {
+		if s := ask(d); !strings.Contains(s, "tidewaiter bundle create") || !strings.HasSuffix(s, "; nothing found") {
+			t.Errorf("%s: %s", name, s)
+		}
 	}
-	for _, d := range []ocispec.Descriptor{pulled, base.manifest} {
+	for name, d := range notFrom {
 		if s := ask(d); s != "nothing found" {
-			t.Errorf("%s: %s", d.MediaType, s)
+			t.Errorf("%s: %s", name, s)
 		}
 	}
 	if d := v.Verify(t.Context(), verify.Image{}); d.Detail != "nothing found" {
