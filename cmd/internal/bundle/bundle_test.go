@@ -514,6 +514,30 @@ func TestHostileStreams(t *testing.T) {
 	}
 }
 
+// Of an archive that is no layout it is said what it is, and what to do, however it is
+// packed: k3s's are compressed docker archives.
+func TestDockerArchive(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for name, body := range map[string]string{"manifest.json": "[]", "0123.json": "{}", "0123/layer.tar": "layer"} {
+		name = filepath.Join(dir, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o700), os.WriteFile(name, []byte(body), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, raw := range packed(t, dir) {
+		file := filepath.Join(t.TempDir(), name)
+		if err := os.WriteFile(file, raw, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for from, in := range map[string]io.Reader{file: nil, "-": bytes.NewReader(raw)} {
+			if _, err := Open(t.Context(), from, in, t.TempDir()); err == nil || !strings.Contains(err.Error(), layout.ErrDocker.Error()) {
+				t.Errorf("%s as %s: error %v", name, from, err)
+			}
+		}
+	}
+}
+
 // What a hostile bundle says of itself is quoted, and what it holds is bounded.
 func TestHostileContents(t *testing.T) {
 	t.Parallel()

@@ -20,6 +20,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/source/layout"
 )
 
 var (
@@ -81,11 +82,14 @@ func (c *Contents) unpack(ctx context.Context, in io.Reader, scratch string) (er
 	r := &metered{in, ctx, maxStream}
 	t := tar.NewReader(r)
 	left := int64(maxBytes)
+	isLayout, isDocker := false, false
 	for n := 0; ; n++ {
 		h, err := t.Next()
 		if errors.Is(err, io.EOF) {
 			// To the end, so that a checksum of the compression counts.
-			_, err = io.Copy(io.Discard, r)
+			if _, err = io.Copy(io.Discard, r); err == nil && isDocker && !isLayout {
+				err = layout.ErrDocker
+			}
 			return err
 		}
 		if err != nil {
@@ -95,6 +99,7 @@ func (c *Contents) unpack(ctx context.Context, in io.Reader, scratch string) (er
 			return fmt.Errorf("%w: more than %d files in the tar file", verify.ErrBudget, n)
 		}
 		name := path.Clean(h.Name)
+		isLayout, isDocker = isLayout || name == ocispec.ImageLayoutFile, isDocker || name == "manifest.json"
 		if h.Typeflag != tar.TypeReg || !ofLayout(name) || h.Size > maxBlob {
 			continue
 		}

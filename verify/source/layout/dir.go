@@ -129,6 +129,10 @@ func (r *Dir) open(name string) (io.Reader, int64, error) {
 	return f, info.Size(), nil
 }
 
+// ErrDocker says that a tar file is what docker save wrote before version 25, and others
+// write to this day.
+var ErrDocker = errors.New("it is a docker archive, which has neither signatures nor what they are over: tidewaiter bundle create makes a bundle of those, where the image is signed")
+
 // ErrDamaged is wrapped where a file is not what its descriptor says.
 var ErrDamaged = errors.New("damaged")
 
@@ -159,6 +163,9 @@ func (r *Dir) Blob(d ocispec.Descriptor, take func(int64) error) ([]byte, error)
 // verify.ErrUnreachable or verify.ErrBudget.
 func (r *Dir) Entries(take func(int64) error) ([]ocispec.Descriptor, error) {
 	raw, err := r.Read(ocispec.ImageLayoutFile, take)
+	if errors.Is(err, fs.ErrNotExist) && r.tar != nil && r.tar.docker {
+		err = ErrDocker
+	}
 	if err != nil {
 		return nil, unreachable(err)
 	}

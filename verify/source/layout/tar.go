@@ -26,8 +26,9 @@ const (
 // A Tar is where the files of a layout lie in an uncompressed tar file. It does not
 // change, and says nothing about a file that has changed since.
 type Tar struct {
-	of    os.FileInfo
-	files map[string]extent // by their names in a layout
+	of     os.FileInfo
+	files  map[string]extent // by their names in a layout
+	docker bool              // it has what docker save wrote before it wrote layouts
 }
 
 // Files is how many files of a layout there are; a nil Tar has none.
@@ -52,7 +53,7 @@ func (t *Tar) still(info os.FileInfo) bool {
 func scan(ctx context.Context, f *os.File, of os.FileInfo) (*Tar, error) {
 	r := &headers{SectionReader: io.NewSectionReader(f, 0, of.Size()), ctx: ctx, left: maxHeaders}
 	if kind := compression(r); kind != "" {
-		return nil, fmt.Errorf("%w: it is compressed with %s, and is read in place only uncompressed", verify.ErrUnreachable, kind)
+		return nil, fmt.Errorf("%w: it is compressed with %s, and is read in place only uncompressed: tidewaiter bundle import unpacks what gzip and zstd have compressed", verify.ErrUnreachable, kind)
 	}
 	t := &Tar{of: of, files: map[string]extent{}}
 	tr := tar.NewReader(r)
@@ -76,6 +77,7 @@ func scan(ctx context.Context, f *os.File, of os.FileInfo) (*Tar, error) {
 		if n == maxEntries {
 			return nil, fmt.Errorf("%w: more than %d files in the tar file", verify.ErrBudget, maxEntries)
 		}
+		t.docker = t.docker || path.Clean(h.Name) == "manifest.json"
 		name, ok := fileOf(h.Name)
 		if !ok || h.Typeflag == tar.TypeDir {
 			continue

@@ -189,6 +189,9 @@ func TestUnreadableTar(t *testing.T) {
 			of(list, "oci-layout").Name = "other"
 			return list
 		}), verify.ErrUnreachable, "oci-layout"},
+		"a docker archive": {with(func([]member) []member {
+			return []member{{tar.Header{Name: "./manifest.json", Typeflag: tar.TypeReg, Size: 2}, "[]"}, {tar.Header{Name: "abc.json", Typeflag: tar.TypeReg, Size: 2}, "{}"}}
+		}), verify.ErrUnreachable, "docker archive"},
 		"no index.json": {with(func(list []member) []member {
 			of(list, "index.json").Name = "index.json/index.json"
 			return list

@@ -567,7 +567,7 @@ func openBundle(ctx context.Context, name string) (*layout.Dir, error) {
 		return nil, err
 	}
 	if !info.IsDir() && (!info.Mode().IsRegular() || filepath.Ext(name) != ".tar") {
-		return nil, errors.New("it is neither a directory nor a file with a name that ends in .tar")
+		return nil, errors.New("it is neither a directory nor a file with a name that ends in .tar, which tidewaiter bundle import makes of others")
 	}
 	return layout.Open(ctx, name, nil)
 }
