@@ -299,3 +299,135 @@ func TestLateAnswersAreNone(t *testing.T) {
 		}
 	})
 }
+
+// several is a Resolver that says what it is told to.
+type several struct {
+	one
+	images  []verify.Image
+	known   bool
+	panics  bool
+	decided [][]verify.Image
+	looked  int
+}
+
+func (s *several) Resolve(context.Context, *api.PodSandbox, *api.Container) []verify.Image {
+	if s.looked++; s.panics {
+		panic("as told")
+	}
+	return s.images
+}
+func (s *several) Known(*api.PodSandbox, *api.Container) ([]verify.Image, bool) {
+	if s.panics {
+		panic("as told")
+	}
+	return s.images, s.known
+}
+func (s *several) Decided(_ string, images []verify.Image) { s.decided = append(s.decided, images) }
+
+// is is an image whose target has that digest.
+func is(d digest.Digest) verify.Image {
+	i := elsewhere{}.Started(context.Background(), nil, nil)[0]
+	i.Target.Digest, i.Manifest.Digest = d, d
+	return i
+}
+
+// TestEveryImageCounts: a container is allowed where each of its images is, whether
+// they are known or have to be looked up, and where there is one at all.
+func TestEveryImageCounts(t *testing.T) {
+	yes, no := is("sha256:d"), is("sha256:other")
+	for label, tt := range map[string]struct {
+		r    several
+		want verify.Reason // of the denial; "": allowed
+	}{
+		"one":                           {several{images: []verify.Image{yes}}, ""},
+		"another":                       {several{images: []verify.Image{no}}, verify.PolicyInvalid},
+		"the second is not":             {several{images: []verify.Image{yes, no}}, verify.PolicyInvalid},
+		"the first is not":              {several{images: []verify.Image{no, yes}}, verify.PolicyInvalid},
+		"both":                          {several{images: []verify.Image{yes, yes}}, ""},
+		"known":                         {several{images: []verify.Image{yes}, known: true}, ""},
+		"the second of what is known":   {several{images: []verify.Image{yes, no}, known: true}, verify.PolicyInvalid},
+		"none":                          {several{}, verify.Internal},
+		"none, and known":               {several{known: true}, verify.Internal},
+		"an image of which nobody says": {several{images: make([]verify.Image, 1)}, verify.ImageUnresolved},
+		"panic":                         {several{images: []verify.Image{yes}, panics: true}, verify.Internal},
+	} {
+		var e verify.Enforcer
+		e.Swap(&verify.Setup{Policy: lists("sha256:d")})
+		var last verify.Decision
+		g := &Gate{Resolver: &tt.r, Verifier: &e, Observe: func(a Answer) { last = a.Decision }, Now: time.Now}
+		err := g.ValidateContainerAdjustment(t.Context(), &api.ValidateContainerAdjustmentRequest{})
+		if (err == nil) != (tt.want == "") || tt.want != "" && last.Reason != tt.want || (len(tt.r.decided) == 1) != (tt.want == "") {
+			t.Errorf("%s: %v, told %s, decided %v", label, err, last.Reason, tt.r.decided)
+		}
+		if err == nil && len(tt.r.decided[0]) != len(tt.r.images) {
+			t.Errorf("%s: decided %v", label, tt.r.decided)
+		}
+		if looked := tt.r.looked > 0; looked == (tt.r.known && len(tt.r.images) == 1) {
+			t.Errorf("%s: looked up %t", label, looked)
+		}
+	}
+}
+
+// TestCreateContainerOfANodeThatEnforces: the hook of audit decides nothing where the
+// node enforces, and looks nothing up.
+func TestCreateContainerOfANodeThatEnforces(t *testing.T) {
+	for _, audits := range []bool{true, false} {
+		r := &several{images: []verify.Image{is("sha256:d")}}
+		var e verify.Enforcer
+		e.Swap(&verify.Setup{Policy: lists("sha256:d")})
+		var last Answer
+		g := &Gate{Resolver: r, Verifier: &e, Observe: func(a Answer) { last = a }, Now: time.Now}
+		err := g.CreateContainer(t.Context(), &api.PodSandbox{}, &api.Container{}, audits)
+		if (err == nil) != audits || (r.looked == 1) != audits || last.Hook != "CreateContainer" || !audits && last.Decision.Reason != verify.Pending {
+			t.Errorf("audits %t: %v, looked up %d times, told %+v", audits, err, r.looked, last)
+		}
+	}
+}
+
+// TestBudget: an answer comes well before the runtime's deadline, and in any case
+// within the gate's own time.
+func TestBudget(t *testing.T) {
+	now := time.Unix(1_700_000_000, 0)
+	for left, want := range map[time.Duration]time.Duration{
+		-time.Second: 0, 0: 0, 4 * time.Millisecond: 3 * time.Millisecond, time.Second: 750 * time.Millisecond,
+		4 * margin: 3 * margin, 1400 * time.Millisecond: 1100 * time.Millisecond,
+		budget + margin: budget, 2 * time.Second: budget, time.Hour: budget,
+	} {
+		ctx, cancel := context.WithDeadline(t.Context(), now.Add(left))
+		if got := (&Gate{}).budget(ctx, now); got != want {
+			t.Errorf("with %v left the budget is %v, want %v", left, got, want)
+		}
+		cancel()
+	}
+	if got := (&Gate{}).budget(t.Context(), now); got != budget {
+		t.Errorf("without a deadline the budget is %v", got)
+	}
+}
+
+// TestPurse: a clock that goes back neither fills the purse nor empties it.
+func TestPurse(t *testing.T) {
+	now := time.Unix(1_700_000_000, 0)
+	var p purse
+	open := func(want bool) {
+		t.Helper()
+		if ctx := p.open(t.Context(), now); (ctx.Err() == nil) != want {
+			t.Errorf("open %t, spent %v", ctx.Err() == nil, p.spent)
+		}
+	}
+	open(true)
+	p.pay(maxWaits - 1)
+	open(true)
+	now = now.Add(-time.Hour)
+	open(true) // and is no emptier
+	p.pay(-time.Hour)
+	p.pay(1)
+	open(false)
+	now = now.Add(-time.Hour)
+	open(false)
+	now = now.Add(waitShare) // fills one nanosecond
+	open(true)
+	p.pay(1)
+	open(false)
+	now = now.Add(waitShare - 1)
+	open(false)
+}

@@ -123,14 +123,21 @@ func TestLeanOfBrokenMessages(t *testing.T) {
 	}
 	for i := range raw {
 		try(raw[:i])
-		for _, x := range []byte{0x01, 0x80, 0xff} {
+		for _, x := range []byte{0x01, 0x02, 0x80, 0xff} {
 			b := bytes.Clone(raw)
 			b[i] ^= x
 			try(b)
 		}
 	}
 	if failed < len(raw)/2 {
-		t.Errorf("%d of %d broken messages were refused", failed, 4*len(raw))
+		t.Errorf("%d of %d broken messages were refused", failed, 5*len(raw))
+	}
+	// Nothing is taken for an empty message: not what was cut off, and not a pod or a
+	// container that is none.
+	for _, broken := range [][]byte{raw[:len(raw)-1], {0x0a}, {0x0a, 1, 0x07}, {0x12, 2, 0x4a, 5}} {
+		if got := (&api.ValidateContainerAdjustmentRequest{}); lean(decoder(broken))(got) == nil {
+			t.Errorf("%x is read as %v", broken, got)
+		}
 	}
 }
 
