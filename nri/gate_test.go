@@ -236,8 +236,13 @@ func TestStartOfWhatAnotherRunAllowed(t *testing.T) {
 	}
 }
 
-// A yes lets it start, and a no does not.
+// A yes lets it start, and a no does not. Where nothing is left to be judged, what
+// was created is what was allowed.
 func TestStartOfWhatIsAllowed(t *testing.T) {
+	agreed := &Gate{Resolver: one{}, Verifier: denier{}, Observe: func(a Answer) { t.Errorf("told %+v", a) }, Now: time.Now}
+	if err := agreed.StartContainer(t.Context(), &api.PodSandbox{}, &api.Container{Id: "id"}); err != nil {
+		t.Error(err)
+	}
 	for listed, want := range map[digest.Digest]bool{"sha256:d": true, "sha256:other": false} {
 		var e verify.Enforcer
 		e.Swap(&verify.Setup{Policy: lists(listed)})

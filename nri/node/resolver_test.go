@@ -390,9 +390,13 @@ func TestFaults(t *testing.T) {
 		change func(*records, *api.Container)
 		want   verify.Reason
 	}{
-		"nothing":               {func(*records, *api.Container) {}, ""},
-		"no name":               {func(_ *records, c *api.Container) { c.Annotations = nil }, verify.ImageUnresolved},
-		"image ID as name":      {func(_ *records, c *api.Container) { c.Annotations[annotationImage] = "sha256:" + hex }, verify.ImageUnresolved},
+		"nothing":          {func(*records, *api.Container) {}, ""},
+		"no name":          {func(_ *records, c *api.Container) { c.Annotations = nil }, verify.ImageUnresolved},
+		"image ID as name": {func(_ *records, c *api.Container) { c.Annotations[annotationImage] = "sha256:" + hex }, verify.ImageUnresolved},
+		"image ID that is a record's name": {func(r *records, c *api.Container) {
+			c.Annotations[annotationImage] = "sha256:" + hex
+			r.images["sha256:"+hex] = r.images[name]
+		}, verify.ImageUnresolved},
 		"name without a record": {func(_ *records, c *api.Container) { c.Annotations[annotationImage] = "registry.example/copy:1" }, verify.ImageUnresolved},
 		"digest that is not there": {func(r *records, c *api.Container) {
 			n := "registry.example/app@sha256:" + hex
@@ -452,6 +456,161 @@ func TestFaults(t *testing.T) {
 	})
 }
 
+// What an earlier container has shown saves questions and gives nothing away.
+func TestFaultsAfterAGoodOne(t *testing.T) {
+	const name = "registry.example/app:1"
+	for label, tt := range map[string]struct {
+		change  func(r *records, c *api.Container, evil image)
+		want    verify.Reason // "": bound
+		binding verify.Binding
+	}{
+		"the same again":    {func(*records, *api.Container, image) {}, "", verify.BoundRuntime},
+		"no snapshot of it": {func(r *records, _ *api.Container, _ image) { delete(r.snapshots["overlayfs"], ctrID) }, "", verify.BoundRuntime}, // the runtime told all
+		"told another target, and the good config": {func(r *records, c *api.Container, evil image) {
+			c.Image.Digest = evil.manifest.Digest.String()
+			r.snapshots["overlayfs"][ctrID] = Snapshot{Parent: evil.chain}
+		}, verify.ImageMismatch, 0},
+		"another target of the same content": {func(r *records, c *api.Container, _ image) {
+			c.Image.Digest = digest.FromString("another").String()
+		}, "", verify.BoundRuntime},
+		"another config":             {func(_ *records, c *api.Container, evil image) { c.Image.ConfigDigest = evil.config.Digest.String() }, verify.ImageMismatch, 0},
+		"target told and config not": {func(_ *records, c *api.Container, _ image) { c.Image.ConfigDigest = "" }, "", verify.BoundSnapshot},
+		"target told and config not, other layers": {func(r *records, c *api.Container, evil image) {
+			c.Image.ConfigDigest = ""
+			r.snapshots["overlayfs"][ctrID] = Snapshot{Parent: evil.chain}
+		}, verify.ImageMismatch, 0},
+		"config told and target not": {func(_ *records, c *api.Container, _ image) { c.Image.Digest = "" }, "", verify.BoundSnapshot},
+		"config told and target not, other layers": {func(r *records, c *api.Container, evil image) {
+			c.Image.Digest = ""
+			r.snapshots["overlayfs"][ctrID] = Snapshot{Parent: evil.chain}
+		}, verify.ImageMismatch, 0},
+		"nothing told, other layers": {func(r *records, c *api.Container, evil image) {
+			c.Image = nil
+			r.snapshots["overlayfs"][ctrID] = Snapshot{Parent: evil.chain}
+		}, verify.ImageMismatch, 0},
+		"restored": {func(_ *records, c *api.Container, _ image) { c.Annotations[annotationRestored] = "false" }, verify.ImageUnresolved, 0},
+	} {
+		t.Run(label, func(t *testing.T) {
+			rec := newRecords()
+			good, evil := rec.image("good", "a"), rec.image("evil", "b")
+			rec.images[name] = good.manifest
+			rec.snapshots["overlayfs"][ctrID] = Snapshot{Parent: good.chain}
+			o := testOptions()
+			o.Epoch = verify.Epoch{7}
+			r := NewResolver(rec, o)
+			r.Connected(true)
+			ctr := container(name, good.manifest.Digest, good.config.Digest)
+			if img := resolveOne(t, r, ctr); img.Fault != nil {
+				t.Fatal(img.Fault)
+			}
+			tt.change(rec, ctr, evil)
+			img := resolveOne(t, r, ctr)
+			if img.Epoch != o.Epoch {
+				t.Errorf("bound under epoch %s", img.Epoch)
+			}
+			switch {
+			case tt.want != "" && (img.Fault == nil || img.Fault.Reason != tt.want):
+				t.Errorf("fault %v, want %s", img.Fault, tt.want)
+			case tt.want == "" && (img.Fault != nil || img.Binding != tt.binding || img.Config != good.config.Digest):
+				t.Errorf("fault %v, bound %s to %s", img.Fault, img.Binding, img.Config)
+			}
+		})
+	}
+}
+
+// TestDigestOfName: a digest that the pod names is that of the record's target or of
+// the manifest that runs.
+func TestDigestOfName(t *testing.T) {
+	rec := newRecords()
+	i, o := rec.image("good", "a"), rec.image("other", "b")
+	x := rec.index(on(i.manifest, here), on(o.manifest, elsewhere))
+	rec.snapshots["overlayfs"][ctrID] = Snapshot{Parent: i.chain}
+	r := NewResolver(rec, testOptions())
+	r.Connected(true)
+	for d, want := range map[digest.Digest]verify.Reason{
+		x.Digest: "", i.manifest.Digest: "", i.config.Digest: verify.ImageMismatch, o.manifest.Digest: verify.ImageMismatch,
+	} {
+		name := "registry.example/app@" + d.String()
+		rec.images[name] = x
+		img := resolveOne(t, r, container(name, x.Digest, i.config.Digest))
+		if want == "" && img.Fault != nil || want != "" && (img.Fault == nil || img.Fault.Reason != want) {
+			t.Errorf("%s: fault %v, want %s", name, img.Fault, want)
+		}
+	}
+}
+
+// TestNamesThatAreNone: what one of the two parsers refuses is not looked up.
+func TestNamesThatAreNone(t *testing.T) {
+	const name = "registry.example/app:1"
+	rec := newRecords()
+	i := rec.image("good", "a")
+	rec.images[name], rec.images[""] = i.manifest, i.manifest
+	rec.snapshots["overlayfs"][ctrID] = Snapshot{Parent: i.chain}
+	o := testOptions()
+	o.ParseRecord = func(string) (string, error) { return "", errors.New("no record can have the name") }
+	r := NewResolver(rec, o)
+	r.Connected(true)
+	for range 2 {
+		img := resolveOne(t, r, container(name, i.manifest.Digest, i.config.Digest))
+		if img.Fault == nil || img.Fault.Reason != verify.ImageUnresolved || img.Fault.Detail != "no record can have the name" {
+			t.Errorf("fault %v", img.Fault)
+		}
+	}
+	delete(rec.images, name)
+	img := resolveOne(t, NewResolver(rec, testOptions()), container(name, i.manifest.Digest, i.config.Digest))
+	if img.Fault == nil || !strings.Contains(img.Fault.Detail, "no image record on this node has the name") {
+		t.Errorf("fault %v", img.Fault)
+	}
+}
+
+// TestSnapshotterListedNoMore: what the configuration in force does not list is not
+// trusted, whatever was seen before.
+func TestSnapshotterListedNoMore(t *testing.T) {
+	const name = "registry.example/app:1"
+	rec := newRecords()
+	i := rec.image("good", "a")
+	rec.images[name] = i.manifest
+	rec.snapshotters = []string{"stargz"}
+	rec.snapshots["stargz"] = map[string]Snapshot{ctrID: {Parent: i.chain}}
+	o := testOptions()
+	o.Snapshotters = []string{"stargz"}
+	r := NewResolver(rec, o)
+	r.Connected(true)
+	told, silent := container(name, i.manifest.Digest, i.config.Digest), container(name, "", "")
+	for _, c := range []*api.Container{told, silent} {
+		if img := resolveOne(t, r, c); img.Fault != nil || img.Vouched {
+			t.Fatalf("%v, vouched %t", img.Fault, img.Vouched)
+		}
+	}
+	r.Configure(testOptions())
+	for _, c := range []*api.Container{told, silent} {
+		if img := resolveOne(t, r, c); img.Fault == nil || img.Fault.Reason != verify.SnapshotterUnverified {
+			t.Errorf("fault %v", img.Fault)
+		}
+	}
+}
+
+// TestDiskIsReadAgain: what a target led to is not believed of another run of
+// containerd, between which and the last the disk may have been changed.
+func TestDiskIsReadAgain(t *testing.T) {
+	const name = "registry.example/app:1"
+	rec := newRecords()
+	i := rec.image("good", "a")
+	rec.images[name] = i.manifest
+	rec.snapshots["overlayfs"][ctrID] = Snapshot{Parent: i.chain}
+	r := NewResolver(rec, testOptions())
+	r.Connected(true)
+	ctr := container(name, i.manifest.Digest, i.config.Digest)
+	if img := resolveOne(t, r, ctr); img.Fault != nil {
+		t.Fatal(img.Fault)
+	}
+	rec.blobs[i.config.Digest] = append(rec.blobs[i.config.Digest][1:], ' ')
+	r.Connected(true)
+	if img := resolveOne(t, r, ctr); img.Fault == nil || img.Fault.Reason != verify.ImageMismatch {
+		t.Errorf("fault %v", img.Fault)
+	}
+}
+
 // With user namespaces on a snapshotter that cannot remap, the parent is a copy
 // under a name that containerd computes from the chain ID and the ID maps: the
 // digest of this JSON (client/snapshotter_opts_unix.go of 2.2.9 and 2.4.2).
@@ -467,9 +626,20 @@ func TestUserNamespace(t *testing.T) {
 	}
 	for _, bad := range []map[string]string{nil, {"containerd.io/snapshot/uidmapping": "0:1:2"},
 		{"containerd.io/snapshot/uidmapping": "x", "containerd.io/snapshot/gidmapping": "0:1:2"},
-		{"containerd.io/snapshot/uidmapping": strings.Repeat("0:1:2,", 400), "containerd.io/snapshot/gidmapping": "0:1:2"}} {
+		{"containerd.io/snapshot/uidmapping": "0:1:2" + strings.Repeat(",0:1:2", maxMappings), "containerd.io/snapshot/gidmapping": "0:1:2"}} {
 		if got := remapped(chain, bad); got != "" {
 			t.Fatalf("labels %v give %s", bad, got)
+		}
+	}
+	most := map[string]string{"containerd.io/snapshot/uidmapping": "0:1:2" + strings.Repeat(",0:1:2", maxMappings-1), "containerd.io/snapshot/gidmapping": "0:1:2"}
+	if remapped(chain, most) == "" {
+		t.Error("as many maps as the kernel takes are refused")
+	}
+	// The maps are sorted before they are hashed.
+	for _, uids := range []string{"0:65536:10,10:200000:20", "10:200000:20,0:65536:10"} {
+		raw := fmt.Sprintf(`{"Parent":%q,"IDMap":{"UidMap":[{"containerID":0,"hostID":65536,"size":10},{"containerID":10,"hostID":200000,"size":20}],"GidMap":[{"containerID":0,"hostID":65536,"size":65536}]}}`, chain)
+		if got, want := remapped(chain, map[string]string{"containerd.io/snapshot/uidmapping": uids, "containerd.io/snapshot/gidmapping": "0:65536:65536"}), digest.FromString(raw).String(); got != want {
+			t.Errorf("maps %s: remapped %s, want %s", uids, got, want)
 		}
 	}
 
