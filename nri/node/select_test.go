@@ -212,3 +212,28 @@ func TestSelectKeepsTheClass(t *testing.T) {
 		}
 	}
 }
+
+// TestEmbeddedManifest: a manifest that an index brings in itself is taken without
+// being read. It is never paired with another that was read meanwhile.
+func TestEmbeddedManifest(t *testing.T) {
+	rec := newRecords()
+	good, evil := rec.image("good", "a"), rec.image("evil", "b")
+	embedded := evil.manifest
+	embedded.Data = rec.blobs[evil.manifest.Digest]
+	for label, target := range map[string]ocispec.Descriptor{
+		"alone":                      rec.index(on(embedded, here)),
+		"before one that is read":    rec.index(on(embedded, here), good.manifest),
+		"after one that is read":     rec.index(good.manifest, on(embedded, here)),
+		"around one that is read":    rec.index(on(embedded, here), good.manifest, on(embedded, here)),
+		"in an index, and one after": rec.index(rec.index(on(embedded, here)), good.manifest),
+		"of no platform":             rec.index(embedded, good.manifest),
+	} {
+		d, m, err := Select(t.Context(), rec.Blob, target)
+		if err == nil && (d.Digest != good.manifest.Digest || m.Config.Digest != good.config.Digest) {
+			t.Errorf("%s: selected %s with the config %s", label, d.Digest, m.Config.Digest)
+		}
+		if err != nil && reasonOf(err) != verify.ImageAmbiguous {
+			t.Errorf("%s: %v", label, err)
+		}
+	}
+}

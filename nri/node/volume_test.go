@@ -9,6 +9,7 @@ import (
 
 	"github.com/containerd/nri/pkg/api"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tidewaiter/tidewaiter/verify"
 )
@@ -193,6 +194,89 @@ func TestManyVolumes(t *testing.T) {
 	for n, img := range images {
 		if refused := img.Fault != nil; refused != (n == 1+maxVolumes) {
 			t.Errorf("image %d: %v", n, img.Fault)
+		}
+	}
+}
+
+// TestVolumeNamesAreOfItsContent: a name counts for a volume where its record leads to
+// the very content, under the digest that it says.
+func TestVolumeNamesAreOfItsContent(t *testing.T) {
+	w := newRecords()
+	main, data, twin := w.image("main", "m"), w.image("data", "a"), w.image("twin", "a") // twin: the same layers
+	index := w.index(on(data.manifest, here), on(twin.manifest, elsewhere))
+	at := place(index.Digest)
+	w.images["registry.example/main:1"] = main.manifest
+	w.snapshots["overlayfs"][ctrID], w.snapshots["overlayfs"][at] = Snapshot{Parent: main.chain}, Snapshot{Parent: data.chain}
+	for name, target := range map[string]digest.Digest{
+		"a.example/data@" + index.Digest.String():                 index.Digest,
+		"b.example/data@" + data.manifest.Digest.String():         index.Digest,
+		"c.example/data@" + data.config.Digest.String():           index.Digest,
+		"d.example/data@" + digest.FromString("another").String(): index.Digest,
+		"e.example/data@" + data.manifest.Digest.String():         data.manifest.Digest,
+		"f.example/data@" + index.Digest.String():                 data.manifest.Digest,
+		"g.example/twin@" + twin.manifest.Digest.String():         twin.manifest.Digest,
+	} {
+		for _, d := range []ocispec.Descriptor{index, data.manifest, twin.manifest} {
+			if d.Digest == target {
+				w.images[name] = d
+			}
+		}
+	}
+	o := testOptions()
+	o.Epoch = verify.Epoch{7}
+	r := NewResolver(w, o)
+	r.Connected(true)
+	for _, rec := range mustImages(t, w) {
+		_, _ = r.learn(t.Context(), rec.Target)
+	}
+	ctr := container("registry.example/main:1", main.manifest.Digest, main.config.Digest)
+	ctr.Mounts = []*api.Mount{{Source: at, Destination: "/data"}}
+	images := r.Resolve(t.Context(), &api.PodSandbox{Id: "pod"}, ctr)
+	if len(images) != 2 || images[1].Fault != nil {
+		t.Fatalf("images %+v", images)
+	}
+	v := images[1]
+	if v.Config != data.config.Digest || v.Target.Digest != index.Digest || v.Manifest.Digest != data.manifest.Digest || v.Epoch != o.Epoch {
+		t.Errorf("bound to %+v", v)
+	}
+	var hosts []string
+	for _, n := range append([]verify.Name{v.Name}, v.Names...) {
+		hosts = append(hosts, n.Host)
+	}
+	if got := fmt.Sprint(hosts); got != "[a.example b.example e.example]" {
+		t.Errorf("names at %s", got)
+	}
+}
+
+// TestVolumeOfListedSnapshotter: where a snapshotter is trusted only because the
+// configuration says so, nobody vouches for the layers, and other targets do not count.
+func TestVolumeOfListedSnapshotter(t *testing.T) {
+	w := newRecords()
+	main, data := w.image("main", "m"), w.image("data", "a")
+	at := place(data.manifest.Digest)
+	w.images["registry.example/main:1"], w.images["b.example/data:1"] = main.manifest, data.manifest
+	w.images["c.example/data:1"] = w.index(on(data.manifest, here))
+	w.snapshotters = append(w.snapshotters, "stargz")
+	w.snapshots["overlayfs"][ctrID] = Snapshot{Parent: main.chain}
+	for snapshotter, vouched := range map[string]bool{"overlayfs": true, "stargz": false} {
+		delete(w.snapshots["overlayfs"], at)
+		w.snapshots["stargz"] = map[string]Snapshot{}
+		w.snapshots[snapshotter][at] = Snapshot{Parent: data.chain}
+		o := testOptions()
+		o.Snapshotters = []string{"stargz"}
+		r := NewResolver(w, o)
+		r.Connected(true)
+		for _, rec := range mustImages(t, w) {
+			_, _ = r.learn(t.Context(), rec.Target)
+		}
+		ctr := container("registry.example/main:1", main.manifest.Digest, main.config.Digest)
+		ctr.Mounts = []*api.Mount{{Source: at, Destination: "/data"}}
+		images := r.Resolve(t.Context(), &api.PodSandbox{Id: "pod"}, ctr)
+		if len(images) != 2 || images[1].Fault != nil || images[1].Config != data.config.Digest {
+			t.Fatalf("on %s: images %+v", snapshotter, images)
+		}
+		if v := images[1]; v.Vouched != vouched || (len(v.Others) > 0) != vouched {
+			t.Errorf("on %s: vouched %t, others %v", snapshotter, v.Vouched, v.Others)
 		}
 	}
 }
