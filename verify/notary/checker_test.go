@@ -124,6 +124,11 @@ func TestFindings(t *testing.T) {
 		{{Type: asn1.ObjectIdentifier{2, 5, 4, 10}, Value: "acme"}},
 		{{Type: asn1.ObjectIdentifier{2, 5, 4, 3}, Value: "mallory"}}, {{Type: asn1.ObjectIdentifier{2, 5, 4, 3}, Value: "signer"}},
 	}))
+	// 1.3.6.1.5.5.7.48.2: nobody can be asked there whether a certificate was revoked.
+	caIssuers := must(asn1.Marshal([]struct {
+		Method   asn1.ObjectIdentifier
+		Location asn1.RawValue
+	}{{asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 48, 2}, asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: 6, Bytes: []byte("http://127.0.0.1:1/ca.crt")}}}))
 	email := notarytest.Name("signer")
 	email.ExtraNames = []pkix.AttributeTypeAndValue{{Type: asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 9, 1}, Value: "a@b.example"}}
 	units := notarytest.Name("signer")
@@ -169,6 +174,7 @@ func TestFindings(t *testing.T) {
 		{"another media type", sign(signer, ocispec.Descriptor{MediaType: "a/b", Digest: image.Digest, Size: image.Size}, opts{}), verify.SignatureInvalid, "another media type"},
 		{"payload without target", sign(signer, image, payload(`{"a":1}`)), verify.SignatureInvalid, "another image"},
 		{"payload with null target", sign(signer, image, payload(`{"targetArtifact":null}`)), verify.SignatureInvalid, "another image"},
+		{"payload with something else in it that is read", sign(signer, image, payload(`{"targetArtifact":{"mediaType":%q,"digest":%q,"size":%d,"annotations":7}}`, image.MediaType, image.Digest, image.Size)), verify.SignatureInvalid, "payload: "},
 		{"payload of another type", sign(signer, image, opts{ContentType: "application/json"}), verify.SignatureInvalid, "content type"},
 
 		{"critical attribute", sign(signer, image, opts{Attributes: []notarytest.Attribute{{Key: "a.b", Critical: true, Value: "c"}}}), verify.CriticalAttribute, `"a.b"`},
@@ -188,6 +194,7 @@ func TestFindings(t *testing.T) {
 		{"leaf of the future", sign(leaf(notarytest.CertOptions{NotBefore: noon.Add(time.Second)}), image, opts{SigningTime: noon.Add(time.Hour)}), verify.CertificateExpired, "not now, at 2026-06-01T12:00:00Z"},
 		{"CRL", sign(leaf(notarytest.CertOptions{CRL: []string{"http://127.0.0.1:1/crl"}}), image, opts{}), verify.RevocationUnknown, `certificate "CN=signer`},
 		{"OCSP", sign(leaf(notarytest.CertOptions{OCSP: []string{"http://127.0.0.1:1"}}), image, opts{}), verify.RevocationUnknown, `certificate "CN=signer`},
+		{"where the issuer's certificate is", sign(leaf(notarytest.CertOptions{Extensions: []pkix.Extension{{Id: authorityInfoAccess, Value: caIssuers}}}), image, opts{}), verify.Verified, ""},
 		{"delta CRL alone", sign(leaf(notarytest.CertOptions{Extensions: []pkix.Extension{{Id: freshestCRL, Value: []byte{0x30, 0}}}}), image, opts{}), verify.RevocationUnknown, ""},
 
 		{"signing authority", sign(signer, image, opts{Scheme: notarytest.SchemeSigningAuthority}), verify.SignerUntrusted, "notary.x509.signingAuthority"},
@@ -229,6 +236,21 @@ func TestFindings(t *testing.T) {
 					t.Errorf("finding %+v", f)
 				}
 			})
+		}
+	}
+}
+
+// TestAnyIdentity: where every certificate of the trust stores will do, so does one
+// whose subject no x509.subject can name.
+func TestAnyIdentity(t *testing.T) {
+	units := notarytest.Name("signer")
+	units.OrganizationalUnit = []string{"a", "b"}
+	for _, m := range formats {
+		blob := notarytest.MustSign(acme.Leaf(notarytest.CertOptions{Subject: units}), image, notarytest.SignOptions{MediaType: m})
+		for identity, want := range map[string]verify.Reason{"*": verify.Verified, acmeIdentity: verify.IdentityMismatch} {
+			if f := check(newChecker(t, acmeStore(t), noon, notarytest.Statement("prod", identity)), m, blob, image); f.Reason != want {
+				t.Errorf("%s, %q: %s (%s)", m, identity, f.Reason, f.Detail)
+			}
 		}
 	}
 }
@@ -524,6 +546,8 @@ func TestRefusals(t *testing.T) {
 		"unknown statement": {context.Background(), ev, image, "dev", verify.PolicyInvalid},
 		"no statement":      {context.Background(), ev, image, "", verify.PolicyInvalid},
 		"no descriptor":     {context.Background(), ev, ocispec.Descriptor{}, "prod", verify.Internal},
+		"no media type":     {context.Background(), ev, ocispec.Descriptor{Digest: image.Digest, Size: image.Size}, "prod", verify.Internal},
+		"no digest":         {context.Background(), ev, ocispec.Descriptor{MediaType: image.MediaType, Size: image.Size}, "prod", verify.Internal},
 		"ended":             {ended, ev, image, "prod", verify.Pending},
 		"unread":            {context.Background(), broken, image, "prod", verify.SignatureInvalid},
 	} {
