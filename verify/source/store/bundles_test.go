@@ -63,11 +63,13 @@ func pack(t testing.TB, dir string) {
 // finds waits until the signatures of subject are those wanted.
 func (r *run) finds(subject ocispec.Descriptor, want ...verify.Evidence) {
 	r.t.Helper()
+	var got []verify.Evidence
 	r.eventually("the signatures are found", func() bool {
-		got, err := sourcetest.Find(r.t.Context(), r, subject, verify.Limits{})
+		var err error
+		got, err = sourcetest.Find(r.t.Context(), r, subject, verify.Limits{})
 		return err == nil && len(got) == len(want)
 	})
-	r.has(subject, want...)
+	sourcetest.Check(r.t, got, want, 0)
 }
 
 // troubles is what is said of bundles, "NAME: TROUBLE" or "NAME" each.
