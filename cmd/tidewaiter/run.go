@@ -61,7 +61,7 @@ how things stand through a socket in the run directory (tidewaiter status).`,
 			if err := level.UnmarshalText([]byte(o.logLevel)); err != nil {
 				return unknown(fmt.Errorf("--log-level: %s is not debug, info, warn or error", verify.Quote(o.logLevel, 40)), "run tidewaiter run --help")
 			}
-			log := slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: level}))
+			log := slog.New(slog.NewJSONHandler(toJournal(stderr), &slog.HandlerOptions{Level: level}))
 			slog.SetDefault(log)    // what libraries log is JSON lines too
 			containerdlog.UseSlog() // such as ttrpc, below NRI
 			smallShare()
@@ -219,6 +219,7 @@ type daemon struct {
 	enforcer verify.Enforcer
 	answers  chan *nri.Answer // to be written to the log
 	dropped  atomic.Int64     // answers that the log was too slow for, until that is said
+	repeats  repeats          // what the log has said already
 	counters metrics.Counters
 	started  time.Time
 	ring     *decisions.Ring // nil in tests
@@ -371,14 +372,32 @@ func (d *daemon) print(a *nri.Answer) {
 	}
 	r := a.Decision.Report(a.Image, d.options.node)
 	level := levelOf(a)
-	d.log.Log(context.Background(), level, "decision", "hook", a.Hook, "took", a.Took.String(), "decision", r)
-	if level > slog.LevelDebug && d.ring != nil {
+	refused := level > slog.LevelDebug
+	attrs := []any{"hook", a.Hook, "took", a.Took.String(), "decision", r}
+	if refused {
+		level, attrs = d.news(level, decisions.Answer, a.Hook, r, attrs)
+	}
+	d.log.Log(context.Background(), level, "decision", attrs...)
+	if refused && d.ring != nil {
 		mode := verify.Enforce
 		if d.audits() {
 			mode = verify.Audit
 		}
 		d.ring.Add(decisions.Entry{At: time.Now().UTC(), Kind: decisions.Answer, Hook: a.Hook, Container: verify.Clean(a.ID, 96), Mode: mode.String(), Took: a.Took.String(), Decision: r})
 	}
+}
+
+// news is how a line is written: old news at debug level, and with how often they were
+// not written.
+func (d *daemon) news(level slog.Level, kind, hook string, r verify.Report, attrs []any) (slog.Level, []any) {
+	write, unsaid := d.repeats.news(kind, hook, r, time.Now())
+	switch {
+	case !write:
+		return slog.LevelDebug, attrs
+	case unsaid > 0:
+		attrs = append(attrs, "repeats", unsaid)
+	}
+	return level, attrs
 }
 
 // judged logs the end of a verification. In audit the hook does not wait for it,
@@ -388,7 +407,8 @@ func (d *daemon) judged(c *config.Config) func(verify.Question, verify.Decision)
 		dec.Epoch = c.Epoch
 		d.counters.Asked(dec.Tried)
 		r := dec.Report(q.Image, d.options.node)
-		d.log.Info("verification", "mode", c.Mode.String(), "decision", r)
+		level, attrs := d.news(slog.LevelInfo, decisions.Verification, "", r, []any{"mode", c.Mode.String(), "decision", r})
+		d.log.Log(context.Background(), level, "verification", attrs...)
 		if d.ring != nil {
 			d.ring.Add(decisions.Entry{At: time.Now().UTC(), Kind: decisions.Verification, Mode: c.Mode.String(), Decision: r})
 		}
