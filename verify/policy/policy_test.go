@@ -285,8 +285,11 @@ func TestSelect(t *testing.T) {
 			t.Errorf("Select(%q) = %+v, want rule %q", name, r, want)
 		}
 	}
-	if r := p.Select(verify.Image{}); r.Settled != verify.PolicyNoMatch {
-		t.Errorf("an image without a name selects %+v", r)
+	// The statement for everything else is for what has a name.
+	for _, n := range []verify.Name{{}, {Host: "docker.io"}, {Path: "library/nginx"}, {Tag: "1"}} {
+		if r := p.Select(verify.Image{Name: n}); r.Settled != verify.PolicyNoMatch || r.Statement != "" {
+			t.Errorf("an image called %q selects %+v", n, r)
+		}
 	}
 }
 
@@ -405,5 +408,54 @@ func TestSelectAllocatesNothing(t *testing.T) {
 	img, other := image(t, "nginx"), image(t, "quay.io/a/b")
 	if n := testing.AllocsPerRun(100, func() { p.Select(img); p.Select(other) }); n != 0 {
 		t.Errorf("%v allocations", n)
+	}
+}
+
+// TestBounds: a policy as long as it may be is taken, and one that is longer is not.
+func TestBounds(t *testing.T) {
+	many := func(n int, format string) (list []string) {
+		for i := range n {
+			list = append(list, fmt.Sprintf(format, i))
+		}
+		return list
+	}
+	statements := func(n int) (list []verify.Statement) {
+		for _, name := range many(n, "s%d") {
+			list = append(list, statement(name, "registry.acme.io/"+name))
+		}
+		return list
+	}
+	one := func(change func(*verify.Statement)) []verify.Statement {
+		s := statement("one", "registry.acme.io/one")
+		change(&s)
+		return []verify.Statement{s}
+	}
+	for name, c := range map[string]struct {
+		list func(n int) []verify.Statement
+		most int
+	}{
+		"statements": {statements, 1000},
+		"scopes": {func(n int) []verify.Statement {
+			return one(func(s *verify.Statement) { s.Scopes = many(n, "registry.acme.io/a%d") })
+		}, 10_000},
+		"trust stores": {func(n int) []verify.Statement {
+			return one(func(s *verify.Statement) { s.TrustStores = many(n, "ca:a%d") })
+		}, 200},
+		"identities": {func(n int) []verify.Statement {
+			return one(func(s *verify.Statement) { s.TrustedIdentities = many(n, "x509.subject: C=US, ST=WA, O=acme, CN=%d") })
+		}, 200},
+		"bytes of a name": {func(n int) []verify.Statement {
+			return one(func(s *verify.Statement) { s.Name = strings.Repeat("a", n) })
+		}, 256},
+		"bytes of a trust store's name": {func(n int) []verify.Statement {
+			return one(func(s *verify.Statement) { s.TrustStores = []string{"ca:" + strings.Repeat("a", n)} })
+		}, 255},
+	} {
+		if _, _, err := policy.New(c.list(c.most), verify.Enforce, requirement); err != nil {
+			t.Errorf("%d %s: %v", c.most, name, err)
+		}
+		if _, _, err := policy.New(c.list(c.most+1), verify.Enforce, requirement); err == nil {
+			t.Errorf("%d %s are accepted", c.most+1, name)
+		}
 	}
 }
