@@ -65,7 +65,12 @@ func startRuntimeWith(t *testing.T, dir, version string, required []string, cont
 	adaptation.SetPluginRequestTimeout(time.Minute)
 	a, err := adaptation.New("containerd", version,
 		func(ctx context.Context, sync adaptation.SyncCB) error {
-			_, err := sync(ctx, nil, containers)
+			// NRI 0.12.5 panics where it has to split a list of fewer than four pods.
+			pods := make([]*api.PodSandbox, max(len(containers), 4))
+			for i := range pods {
+				pods[i] = &api.PodSandbox{Id: fmt.Sprint("pod", i)}
+			}
+			_, err := sync(ctx, pods, containers)
 			return err
 		},
 		func(context.Context, []*adaptation.ContainerUpdate) ([]*adaptation.ContainerUpdate, error) {

@@ -615,3 +615,38 @@ func TestOldRuntime(t *testing.T) {
 		}
 	}
 }
+
+// TestSynchronizeCannotBeDelivered: a node whose containers have more environment than
+// NRI can list has no gate. Everything is refused, the gate says why, and comes back by
+// itself once the runtime can list what runs.
+func TestSynchronizeCannotBeDelivered(t *testing.T) {
+	dir := socketDir(t)
+	var containers []*api.Container
+	for i := range 20 {
+		containers = append(containers, &api.Container{Id: fmt.Sprint(i), Env: []string{"SECRET=" + strings.Repeat("x", 19<<20/10)}})
+	}
+	rt := startRuntime(t, dir, "v2.4.2", containers...)
+	g := start(t, rt.socket, resolves(image("good")), enforcer(verify.Enforce))
+	for deadline := time.Now().Add(60 * time.Second); !strings.Contains(g.State().Error, "more than 4 MiB of environment"); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("state %+v; log:\n%s", g.State(), g.log.String())
+		}
+	}
+	if err := rt.create(t.Context()); err == nil || !strings.Contains(err.Error(), "not present") {
+		t.Errorf("without a gate: %v", err)
+	}
+	if g.Registered() {
+		t.Error("registered although the runtime does not know the gate")
+	}
+	rt.Stop()
+	rt = startRuntime(t, dir, "v2.4.2")
+	g.waitRegistered(t, true)
+	if err := rt.create(t.Context()); err != nil {
+		t.Error(err)
+	}
+	g.stop()
+	rt.Stop()
+	if strings.Contains(g.log.String(), "SECRET") {
+		t.Error("a container's environment reached the log")
+	}
+}
