@@ -1191,6 +1191,40 @@ func TestClockJumps(t *testing.T) {
 	})
 }
 
+// Somebody has filled the directory with what is no part of the store and looks as if it
+// were. What is in it is found as far as it is read, nothing is removed of which nobody
+// knows whether it is needed, and it is said what is in the way.
+func TestStuffed(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	var c site
+	for i := range 50 {
+		raw := fmt.Sprint("junk ", i)
+		write(t, inside(dir), map[string]string{"blobs/sha256/" + digest.FromString(raw).Encoded(): raw})
+	}
+	// One more cannot be read for its size.
+	write(t, inside(dir), map[string]string{"blobs/sha256/" + digest.FromString("x").Encoded(): strings.Repeat("x", 200<<10)})
+	r := start(t, dir, store.Options{Size: 64 << 10}, func(s *store.Store) { s.Most(40) })
+	r.Retain(map[digest.Digest]bool{digest.FromString("another image"): true})
+	one, ev := c.image("one")
+	r.keep(one, one, ev)
+	r.eventually("it says what is in the way", func() bool { return strings.Contains(r.Trouble(), "remove the directory") })
+	if list, err := os.ReadDir(filepath.Join(inside(dir), "blobs/sha256")); err != nil || len(list) != 51 {
+		t.Errorf("%d files, error %v", len(list), err)
+	}
+	r.stop()
+	if err := os.RemoveAll(inside(dir)); err != nil {
+		t.Fatal(err)
+	}
+	r = start(t, dir, store.Options{Image: c.read})
+	r.keep(one, one, ev)
+	r.settled()
+	r.has(one, ev)
+	if s := r.Trouble(); s != "" {
+		t.Error(s)
+	}
+}
+
 func TestManyAtOnce(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -36,7 +36,10 @@ const (
 // lockName is the file beside the store of which the process that writes holds the lock.
 const lockName = "store.lock"
 
-var errFull = errors.New("it is full of signatures of images that are on the node, or were an hour ago")
+var (
+	errFull    = errors.New("it is full of signatures of images that are on the node, or were an hour ago")
+	errStuffed = errors.New("there are files in it that cannot be read, or too many, and those that can leave no room: remove the directory, and what is signed is looked for again")
+)
 
 // A writer is what Run holds.
 type writer struct {
@@ -198,18 +201,21 @@ func (w *writer) work(ctx context.Context) bool {
 		if len(w.waiting) == 0 {
 			w.mu.Unlock()
 			if trouble == "" && w.full {
-				trouble = errFull.Error()
+				trouble = w.fullness().Error()
 			}
 			w.say(trouble)
 			return true
 		}
 		e := w.waiting[0]
 		w.mu.Unlock()
+		listed := w.listed() // before: a listing that comes meanwhile was not looked at
 		err := w.write(ctx, e)
 		w.full = errors.Is(err, errFull)
 		if err != nil {
-			trouble = err.Error()
-			if w.full && !w.listed() {
+			if trouble = err.Error(); w.full {
+				trouble = w.fullness().Error()
+			}
+			if w.full && !listed {
 				w.say(trouble) // what may go to make room nobody knows yet
 				return true
 			}
@@ -225,6 +231,14 @@ func (w *writer) work(ctx context.Context) bool {
 		w.waiting, w.size = slices.Delete(w.waiting, 0, 1), w.size-int64(len(e.found.Document)+len(e.found.Blob))
 		w.mu.Unlock()
 	}
+}
+
+// fullness is what is in the way of what has no room.
+func (w *writer) fullness() error {
+	if w.partial {
+		return errStuffed
+	}
+	return errFull
 }
 
 func (w *writer) listed() bool {
