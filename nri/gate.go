@@ -54,7 +54,7 @@ type Answer struct {
 	Image    verify.Image
 	Decision verify.Decision
 	Took     time.Duration // from the request to this decision
-	Hook     string        // ValidateContainerAdjustment, CreateContainer or StartContainer
+	Hook     string        // ValidateContainerAdjustment, CreateContainer, StartContainer or RunPodSandbox
 }
 
 // A Gate decides container creations. Its answer to anything unforeseen is a
@@ -102,8 +102,23 @@ func (g *Gate) CreateContainer(ctx context.Context, pod *api.PodSandbox, ctr *ap
 	return g.create(ctx, pod, ctr, hook)
 }
 
+// RunPodSandbox is the hook in which a pod is refused that is too long for the runtime
+// to tell a gate of, before it is there. Nil lets it be. A hang, or an absent gate, the
+// runtime lets through: [Session.Large] finds what came so.
+func (g *Gate) RunPodSandbox(ctx context.Context, pod *api.PodSandbox) error {
+	if why := tooLong(ctx); why != "" {
+		ask := about(pod, nil, "RunPodSandbox")
+		ask.asked = "(pod)"
+		return g.verify(ctx, ask, g.Now(), fault(ask, verify.PodTooLarge, why))
+	}
+	return nil
+}
+
 func (g *Gate) create(ctx context.Context, pod *api.PodSandbox, ctr *api.Container, hook string) error {
 	ask := about(pod, ctr, hook)
+	if why := tooLong(ctx); why != "" {
+		return g.verify(ctx, ask, g.Now(), fault(ask, verify.PodTooLarge, why))
+	}
 	if known, err := g.known(pod, ctr, ask); known {
 		return err
 	}

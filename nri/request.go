@@ -1,6 +1,7 @@
 package nri
 
 import (
+	"context"
 	"fmt"
 
 	"github.com/containerd/nri/pkg/api"
@@ -32,6 +33,9 @@ var (
 			20: nil, // CDI devices
 		},
 	}
+	ofSandbox = fields{1: ofCreation[1]}
+	ofChange  = fields{2: ofCreation[1], 3: ofCreation[2]}
+
 	ofSynchronize = fields{
 		1: nil, // pods
 		2: nil, // containers
@@ -43,13 +47,18 @@ var (
 type fields map[protowire.Number]fields
 
 // lean is unmarshal, which decodes a message of the runtime, without what is
-// dropped of it.
-func lean(unmarshal func(any) error) func(any) error {
+// dropped of it. In size it notes how many bytes the pod or the container in it
+// took, whichever took more.
+func lean(unmarshal func(any) error, size *int) func(any) error {
 	return func(v any) error {
 		var drop fields
 		switch v.(type) {
-		case *api.ValidateContainerAdjustmentRequest, *api.CreateContainerRequest:
+		case *api.ValidateContainerAdjustmentRequest, *api.CreateContainerRequest, *api.StartContainerRequest:
 			drop = ofCreation
+		case *api.RunPodSandboxRequest:
+			drop = ofSandbox
+		case *api.StateChangeEvent:
+			drop = ofChange
 		case *api.SynchronizeRequest:
 			drop = ofSynchronize
 		default:
@@ -59,7 +68,9 @@ func lean(unmarshal func(any) error) func(any) error {
 		if err := unmarshal(&raw); err != nil {
 			return err
 		}
-		b, err := drop.from(raw.ProtoReflect().GetUnknown())
+		b := raw.ProtoReflect().GetUnknown()
+		*size = drop.longest(b)
+		b, err := drop.from(b)
 		if err != nil {
 			return fmt.Errorf("a message of the runtime: %w", err)
 		}
@@ -94,4 +105,44 @@ func (f fields) from(b []byte) ([]byte, error) {
 		b = b[tag+size:]
 	}
 	return left, nil
+}
+
+// longest returns how many bytes the longest of those messages in b has of which
+// something is dropped. What is broken counts for nothing: it is refused later.
+func (f fields) longest(b []byte) (n int) {
+	for len(b) > 0 {
+		number, kind, size := protowire.ConsumeField(b)
+		if size < 0 {
+			return n
+		}
+		if f[number] != nil && kind == protowire.BytesType {
+			n = max(n, size)
+		}
+		b = b[size:]
+	}
+	return n
+}
+
+// A gate that registers is told of all pods and containers, in messages of at most
+// 4 MiB each. NRI up to 0.12.5 cannot split those below some eight of them, and then
+// drops the gate or brings down all of containerd (synchronize and
+// recalcObjsPerSyncMsg in pkg/adaptation/plugin.go). Eleven pods and containers that
+// are no longer than maxTold are told of together whatever else there is, with room
+// for what plugins add.
+const maxTold = 300 << 10 // bytes
+
+type sizeKey struct{}
+
+// withSize has size, which lean writes, go to the hook.
+func withSize(ctx context.Context, size *int) context.Context {
+	return context.WithValue(ctx, sizeKey{}, size)
+}
+
+// tooLong says that the runtime's message of this hook is of a pod or container that
+// is longer than maxTold, or is empty.
+func tooLong(ctx context.Context) string {
+	if size, ok := ctx.Value(sizeKey{}).(*int); ok && *size > maxTold {
+		return fmt.Sprintf("labels, annotations, arguments and environment have some %d KiB, more than %d KiB of one pod or container: containerd could not tell a gate of them when it starts; put what is long into a file", *size>>10, maxTold>>10)
+	}
+	return ""
 }

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -30,6 +31,9 @@ const (
 
 const (
 	dialTimeout     = 2 * time.Second
+	largeTimeout    = 10 * time.Second       // for Large
+	largeAgain      = 30 * time.Second       // for Large after a registration that did not get through
+	largeWait       = 5 * time.Second        // after Large said something
 	registerTimeout = 10 * time.Second       // registration, configuration and all of Synchronize
 	confirm         = 200 * time.Millisecond // the runtime drops a plugin that it could not synchronise just after the answer
 	settled         = 30 * time.Second       // a connection that lived this long starts the backoff anew
@@ -60,6 +64,12 @@ type Session struct {
 	// container. Call Renew when the answer changes.
 	Audit func() bool
 
+	// Large says which pods and containers keep the runtime from telling a plugin of
+	// all that there are, or is empty. While it is not, the gate does not register: that
+	// would fail, or bring the runtime down. It is asked before each registration; nil
+	// says nothing.
+	Large func(context.Context) (string, error)
+
 	// Random returns numbers in [0, 1), for the time between two tries. Nil is that
 	// of math/rand/v2.
 	Random func() float64
@@ -69,6 +79,7 @@ type Session struct {
 	// most once a second, and only while the runtime lists more than one of our name.
 	Live func() (int, error)
 
+	failed   bool                  // the last registration did not get through; owned by Run
 	current  atomic.Pointer[trunk] // of the registered connection; nil: none is
 	roster   roster
 	underWay atomic.Int64
@@ -149,6 +160,9 @@ func (s *Session) try(ctx context.Context, b *backoff) {
 		b.bound = minBackoff // it was well, or nobody listens, and trying costs the runtime nothing
 	}
 	wait := time.Duration(b.random() * float64(b.bound))
+	if errors.Is(err, errLarge) {
+		wait = largeWait // to find that out again is work
+	}
 	// A runtime that is away for an hour is a line a minute, not thousands.
 	level := slog.LevelDebug
 	since := now.Sub(b.saidAt)
@@ -165,9 +179,41 @@ func (s *Session) try(ctx context.Context, b *backoff) {
 	b.bound = min(2*b.bound, maxBackoff)
 }
 
+// errLarge is wrapped where the gate does not even try to register.
+var errLarge = errors.New("the gate does not register, since containerd could not tell it of all pods and containers, and would perhaps end over it")
+
+// large is an error where the gate must not register. What could not be found out
+// keeps it only where its last registration did not get through, perhaps since the
+// runtime ended over it.
+func (s *Session) large(ctx context.Context) error {
+	if s.Large == nil {
+		return nil
+	}
+	if _, err := os.Stat(s.Socket); err != nil {
+		return nil // there is nobody to register with
+	}
+	limit := largeTimeout
+	if s.failed {
+		limit = largeAgain
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	why, err := s.Large(ctx)
+	if why != "" {
+		return fmt.Errorf("%w: %s", errLarge, why)
+	}
+	if err != nil && s.failed {
+		return fmt.Errorf("find out why the runtime ended the last registration: %w", err)
+	}
+	return nil
+}
+
 // once connects, registers and serves until the connection ends. It never
 // returns nil.
 func (s *Session) once(ctx context.Context) error {
+	if err := s.large(ctx); err != nil {
+		return err
+	}
 	dialer := net.Dialer{Timeout: dialTimeout}
 	conn, err := dialer.DialContext(ctx, "unix", s.Socket)
 	if err != nil {
@@ -195,6 +241,7 @@ func (s *Session) once(ctx context.Context) error {
 	serve, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	started := make(chan error, 1)
+	s.failed = true // until it is through
 	go func() { started <- st.Start(serve) }()
 	timeout := time.NewTimer(registerTimeout)
 	defer timeout.Stop()
@@ -244,6 +291,7 @@ func (s *Session) once(ctx context.Context) error {
 	case <-ctx.Done():
 		return leave()
 	}
+	s.failed = false
 	still := time.NewTimer(confirm)
 	defer still.Stop()
 	select {
@@ -433,7 +481,7 @@ func (p *plugin) Configure(_ context.Context, _, runtime, version string) (api.E
 	if p.audit {
 		mask.Set(api.Event_CREATE_CONTAINER)
 	} else {
-		mask.Set(api.Event_VALIDATE_CONTAINER_ADJUSTMENT)
+		mask.Set(api.Event_VALIDATE_CONTAINER_ADJUSTMENT, api.Event_RUN_POD_SANDBOX)
 	}
 	compares := !tellsConfig(version)
 	if compares {
@@ -453,6 +501,13 @@ func (s *Session) configured(p *plugin) {
 	s.known.Audit = p.audit
 	s.known.Runtime, s.known.Version = verify.Clean(r.runtime, 64), verify.Clean(r.version, 64)
 	s.known.Hooks = strings.Split(r.events.PrettyString(), ",")
+}
+
+// RunPodSandbox is asked for to enforce. It keeps pods away that would keep the gate
+// from registering again, and decides nothing else.
+func (p *plugin) RunPodSandbox(ctx context.Context, pod *api.PodSandbox) error {
+	defer p.session.answered(ctx, "RunPodSandbox", p.session.asked())
+	return p.gate.RunPodSandbox(ctx, pod)
 }
 
 // CreateContainer is asked for only in audit. It changes nothing.
@@ -480,12 +535,13 @@ func (p *plugin) StartContainer(ctx context.Context, pod *api.PodSandbox, ctr *a
 func (p *plugin) watch(ctx context.Context, unmarshal ttrpc.Unmarshaler, info *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
 	p.conn.asked()
 	defer p.conn.answered()
+	size := new(int)
 	if !strings.HasSuffix(info.FullMethod, "/Synchronize") {
-		return method(ctx, lean(unmarshal))
+		return method(withSize(ctx, size), lean(unmarshal, size))
 	}
 	more := false
 	r, err := method(ctx, func(v any) error {
-		err := lean(unmarshal)(v)
+		err := lean(unmarshal, size)(v)
 		if req, ok := v.(*api.SynchronizeRequest); ok {
 			more = req.GetMore()
 		}

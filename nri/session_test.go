@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/containerd/nri/pkg/api"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/tidewaiter/tidewaiter/verify"
 )
@@ -271,5 +273,130 @@ func TestLateHooks(t *testing.T) {
 	}
 	if n := strings.Count(log.String(), "exceeded"); n != 1 || !strings.Contains(log.String(), "took=2s") {
 		t.Errorf("%d lines:\n%s", n, log.String())
+	}
+}
+
+// Where the runtime could not tell the gate of all pods, it is not asked to, and
+// nobody connects: that is looked at again until it can.
+func TestLargeIsNotRegistered(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "nri.sock")
+	if err := os.WriteFile(socket, nil, 0o600); err != nil { // whoever connects is refused
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name, why string
+		err       error
+		want      string // in State.Error
+		wait      time.Duration
+	}{
+		{"too large", "pod team/p (1024 KiB)", nil, "does not register", largeWait},
+		{"too large, and an error besides", "pod team/p (1024 KiB)", errors.New("cut"), "does not register", largeWait},
+		{"not too large", "", nil, "connect to the runtime", minBackoff / 2},
+		{"not known", "", errors.New("no answer"), "connect to the runtime", minBackoff / 2},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := &retries{}
+				asked := 0
+				s := &Session{
+					Gate: &Gate{Resolver: one{}, Verifier: denier{}, Observe: func(Answer) {}, Now: time.Now}, Socket: socket,
+					Log: slog.New(r), Audit: func() bool { return false }, Random: func() float64 { return 0.5 },
+					Large: func(ctx context.Context) (string, error) {
+						if _, ok := ctx.Deadline(); !ok {
+							t.Error("it may take for ever")
+						}
+						asked++
+						return tt.why, tt.err
+					},
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				defer cancel()
+				if err := s.Run(ctx); err != nil {
+					t.Fatal(err)
+				}
+				st := s.State()
+				if st.Registered || !strings.Contains(st.Error, tt.want) || tt.why != "" && !strings.Contains(st.Error, tt.why) {
+					t.Errorf("%+v", st)
+				}
+				if len(r.waits) < 2 || asked < len(r.waits) || r.waits[1] != tt.wait {
+					t.Errorf("asked %d times, waits are %v", asked, r.waits)
+				}
+			})
+		})
+	}
+}
+
+// What cannot be found out keeps the gate away only after a registration that did not
+// get through.
+func TestLargeIsNotKnown(t *testing.T) {
+	s := &Session{Socket: t.TempDir(), Large: func(context.Context) (string, error) { return "", errors.New("no answer") }}
+	if err := s.large(t.Context()); err != nil {
+		t.Error(err)
+	}
+	s.failed = true
+	if err := s.large(t.Context()); err == nil || errors.Is(err, errLarge) {
+		t.Error(err)
+	}
+	s.Socket += "/none"
+	if err := s.large(t.Context()); err != nil {
+		t.Errorf("nobody is there: %v", err)
+	}
+}
+
+// A pod or container that is too long is refused under every configuration that
+// enforces, before it is looked at, and one that is not is none of this.
+func TestTooLong(t *testing.T) {
+	said := make(map[string]verify.Reason)
+	g := &Gate{Resolver: one{}, Verifier: denier{}, Now: time.Now, Node: "n", Observe: func(a Answer) {
+		said[a.Hook] = a.Image.Fault.Reason
+	}}
+	pod := &api.PodSandbox{Id: "p", Name: "p", Namespace: "team"}
+	for _, size := range []int{0, maxTold} {
+		if err := g.RunPodSandbox(withSize(t.Context(), &size), pod); err != nil || len(said) > 0 {
+			t.Errorf("a pod of %d bytes: %v", size, err)
+		}
+	}
+	if err := g.RunPodSandbox(t.Context(), pod); err != nil {
+		t.Errorf("a pod of unknown length: %v", err)
+	}
+	size := maxTold + 1
+	ctx := withSize(t.Context(), &size)
+	for hook, err := range map[string]error{
+		"RunPodSandbox":               g.RunPodSandbox(ctx, pod),
+		"ValidateContainerAdjustment": g.ValidateContainerAdjustment(ctx, creation()),
+		"CreateContainer":             g.CreateContainer(ctx, pod, told(), true),
+	} {
+		if err == nil || said[hook] != verify.PodTooLarge {
+			t.Errorf("%s: %v, %v", hook, err, said)
+		}
+	}
+}
+
+// What lean notes is how long the pod or the container is, before anything of it is
+// dropped.
+func TestLeanMeasures(t *testing.T) {
+	pod, ctr := creation().Pod, told()
+	for _, m := range []proto.Message{
+		creation(), &api.CreateContainerRequest{Pod: pod, Container: ctr}, &api.StartContainerRequest{Pod: pod, Container: ctr},
+		&api.StateChangeEvent{Event: api.Event_START_CONTAINER, Pod: pod, Container: ctr},
+		&api.RunPodSandboxRequest{Pod: pod}, &api.StateChangeEvent{Event: api.Event_RUN_POD_SANDBOX, Pod: pod},
+	} {
+		raw, err := proto.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := proto.Size(pod)
+		if m.ProtoReflect().Descriptor().Name() != "RunPodSandboxRequest" && len(raw) > proto.Size(ctr) {
+			want = proto.Size(ctr)
+		}
+		size := 0
+		got := m.ProtoReflect().New().Interface()
+		if err := lean(decoder(raw), &size)(got); err != nil || size < want || size > want+8 {
+			t.Errorf("%T: %d bytes, want %d (%v)", m, size, want, err)
+		}
+		again, _ := proto.Marshal(got)
+		if len(again) >= len(raw) || bytes.Contains(again, []byte("hunter2")) {
+			t.Errorf("%T: nothing is dropped: %v", m, got)
+		}
 	}
 }

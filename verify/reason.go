@@ -32,6 +32,7 @@ const (
 	ImageVolumeUnverified Reason = "IMAGE_VOLUME_UNVERIFIED"
 	SnapshotterUnverified Reason = "SNAPSHOTTER_UNVERIFIED"
 	RuntimeUnverified     Reason = "RUNTIME_UNVERIFIED"
+	PodTooLarge           Reason = "POD_TOO_LARGE"
 	Internal              Reason = "INTERNAL"
 )
 

@@ -10,7 +10,7 @@ import (
 // those of policy and image first (they are all alike), then each before the next.
 var unranked = []Reason{
 	"", Internal, PolicyNoMatch, PolicyInvalid, ImageUnresolved, ImageMismatch, ImageAmbiguous,
-	ImageVolumeUnverified, SnapshotterUnverified, RuntimeUnverified, Overloaded, "NOT_A_REASON",
+	ImageVolumeUnverified, SnapshotterUnverified, RuntimeUnverified, PodTooLarge, Overloaded, "NOT_A_REASON",
 }
 
 var ranked = []Reason{

@@ -113,7 +113,7 @@ func printLine(w io.Writer, output string, l decisions.Line) error {
 	if err != nil {
 		return nil // of another version; JSON has it
 	}
-	what := map[string]string{"StartContainer": "start", "": "verify"}[l.Hook]
+	what := map[string]string{"StartContainer": "start", "RunPodSandbox": "pod", "": "verify"}[l.Hook]
 	if what == "" {
 		what = "create"
 	}

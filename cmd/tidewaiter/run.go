@@ -102,7 +102,7 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	log.Info("starting", "build", thisBuild(), "config", o.configDir)
 	judge := d.resolver.Explain(&d.enforcer)
 	gate := &nri.Gate{Resolver: d.resolver, Verifier: judge, Observe: d.observe, Now: time.Now, Node: o.node}
-	session := &nri.Session{Gate: gate, Socket: o.nri, Log: log, Audit: d.audits}
+	session := &nri.Session{Gate: gate, Socket: o.nri, Log: log, Audit: d.audits, Large: records.Large}
 	survey := &node.Survey{Resolver: d.resolver, Node: records, Verifier: judge, Log: log}
 	if o.stateDir != "" {
 		d.store = store.New(o.stateDir, store.Options{Log: log, Now: time.Now, Image: records.Blob, Changed: func() {

@@ -377,6 +377,13 @@ func TestMask(t *testing.T) {
 			if err := rt.create(context.Background()); err != nil {
 				t.Fatal(err)
 			}
+			for size, want := range map[int]bool{200 << 10: true, 400 << 10: false} {
+				pod := &api.PodSandbox{Id: "pod", Labels: map[string]string{"long": strings.Repeat("x", size)}}
+				err := rt.RunPodSandbox(context.Background(), &api.RunPodSandboxRequest{Pod: pod})
+				if want != (err == nil) || !want && !strings.Contains(err.Error(), "[POD_TOO_LARGE]") {
+					t.Errorf("a pod of %d bytes: %v", size, err)
+				}
+			}
 			err := rt.StartContainer(context.Background(), &api.StartContainerRequest{Pod: &api.PodSandbox{Id: "pod"}, Container: &api.Container{Id: "c"}})
 			if compares && (err == nil || !strings.Contains(err.Error(), "[IMAGE_MISMATCH]")) {
 				t.Errorf("StartContainer: %v", err)

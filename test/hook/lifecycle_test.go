@@ -362,7 +362,7 @@ func TestNoRuntime(t *testing.T) {
 			rt := startRuntime(t, dir, "v2.4.2")
 			defer rt.Stop()
 			g.waitRegistered(t, true)
-			if s := g.State(); s.Registrations != 1 || s.Runtime != "containerd" || s.Version != "v2.4.2" || s.Since.IsZero() || fmt.Sprint(s.Hooks) != "[ValidateContainerAdjustment]" || s.Audit {
+			if s := g.State(); s.Registrations != 1 || s.Runtime != "containerd" || s.Version != "v2.4.2" || s.Since.IsZero() || fmt.Sprint(s.Hooks) != "[RunPodSandbox ValidateContainerAdjustment]" || s.Audit {
 				t.Errorf("%+v", s)
 			}
 			g.stop()

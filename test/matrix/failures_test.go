@@ -149,15 +149,23 @@ var failures = []failure{
 		s.whileNeighbour(s.gate.Kill)
 		s.refused(s.w.good, notPresent)
 	}},
-	{"request of 3.9 MiB", false, false, func(s *scene) {
+	{"request of 250 KiB", false, false, func(s *scene) {
 		s.ready(false)
 		mark := s.gate.Mark()
-		const size = 39 << 20 / 10
+		const size = 250 << 10
 		s.noted(s.w.evil, s.rt.send(question{Create: s.request(s.w.evil), Size: size}), "SIGNATURE_MISSING")
 		if got := s.raw(s.rt.send(question{Create: s.request(s.w.good), Size: size})); got != allowed {
 			s.Errorf("the good image: %s", got)
 		}
 		s.answers = append(s.answers, "good "+allowed)
+		s.still(mark)
+	}},
+	{"request of 3.9 MiB", true, false, func(s *scene) {
+		s.ready(false)
+		mark := s.gate.Mark()
+		for _, img := range []*image{s.w.evil, s.w.good} {
+			s.noted(img, s.rt.send(question{Create: s.request(img), Size: 39 << 20 / 10}), "POD_TOO_LARGE")
+		}
 		s.still(mark)
 	}},
 	{"request of 5 MiB", true, false, func(s *scene) {

@@ -37,7 +37,7 @@ var reasons = [...]verify.Reason{
 	verify.Pending, verify.Overloaded, verify.BudgetExceeded,
 	verify.PolicyNoMatch, verify.PolicyInvalid,
 	verify.ImageUnresolved, verify.ImageMismatch, verify.ImageAmbiguous, verify.ImageVolumeUnverified,
-	verify.SnapshotterUnverified, verify.RuntimeUnverified,
+	verify.SnapshotterUnverified, verify.RuntimeUnverified, verify.PodTooLarge,
 }
 
 // indexOf is where a reason is in reasons; 0, which is INTERNAL, for others.

@@ -1,0 +1,217 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	containersapi "github.com/containerd/containerd/api/services/containers/v1"
+	"github.com/containerd/nri/pkg/api"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+)
+
+// long returns a record as containerd keeps it of a pod or container with n bytes of
+// what its author can make long, and how many NRI needs to tell of that.
+func long(t *testing.T, name string, n int, pod bool) (*containersapi.Container, int) {
+	t.Helper()
+	labels, annotations := map[string]string{}, map[string]string{}
+	var env []string
+	for i := 0; n > 0; i++ {
+		v := strings.Repeat("<xxxxxxx", 125)[:min(n, 1000)] // of which "<" has six bytes in JSON
+		n -= len(v)
+		switch {
+		case pod && i%2 == 0:
+			labels[fmt.Sprintf("label-%d", i)] = v
+		case !pod && i%2 == 0:
+			env = append(env, fmt.Sprintf("ENV_%d=%s", i, v))
+		default:
+			annotations[fmt.Sprintf("annotation-%d", i)] = v
+		}
+	}
+	c := &containersapi.Container{ID: strings.Repeat("0", 64), Labels: map[string]string{labelKind: string(KindContainer)}, Extensions: map[string]*anypb.Any{}}
+	own := map[string]string{annotationNamespace: "team", annotationPod: name, annotationContainer: "app"}
+	spec := map[string]any{"process": map[string]any{"args": []string{"/app"}, "env": env}, "annotations": own,
+		"mounts": []map[string]any{{"source": "/var/lib/kubelet/x", "destination": "/etc/hosts", "options": []string{"rbind"}}}}
+	extension := criMetadata
+	if pod {
+		c.Labels[labelKind], extension = string(KindSandbox), criSandbox
+		for k, v := range labels {
+			c.Labels[k] = v
+		}
+	}
+	marshal := func(v any) *anypb.Any {
+		raw, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &anypb.Any{Value: raw}
+	}
+	c.Spec = marshal(spec)
+	c.Extensions[extension] = marshal(map[string]any{"Version": "v1", "Metadata": map[string]any{"Config": map[string]any{
+		"labels": labels, "annotations": annotations, "envs": env, // once more, as containerd has them
+	}}})
+	for k, v := range own {
+		annotations[k] = v
+	}
+	var told proto.Message = &api.PodSandbox{Id: c.ID, Labels: labels, Annotations: annotations}
+	if !pod {
+		told = &api.Container{Id: c.ID, Labels: labels, Annotations: annotations, Env: env, Args: []string{"/app"}}
+	}
+	return c, proto.Size(told)
+}
+
+// TestSizeOf: no pod or container counts for less than NRI takes, and none that is
+// long for much more, or a few that are allowed would keep the gate away.
+func TestSizeOf(t *testing.T) {
+	for _, n := range []int{0, 100, 40 << 10, 100 << 10, 1 << 20} {
+		for _, pod := range []bool{true, false} {
+			c, told := long(t, "p", n, pod)
+			got := sizeOf(c)
+			if most := max(told+told/8+rest, short); got.size < told || got.size > most {
+				t.Errorf("pod %t of %d bytes: %d, want from %d to %d", pod, n, got.size, told, most)
+			}
+			want := map[bool]string{true: "pod team/p", false: "container app of pod team/p"}[pod]
+			if n >= 100<<10 && got.what != want {
+				t.Errorf("it is called %q, want %q", got.what, want)
+			}
+		}
+	}
+	// What is no JSON counts as it stands.
+	c, _ := long(t, "p", 1<<20, true)
+	c.Spec.Value, c.Extensions[criSandbox].Value = make([]byte, 1<<20), make([]byte, 1<<20)
+	if got := sizeOf(c); got.size < 5<<19 {
+		t.Errorf("a broken record counts for %d bytes", got.size)
+	}
+}
+
+// TestMember: what is cut or damaged anywhere is read as something, or not at all, and
+// what is whole as encoding/json does.
+func TestMember(t *testing.T) {
+	raw := []byte(`{"a":"x\\\"},{","list":[1,{"b":"]"}],"n":-1.5e3,"":null,"in":{"deep":{"k":"\u003c\u2028\\\\"}},"last":true}`)
+	for key, want := range map[string]string{
+		"a": `"x\\\"},{"`, "list": `[1,{"b":"]"}]`, "n": "-1.5e3", "": "null", "in": `{"deep":{"k":"\u003c\u2028\\\\"}}`, "last": "true", "b": "", "deep": "",
+	} {
+		if got := string(member(raw, key)); got != want {
+			t.Errorf("%q is %s, want %s", key, got, want)
+		}
+	}
+	if got, want := plainly(member(member(raw, "in"), "deep")), len(`{"k":"<`+"\u2028"+`\\"}`); got != want {
+		t.Errorf("%d bytes, want %d", got, want)
+	}
+	for i := range raw {
+		for _, b := range []byte("{}[]\",:\\u0") {
+			broken := bytes.Clone(raw)
+			broken[i] = b
+			for _, key := range []string{"a", "in", "last", "none"} {
+				v := member(broken[:i], key)
+				_, _ = plainly(v), plainly(member(broken, key))
+				_ = member(broken[i:], key)
+			}
+		}
+	}
+}
+
+type listed struct {
+	containersapi.UnimplementedContainersServer
+	list []*containersapi.Container
+}
+
+func (l listed) ListStream(_ *containersapi.ListContainersRequest, to containersapi.Containers_ListStreamServer) error {
+	if _, err := find(to.Context(), map[string]string{"": ""}, ""); err != nil {
+		return err
+	}
+	for _, c := range l.list {
+		if err := to.Send(&containersapi.ListContainerMessage{Container: c}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func TestLarge(t *testing.T) {
+	for name, tt := range map[string]struct {
+		pods, containers []int  // bytes of each
+		want             string // part of what is said
+	}{
+		"an empty node":                       {},
+		"a full node":                         {pods: many(30, 4<<10), containers: many(60, 20<<10)},
+		"all as long as they may be":          {pods: many(6, 270<<10), containers: many(6, 270<<10)},
+		"one long one among others":           {pods: many(20, 4<<10), containers: append(many(20, 20<<10), 1<<20)},
+		"pods of a MiB":                       {pods: many(4, 1<<20), want: "pod team/p"},
+		"containers of a MiB":                 {containers: many(4, 1<<20), want: "container app of pod team/c"},
+		"one whose record nobody reads":       {containers: []int{9 << 20}, want: "longer than 16 MiB"},
+		"the long ones last":                  {pods: append(many(20, 100), many(4, 1<<20)...), want: "pod team/p"},
+		"many that are a little too long":     {containers: many(11, 400<<10), want: "delete these pods"},
+		"one that no message has room for":    {pods: []int{5 << 20}, want: "pod team/p0 (5"},
+		"together no more than fit a message": {containers: many(3, 1<<20)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var l listed
+			for i, n := range tt.pods {
+				c, _ := long(t, fmt.Sprintf("p%d", i), n, true)
+				l.list = append(l.list, c)
+			}
+			for i, n := range tt.containers {
+				c, _ := long(t, fmt.Sprintf("c%d", i), n, false)
+				l.list = append(l.list, c)
+			}
+			c := serveContainers(t, l)
+			why, err := c.Large(t.Context())
+			if err != nil || (why == "") != (tt.want == "") || !strings.Contains(why, tt.want) || len(why) > 700 {
+				t.Errorf("%q, %v", why, err)
+			}
+		})
+	}
+	c := serveContainers(t, containersapi.UnimplementedContainersServer{})
+	if why, err := c.Large(t.Context()); err == nil || why != "" {
+		t.Errorf("containerd does not answer, and Large says %q, %v", why, err)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := c.Large(ended); err == nil {
+		t.Error("no error, and nobody was asked")
+	}
+}
+
+func many(n, bytes int) []int {
+	list := make([]int, n)
+	for i := range list {
+		list[i] = bytes
+	}
+	return list
+}
+
+func serveContainers(t *testing.T, s containersapi.ContainersServer) *Containerd {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "tw") // short: unix socket paths have little room
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("unix", filepath.Join(dir, "c.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer()
+	containersapi.RegisterContainersServer(server, s)
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(l) }()
+	c, err := Dial(filepath.Join(dir, "c.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		c.Close()
+		server.Stop()
+		<-served
+		os.RemoveAll(dir)
+	})
+	return c
+}
