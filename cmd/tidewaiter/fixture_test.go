@@ -186,6 +186,14 @@ var world = sync.OnceValue(func() fixtures {
 	unlabelled.sign(ours, unlabelled.target, unlabelled.target, plain)
 	multi("unlabelledUnsigned", nil)
 
+	built := &image{} // with BuildKit
+	mine, said := built.manifest("built", digest.SHA256), built.manifest("provenance", digest.SHA256)
+	mine.Platform, said.Platform = here, &ocispec.Platform{OS: "unknown", Architecture: "unknown"}
+	said.Annotations = map[string]string{"vnd.docker.reference.type": "attestation-manifest", "vnd.docker.reference.digest": mine.Digest.String()}
+	built.target = built.index(mine, said)
+	built.sign(ours, built.target, built.target, plain)
+	w.images["built"] = built
+
 	twofold := &image{}
 	m := twofold.manifest("twofold", digest.SHA256)
 	twofold.target = twofold.put(ocispec.MediaTypeImageManifest, encode(map[string]any{

@@ -299,8 +299,14 @@ func (x *imageGathering) document(ctx context.Context, d digest.Digest) (ocispec
 	return ocispec.Descriptor{}, nil, first
 }
 
-// wanted reports whether m is for one of the platforms that are asked for.
+// wanted reports whether m is for one of the platforms that are asked for. What
+// BuildKit says of how it built the others (docs.docker.com, "Image attestation
+// storage") is an image to the eye, and for none: nothing runs from it, and a public
+// registry counts each manifest against a limit.
 func (x *imageGathering) wanted(m ocispec.Descriptor) bool {
+	if m.Annotations["vnd.docker.reference.type"] == "attestation-manifest" && !x.All {
+		return false
+	}
 	return len(x.only) == 0 || m.Platform != nil && slices.ContainsFunc(x.only, func(p platforms.Matcher) bool { return p.Match(*m.Platform) })
 }
 

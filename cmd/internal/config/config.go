@@ -15,7 +15,6 @@ import (
 	"net/http"
 	"net/url"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"time"
 
@@ -272,10 +271,10 @@ func (c *Config) Only(layouts []string, mirrors []Mirror) {
 
 // Redirect lets blobs of all registries come from these hosts too.
 func (c *Config) Redirect(list []mirror.Pattern) {
-	c.Redirects = slices.Concat(c.Redirects, list)
-	c.Mirrors = slices.Clone(c.Mirrors)
+	c.Redirects = append(c.Redirects, list...)
 	for i := range c.Mirrors {
-		c.Mirrors[i].Redirects = slices.Concat(c.Mirrors[i].Redirects, list)
+		m := &c.Mirrors[i]
+		m.Redirects = append(m.Redirects, list...)
 	}
 }
 
