@@ -662,6 +662,9 @@ func TestRequirement(t *testing.T) {
 		"identity more": func(s *verify.Statement) {
 			s.TrustedIdentities = append(slices.Clone(s.TrustedIdentities), "x509.subject: C=DE, ST=BE, O=b")
 		},
+		"identity as long": func(s *verify.Statement) {
+			s.TrustedIdentities = []string{strings.Replace(acmeIdentity, "acme", "evil", 1)}
+		},
 		"store more": func(s *verify.Statement) { s.TrustStores = []string{"ca:acme", "ca:b"} },
 		"store":      func(s *verify.Statement) { s.TrustStores = []string{"ca:b"} },
 	} {
@@ -684,6 +687,20 @@ func TestRequirement(t *testing.T) {
 			t.Errorf("%s: the requirement is that of %s", name, seen[got])
 		}
 		seen[got] = name
+	}
+
+	// What moves from one part to the next is another requirement.
+	parts := map[[32]byte]bool{}
+	moved := []verify.Statement{
+		{TrustedIdentities: []string{"ab"}, TrustStores: []string{"c"}}, {TrustedIdentities: []string{"a"}, TrustStores: []string{"bc"}},
+		{TrustedIdentities: []string{"ab", "c"}}, {TrustedIdentities: []string{"a", "bc"}}, {TrustStores: []string{"ab", "c"}},
+		{Level: "ab", VerifyTimestamp: "c"}, {Level: "a", VerifyTimestamp: "bc"},
+	}
+	for _, s := range moved {
+		parts[requirementOf(s, one)] = true
+	}
+	if len(parts) != len(moved) {
+		t.Errorf("%d requirements of %d statements", len(parts), len(moved))
 	}
 
 	none := verify.Statement{Name: "none", Scopes: []string{"*"}, Level: "skip"}
