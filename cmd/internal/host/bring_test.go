@@ -113,11 +113,29 @@ func TestBringGoesOn(t *testing.T) {
 		s.Enforce, s.Restart = true, true
 		s.gate.Running.Reasons = map[string]int{"SIGNATURE_MISSING": 1}
 		looks, look := 0, s.Look
-		s.Look = func(ctx context.Context) (st *control.Status, err error) { looks++; return look(ctx) }
 		if err := os.WriteFile(filepath.Join(s.From, "config.yaml"), []byte("mode: enforce\n"), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		said := s.bring(t, 3*time.Hour, map[time.Duration]func(){2 * time.Hour: func() { s.gate.Running.Reasons = nil }})
+		was, seen := snapshot(t, s.root), false
+		s.Look = func(ctx context.Context) (st *control.Status, err error) {
+			looks++
+			if s.gate.Running.Reasons != nil {
+				if got := s.text(t, "/etc/tidewaiter/config.yaml"); got != "mode: audit\n" {
+					t.Errorf("while the gate is asked it has %q", got)
+				}
+			}
+			return look(ctx)
+		}
+		said := s.bring(t, 3*time.Hour, map[time.Duration]func(){
+			time.Hour: func() {
+				same(t, "refused", was, snapshot(t, s.root))
+				seen = true
+			},
+			2 * time.Hour: func() { s.gate.Running.Reasons = nil },
+		})
+		if !seen {
+			t.Error("the host was not looked at")
+		}
 		if said[len(said)-1] != string(Enforces) || looks > 16 {
 			t.Errorf("%d looks: %q", looks, said)
 		}

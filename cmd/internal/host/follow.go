@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
 )
 
 // Bounds of a configuration that is copied.
@@ -77,8 +79,10 @@ func files(dir string) (map[string][]byte, error) {
 }
 
 // follow makes the configuration on the host the one in i.From, in one step, if it is
-// valid there. undo goes back to the one before.
-func (i *Installation) follow(ctx context.Context) (changed bool, undo func() error, err error) {
+// valid there, and if it may be in force: where it enforces and the one before did not,
+// what runs is judged first, since the gate reads it within a moment. gate is what the
+// gate that runs says; nil: none answers. undo goes back to the one before.
+func (i *Installation) follow(ctx context.Context, gate *control.Status) (changed bool, undo func() error, err error) {
 	undo = func() error { return nil }
 	want, err := files(i.From)
 	if err != nil {
@@ -109,8 +113,14 @@ func (i *Installation) follow(ctx context.Context) (changed bool, undo func() er
 	}
 	// A configuration that the gate would not put in force does not get there: after a
 	// restart nothing else would be.
-	if _, err := i.Load(ctx, next); err != nil {
-		return false, nil, errors.Join(hint("correct it", "the configuration in %s is not valid on the host: %w", i.From, err), os.RemoveAll(i.Path(next)))
+	mode, err := i.Load(ctx, next)
+	if err != nil {
+		err = hint("correct it", "the configuration in %s is not valid on the host: %w", i.From, err)
+	} else if mode == "enforce" {
+		err = i.mayFollow(ctx, gate)
+	}
+	if err != nil {
+		return false, nil, errors.Join(err, os.RemoveAll(i.Path(next)))
 	}
 	// The first time it may be an operator's own that goes, with keys that are nowhere
 	// else. That stays beside it.
@@ -145,6 +155,24 @@ func (i *Installation) follow(ctx context.Context) (changed bool, undo func() er
 		}
 		return swap()
 	}, nil
+}
+
+// mayFollow refuses a configuration that enforces where none was in force that did, and
+// what runs would be refused with the one that is in force.
+func (i *Installation) mayFollow(ctx context.Context, gate *control.Status) error {
+	was := ""
+	if gate != nil {
+		was = gate.Mode
+	} else if i.Enforce { // perhaps a gate that this configuration is to bring up again
+		was, _ = i.Load(ctx, i.ConfigDir)
+	}
+	switch {
+	case was == "enforce":
+		return nil
+	case !i.Enforce:
+		return i.audits()
+	}
+	return i.mayEnforce(ctx)
 }
 
 // keep writes files below dir, for root alone.

@@ -178,7 +178,7 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 	}
 	changed, undoCopy := false, func() error { return nil }
 	if i.From != "" && !i.Print {
-		if changed, undoCopy, err = i.follow(ctx); err != nil {
+		if changed, undoCopy, err = i.follow(ctx, status); err != nil {
 			return "", err
 		}
 		defer os.RemoveAll(i.Path(i.ConfigDir + ".next")) // the one before
@@ -196,7 +196,7 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 			if err := undoCopy(); err != nil {
 				return "", err
 			}
-			return "", refuse("write mode: audit into "+path.Join(i.ConfigDir, "config.yaml")+", then tidewaiter install, then tidewaiter install --enforce; --enforce --force enforces at once", "the configuration says mode: enforce")
+			return "", i.audits()
 		}
 	}
 	switch {
@@ -233,6 +233,9 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 	}
 	if due {
 		if err := i.mayEnforce(ctx); err != nil {
+			if changed { // what follow asked about was the policy before
+				err = errors.Join(err, undoCopy())
+			}
 			return "", err
 		}
 	}
@@ -251,6 +254,11 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 		return Nothing, nil
 	}
 	return Installed, nil
+}
+
+// audits is the refusal of a configuration that enforces, by an install that does not.
+func (i *Installation) audits() error {
+	return refuse("write mode: audit into "+path.Join(i.ConfigDir, "config.yaml")+", then tidewaiter install, then tidewaiter install --enforce; --enforce --force enforces at once", "the configuration says mode: enforce")
 }
 
 // program is that on the host.
