@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net"
 	"os"
 	"path"
 	"path/filepath"
@@ -1257,6 +1258,79 @@ func TestKeptService(t *testing.T) {
 	must(t, "a newer pod", Installed)(s.Install(t.Context()))
 	if strings.Contains(s.text(t, unit), "# newer") {
 		t.Error("a newer program left the service of an older one")
+	}
+}
+
+// TestRestartedByOthers: a restart that is outstanding is over when containerd was
+// started since, whoever did it: nobody is to ask for one more each time it is started.
+func TestRestartedByOthers(t *testing.T) {
+	const restart = "systemctl restart containerd.service"
+	for name, tt := range map[string]struct {
+		late time.Duration // of the node's clock
+		deaf bool          // the gate is not registered
+		want int
+	}{
+		"it was":             {time.Hour, false, 0},
+		"it was not":         {0, false, 1},
+		"it does not ask":    {time.Hour, true, 0},
+		"an unknown process": {-1, false, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := auditing(t, kubeadm)
+			s.Restart = false
+			must(t, "enforce", Installed)(s.Install(t.Context()))
+			if !s.remembered().Pending {
+				t.Fatal("no restart is outstanding")
+			}
+			s.Restart = true
+			if tt.late >= 0 { // this process is the containerd
+				if err := os.Remove(s.Path(s.Socket)); err != nil {
+					t.Fatal(err)
+				}
+				// The kernel's clock of files may be one tick behind, and two files of a tick
+				// are not told apart.
+				for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+					l, err := net.Listen("unix", s.Path(s.Socket))
+					if err != nil {
+						t.Fatal(err)
+					}
+					at, err := s.Changed(s.Socket)
+					if err != nil {
+						t.Fatal(err)
+					}
+					wrote, err := s.Changed("/etc/containerd/conf.d/" + dropInPause)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if at.After(wrote) || time.Now().After(end) {
+						t.Cleanup(func() { l.Close() })
+						break
+					}
+					l.Close()
+				}
+				s.clock = time.Now().Add(tt.late)
+			}
+			s.gate.Runtime.Registered = !tt.deaf
+			result, err := s.Install(t.Context())
+			switch {
+			case tt.deaf && err == nil:
+				t.Errorf("%s without a gate that is registered", result)
+			case !tt.deaf && err != nil:
+				t.Error(err)
+			}
+			if n := s.count(restart); n != tt.want {
+				t.Errorf("%d restarts, want %d: %q", n, tt.want, s.said)
+			}
+			if s.remembered().Pending != tt.deaf {
+				t.Error("what is outstanding is not what it should be")
+			}
+			if !tt.deaf {
+				must(t, "again", Nothing)(s.Install(t.Context()))
+				if n := s.count(restart); n != tt.want {
+					t.Errorf("%d restarts after another installation", n)
+				}
+			}
+		})
 	}
 }
 

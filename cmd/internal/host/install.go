@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
@@ -217,7 +218,11 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 		}
 	}
 
-	due := need != nil && !i.held && (len(mode)+len(need.changes) > 0 || i.Restart && i.remembered().Pending)
+	outstanding := i.Restart && i.remembered().Pending
+	if outstanding && !i.Print && need != nil && len(need.changes) == 0 && askErr == nil && status.Ready && i.restarted() {
+		outstanding = false
+	}
+	due := need != nil && !i.held && (len(mode)+len(need.changes) > 0 || outstanding)
 	idle := len(base) == 0 && !due
 	if i.Print {
 		if idle {
@@ -689,6 +694,9 @@ func (i *Installation) enforce(ctx context.Context, mode []Change, need *require
 		}
 		return Installed, nil
 	}
+	if len(need.changes) == 0 && i.restarted() {
+		return Enforces, nil
+	}
 	command := i.Manager.Restart()
 	if command == nil {
 		return Installed, hint("name the command with --restart-command", "it is not known what restarts %s", i.Name)
@@ -713,6 +721,44 @@ func (i *Installation) enforce(ctx context.Context, mode []Change, need *require
 		i.Say("warn", "%v", err)
 	}
 	return Enforces, nil
+}
+
+// restarted reports whether the containerd that runs was started after everything was
+// written that has it require the gate, whoever did that, and remembers it then: without
+// that, whoever is ended by the restart that it asked for would ask for one more each
+// time. It is for a gate that is registered. What is not known is a no.
+func (i *Installation) restarted() bool {
+	r := i.remembered()
+	p, err := i.Running(i.Now())
+	if err != nil || p.Listens.IsZero() {
+		return false
+	}
+	files := slices.Clone(r.Configs)
+	for _, dir := range r.DropIns {
+		files = append(files, path.Join(dir, dropIn), path.Join(dir, dropInPause))
+	}
+	seen := false
+	for _, name := range files {
+		t, err := i.Changed(name)
+		if errors.Is(err, fs.ErrNotExist) && path.Base(name) == dropInPause {
+			continue
+		}
+		// By both clocks: one of them is wrong where the node's was set since.
+		if err != nil || !t.Before(p.Started) || !t.Before(p.Listens) {
+			return false
+		}
+		seen = true
+	}
+	if !seen {
+		return false
+	}
+	r.Pending = false
+	if err := i.remember(r); err != nil {
+		i.Say("warn", "%v", err)
+		return false
+	}
+	i.Say("did", "did not restart %s: it was started after its configuration was written", i.Name)
+	return true
 }
 
 func add(list []string, s string) []string {
