@@ -7,10 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
-	"os"
-	"path"
 	"slices"
 	"time"
 )
@@ -116,22 +113,18 @@ func (i *Installation) offer() string {
 }
 
 // alone waits until nobody else brings this host its configuration, and keeps others from
-// it until release is called or this process ends. The lock is on the directory that the
-// configuration's is in, /etc, and not lock's: others may install by hand.
+// it until release is called or this process ends. The lock is not lock's: others may
+// install by hand.
 func (i *Installation) alone(ctx context.Context, tell func(Result, error)) (release func(), err error) {
-	dir := i.target(path.Dir(path.Clean(i.ConfigDir)))
-	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
-		dir = i.Path("/")
-	}
 	const next = "let one DaemonSet, or one release of a chart, follow on a node: delete the other, or give them nodeSelectors that do not meet"
-	waits := func(time.Duration) error {
+	waits := func(time.Duration, string) error {
 		return hint(next, "%w; this one waits until it ends, for %s", ErrFollowed, alonePatience)
 	}
-	if release, err = i.flock(ctx, dir, 0, waits); !errors.Is(err, ErrFollowed) {
+	if release, err = i.flock(ctx, lockFollow, 0, waits); !errors.Is(err, ErrFollowed) {
 		return release, err
 	}
 	tell("", err)
-	return i.flock(ctx, dir, alonePatience, func(after time.Duration) error {
+	return i.flock(ctx, lockFollow, alonePatience, func(after time.Duration, _ string) error {
 		return hint(next, "after %s: %w", after, ErrFollowed)
 	})
 }

@@ -13,8 +13,11 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -1358,9 +1361,115 @@ func TestLock(t *testing.T) {
 			sleep := s.Sleep
 			s.Sleep = func(ctx context.Context, d time.Duration) { release(); sleep(ctx, d) }
 			must(t, "install", Installed)(s.Install(t.Context()))
-			if s.said = nil; s.exists("/run/tidewaiter.lock") {
-				t.Error("a file is left")
+			if left, _ := filepath.Glob(filepath.Join(s.root, "*.lock")); len(left) > 0 || s.exists("/run/"+lockHost) {
+				t.Errorf("a lock is left: %q", left)
 			}
 		})
+	}
+}
+
+// TestLockOfRoot: who may not change a host cannot keep others from it, and a node can be
+// opened all the same.
+func TestLockOfRoot(t *testing.T) {
+	const restart = "systemctl restart containerd.service"
+	for name, set := range map[string]func(*testing.T, *scene){
+		"somebody holds what all can read": func(t *testing.T, s *scene) {
+			for _, dir := range []string{"/run", "/etc", "/"} {
+				d, err := os.Open(s.target(dir))
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { d.Close() })
+				if err := syscall.Flock(int(d.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+					t.Fatal(err)
+				}
+			}
+		},
+		"it can be read by others": func(t *testing.T, s *scene) {
+			if err := os.Mkdir(s.Path("/run/"+lockHost), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"it is somebody else's": func(t *testing.T, s *scene) {
+			if err := os.Mkdir(s.Path("/run/"+lockHost), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Chown(s.Path("/run/"+lockHost), 1000, 1000); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"it is a link": func(t *testing.T, s *scene) {
+			if err := os.Symlink(t.TempDir(), s.Path("/run/"+lockHost)); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := auditing(t, kubeadm)
+			must(t, "enforce", Enforces)(s.Install(t.Context()))
+			set(t, s)
+			if name == "somebody holds what all can read" {
+				release, err := s.alone(t.Context(), func(_ Result, err error) { t.Error(err) })
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer release()
+				must(t, "uninstall", Removed)(s.Uninstall(t.Context()))
+				return
+			}
+			n := s.count(restart)
+			if r, err := s.Uninstall(t.Context()); err == nil || !strings.Contains(err.Error(), "lock the host") || s.count(restart) != n {
+				t.Errorf("%s, %v", r, err)
+			}
+			s.Force = true
+			must(t, "uninstall --force", Removed)(s.Uninstall(t.Context()))
+			s.heard(t, "warn: lock the host: ")
+		})
+	}
+	// Nor does one that is at work and does not end.
+	s := auditing(t, kubeadm)
+	release, err := s.lock(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer release()
+	s.Force = true
+	must(t, "uninstall --force", Removed)(s.Uninstall(t.Context()))
+	s.heard(t, ErrBusy.Error())
+	if info, err := os.Stat(s.Path("/run/" + lockHost)); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("%v, %v", info, err)
+	}
+}
+
+// TestLockIsOne: of many that want it one has it, also while it comes and goes.
+func TestLockIsOne(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), lockHost)
+	var held atomic.Int32
+	var all sync.WaitGroup
+	for range 4 {
+		all.Go(func() {
+			for taken := 0; taken < 50; {
+				release, err := tryLock(dir)
+				if errors.Is(err, syscall.EWOULDBLOCK) {
+					runtime.Gosched()
+					continue
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if held.Add(1) != 1 {
+					t.Error("two have it")
+				}
+				runtime.Gosched()
+				held.Add(-1)
+				release()
+				taken++
+			}
+		})
+	}
+	all.Wait()
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("it is left: %v", err)
 	}
 }

@@ -11,9 +11,11 @@ import (
 	"io/fs"
 	"math"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -21,54 +23,91 @@ import (
 // ErrBusy is wrapped where somebody else changes the host.
 var ErrBusy = errors.New("another install or uninstall is at work on this host")
 
-// lock keeps others from changing the host until release is called or this process
-// ends: the kernel drops it then. Its directory is the host's /run, which a pod that has
-// the host mounted shares, and which leaves no file behind; where there is none nothing
-// runs, and the root itself serves.
+// Directories that are locked, on the host's /run, which a pod that has the host mounted
+// shares. Only root can open them: whatever anybody can open anybody can lock, for ever.
+const (
+	lockHost   = "tidewaiter-install.lock" // by who changes the host
+	lockFollow = "tidewaiter-follow.lock"  // by who follows
+)
+
+// lock keeps others from changing the host until release is called or this process ends.
 func (i *Installation) lock(ctx context.Context) (release func(), err error) {
 	if i.Print {
 		return func() {}, nil
-	}
-	dir := i.target("/run")
-	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
-		dir = i.Path("/")
 	}
 	patience := i.Patience
 	if patience == 0 {
 		patience = time.Minute
 	}
-	return i.flock(ctx, dir, patience, func(after time.Duration) error {
+	return i.flock(ctx, lockHost, patience, func(after time.Duration, dir string) error {
 		return hint("try again when it is done, or end it: fuser -v "+dir, "after %s: %w", after, ErrBusy)
 	})
 }
 
-// flock takes the lock of a directory, which leaves no file behind and which the kernel
-// drops when this process ends. busy is the error of having waited for patience.
-func (i *Installation) flock(ctx context.Context, dir string, patience time.Duration, busy func(time.Duration) error) (release func(), err error) {
-	d, err := os.Open(dir)
-	if err != nil {
-		return nil, fmt.Errorf("lock the host: %w", err)
+// flock takes the lock of a directory of the name in the host's /run, and where there is
+// none, and so nothing runs, in its root. It is made for that, for its owner alone, and
+// goes with the lock; the kernel drops the lock when this process ends. busy is the error
+// of having waited for patience.
+func (i *Installation) flock(ctx context.Context, name string, patience time.Duration, busy func(after time.Duration, dir string) error) (release func(), err error) {
+	dir := filepath.Join(i.target("/run"), name)
+	if _, err := os.Stat(filepath.Dir(dir)); errors.Is(err, fs.ErrNotExist) {
+		dir = filepath.Join(i.Path("/"), name)
 	}
 	for end := i.Now().Add(patience); ; {
-		err := syscall.Flock(int(d.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		release, err := tryLock(dir)
 		switch {
 		case err == nil:
-			return func() { d.Close() }, nil
-		case errors.Is(err, syscall.EINTR):
-			continue
+			return release, nil
 		case !errors.Is(err, syscall.EWOULDBLOCK):
-			err = fmt.Errorf("lock the host: %w", err)
+			return nil, fmt.Errorf("lock the host: %w", err)
 		case ctx.Err() != nil:
-			err = ctx.Err()
+			return nil, ctx.Err()
 		case !i.Now().Before(end):
-			err = busy(patience)
-		default:
-			i.Sleep(ctx, 250*time.Millisecond)
-			continue
+			return nil, busy(patience, dir)
 		}
-		d.Close()
+		i.Sleep(ctx, 250*time.Millisecond)
+	}
+}
+
+// tryLock makes a directory and locks it. The error is syscall.EWOULDBLOCK where another
+// has it, or had it a moment ago.
+func tryLock(dir string) (release func(), err error) {
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err
 	}
+	d, err := os.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, syscall.EWOULDBLOCK
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			d.Close()
+		}
+	}()
+	info, err := d.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if s, ok := info.Sys().(*syscall.Stat_t); !ok || int(s.Uid) != os.Geteuid() || info.Mode().Perm()&0o077 != 0 {
+		return nil, fmt.Errorf("%s is not a directory of this user alone: remove it", dir)
+	}
+	if err := syscall.Flock(int(d.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		if errors.Is(err, syscall.EINTR) {
+			err = syscall.EWOULDBLOCK
+		}
+		return nil, err
+	}
+	// Who had it before took the directory away, and perhaps another one is there by now.
+	if now, err := os.Lstat(dir); err != nil || !os.SameFile(info, now) {
+		return nil, syscall.EWOULDBLOCK
+	}
+	return sync.OnceFunc(func() {
+		os.Remove(dir)
+		d.Close()
+	}), nil
 }
 
 // newer reports whether Self is to take the place of old, which is the program on the
