@@ -58,6 +58,9 @@ const (
 // errLate is said of a bundle whose reading does not end, or has not yet.
 var errLate = fmt.Errorf("%w: it is still being read, or its disk does not answer", verify.ErrUnreachable)
 
+// errSilent is said where the directory itself does not say what is in it.
+var errSilent = fmt.Errorf("%w: the disk of the directory of bundles does not answer", verify.ErrUnreachable)
+
 // A bundle is an entry of the directory. It does not change.
 type bundle struct {
 	name    string
@@ -81,15 +84,21 @@ type limits struct {
 	inTar     int // files in tar files, each of which is remembered
 }
 
+// less is what x leaves of l. That x is more happens: a bundle that is late keeps what
+// it took before another came that goes before it.
 func (l limits) less(x limits) limits {
-	return limits{l.documents - x.documents, l.links - x.links, l.inTar - x.inTar}
+	return limits{max(0, l.documents-x.documents), max(0, l.links-x.links), max(0, l.inTar-x.inTar)}
+}
+
+// within reports whether l is no more than x.
+func (l limits) within(x limits) bool {
+	return l.documents <= x.documents && l.links <= x.links && l.inTar <= x.inTar
 }
 
 // suits reports whether b, which was read before, is what would be read of the same
 // file with what is left now.
 func (b *bundle) suits(left limits) bool {
-	rest := left.less(b.takes)
-	return rest.documents >= 0 && rest.links >= 0 && rest.inTar >= 0 && (!b.cut || b.given == left)
+	return b.takes.within(left) && (!b.cut || b.given == left)
 }
 
 // A Bundle is how an entry of the directory of bundles fares.
@@ -112,7 +121,19 @@ func (s *Store) Bundles() (list []Bundle, trouble string) {
 		}
 		list = append(list, one)
 	}
+	if !s.asked.IsZero() && s.o.Now().Sub(s.asked) > s.wait {
+		return list, errSilent.Error()
+	}
 	return list, s.astray
+}
+
+// asks notes that the directory of bundles is asked something from now on, or has
+// answered. Nobody can interrupt that either, and where it lies on a disk that died it
+// may never end: no bundle comes or goes any more, and that is said.
+func (s *Store) asks(now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.asked = now
 }
 
 // bundled is own for the bundles. It takes one document of each in turn, so that none
@@ -168,6 +189,8 @@ func (s *Store) inBundle(ctx context.Context, d digest.Digest) ([]byte, error) {
 // watch looks at the bundles when they change, and now and then, until ctx ends.
 func (s *Store) watch(ctx context.Context) {
 	dir := filepath.Join(s.dir, bundlesName)
+	s.asks(s.o.Now())
+	s.touch("")
 	_ = os.MkdirAll(dir, 0o700) // where it cannot be made there is no bundle
 	var events chan fsnotify.Event
 	var lost chan error
@@ -181,6 +204,7 @@ func (s *Store) watch(ctx context.Context) {
 	h := &shelf{Store: s, dir: dir, entries: map[string]*entry{}}
 	defer h.close()
 	for first := true; ; first = false {
+		s.asks(s.o.Now())
 		if notify != nil {
 			_ = notify.Add(dir) // it may be another one now; what cannot be watched, the timer finds
 		}
@@ -382,7 +406,9 @@ func (h *shelf) read(ctx context.Context, name string, before *bundle, left limi
 // survey brings the bundles up to date with the directory, and reports whether
 // something may be found that was not before.
 func (h *shelf) survey(ctx context.Context) (news bool) {
+	h.touch("")
 	names, astray := entries(h.dir)
+	h.asks(time.Time{})
 	h.mu.Lock()
 	old, wasLate, was, wait := h.bundles, h.late, h.astray, h.wait
 	h.mu.Unlock()
@@ -678,7 +704,7 @@ func (r *reading) document(t verify.Target) []byte {
 	case b.subject == "" && len(b.names) == 0 || r.catalog.blobs[b.digest] != nil:
 	case b.subject != "" && len(r.catalog.signed[b.subject]) == r.most.ofOne:
 		r.fail(fmt.Errorf("%w: more than %d signatures of %s", verify.ErrBudget, r.most.ofOne, b.subject))
-	case r.left.documents == 0:
+	case r.left.documents <= 0:
 		r.cut = true
 		r.fail(fmt.Errorf("%w: more than %d manifests and indexes in all bundles", verify.ErrBudget, r.most.all.documents))
 	default:

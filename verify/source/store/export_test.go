@@ -57,7 +57,28 @@ func (s *Store) Hang(bundle string) (free func(), hung func() int) {
 	}
 }
 
-// Slowly has touch called before an entry of the directory of bundles is read, and a
+// HangClosing has the closing of the bundle with that name hang until free is called.
+func (s *Store) HangClosing(bundle string) (free func(), closing <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	begun, end := make(chan struct{}), make(chan struct{})
+	for _, b := range s.bundles {
+		if b.name == bundle {
+			b.place.mu.Lock()
+			closes := b.place.end
+			b.place.end = func() error {
+				close(begun)
+				<-end
+				return closes()
+			}
+			b.place.mu.Unlock()
+		}
+	}
+	return func() { close(end) }, begun
+}
+
+// Slowly has touch called before an entry of the directory of bundles is read, with ""
+// before the directory is, and a
 // look wait no longer than that for all of them. It is called before Run.
 func (s *Store) Slowly(touch func(name string), wait time.Duration) { s.touch, s.wait = touch, wait }
 

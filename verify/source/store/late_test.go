@@ -168,6 +168,121 @@ func TestLateReplaced(t *testing.T) {
 	}
 }
 
+// A bundle that is late keeps what it took before another came that goes before it, and
+// both together may be more than there is for all. What comes after them gets none of it.
+func TestLateRoom(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	var a, m, z site
+	for i := range 10 { // with its signature, each is two documents
+		a.image(fmt.Sprint("a", i))
+		m.image(fmt.Sprint("m", i))
+		z.image(fmt.Sprint("z", i))
+	}
+	put(t, dir, "m", m)
+	disk := newDeadDisk()
+	r := start(t, dir, store.Options{}, func(s *store.Store) {
+		s.Slowly(disk.touch, 20*time.Millisecond)
+		s.Narrow(30, 20, 1<<20)
+	})
+	defer disk.mend()
+	signatures := func(want ...string) func() bool {
+		return func() bool {
+			list, _ := r.Bundles()
+			var got []string
+			for _, b := range list {
+				got = append(got, fmt.Sprint(b.Name, " ", b.Signatures))
+			}
+			return slices.Equal(got, want)
+		}
+	}
+	r.eventually("the one is there", signatures("m 10"))
+	disk.set("m", true)
+	put(t, dir, "a", a)
+	r.eventually("both are there", signatures("a 10", "m 10"))
+	put(t, dir, "z", z)
+	r.eventually("there is no room for the last", func() bool {
+		return signatures("a 10", "m 10", "z 0")() && strings.Contains(fmt.Sprint(r.troubles()), "more than 30 manifests and indexes in all bundles")
+	})
+	if got, _ := sourcetest.Find(t.Context(), r, z.Images[0], verify.Limits{}); len(got) != 0 {
+		t.Errorf("%d signatures are found", len(got))
+	}
+}
+
+// The file system of a bundle that was taken away does not answer when it is closed:
+// nobody waits for that.
+func TestLateClosing(t *testing.T) {
+	t.Parallel()
+	for _, form := range forms {
+		t.Run(form, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			var a, b site
+			one, ev := a.image("one")
+			two, ev2 := b.image("two")
+			put(t, dir, "a"+form, a)
+			r := start(t, dir, store.Options{})
+			r.finds(one, ev)
+			free, closing := r.HangClosing("a" + form)
+			defer free()
+			if err := os.RemoveAll(filepath.Join(bundles(dir), "a"+form)); err != nil {
+				t.Fatal(err)
+			}
+			r.Look()
+			<-closing
+			put(t, dir, "b"+form, b)
+			r.finds(two, ev2)
+			r.finds(one)
+			if got := r.troubles(); !slices.Equal(got, []string{"b" + form}) {
+				t.Errorf("bundles %q", got)
+			}
+			r.stop()
+		})
+	}
+}
+
+// Where the directory of bundles itself lies on a disk that does not answer, from the
+// start or later, it is said; and over when it answers.
+func TestLateDirectory(t *testing.T) {
+	t.Parallel()
+	for name, first := range map[string]bool{"first look": true, "later": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			var a, b site
+			one, ev := a.image("one")
+			two, ev2 := b.image("two")
+			put(t, dir, "a", a)
+			disk := newDeadDisk()
+			slowly := func(s *store.Store) { s.Slowly(disk.touch, 20*time.Millisecond) }
+			var r *run
+			if first {
+				disk.set("", true)
+				r = begin(t, dir, store.Options{}, slowly)
+			} else {
+				r = start(t, dir, store.Options{}, slowly)
+				r.finds(one, ev)
+				disk.set("", true)
+				r.Look()
+			}
+			defer disk.mend()
+			r.eventually("it is said", func() bool {
+				_, trouble := r.Bundles()
+				return strings.Contains(trouble, "directory of bundles does not answer")
+			})
+			got, err := sourcetest.Find(t.Context(), r, one, verify.Limits{})
+			if first && (len(got) != 0 || !errors.Is(err, verify.ErrUnreachable)) || !first && (len(got) != 1 || err != nil) {
+				t.Errorf("%d signatures, error %v", len(got), err)
+			}
+			put(t, dir, "b", b)
+			disk.mend()
+			r.finds(one, ev)
+			r.finds(two, ev2)
+			r.eventually("nothing is wrong", func() bool { return slices.Equal(r.troubles(), []string{"a", "b"}) })
+		})
+	}
+}
+
 // The gate ends while a reading does not.
 func TestLateAtTheEnd(t *testing.T) {
 	t.Parallel()

@@ -151,8 +151,12 @@ func (p *place) close() {
 	}
 }
 
+// shut closes it, once. That, too, may never end where the file system answers for it
+// (NFS, FUSE), and who calls holds locks: so one goroutine of each place does it, which
+// like a read that hangs nobody waits for. A disk that is silent by then gives no
+// further place that could be closed.
 func (p *place) shut() {
 	if p.end != nil {
-		_ = p.end()
+		go p.end() // an error says nothing: it was only read
 	}
 }

@@ -99,7 +99,8 @@ type Store struct {
 	bundles []*bundle         // by name; the list is made anew for each change
 	late    map[string]bool   // of these, by name, those of which it is not known how they are; made anew
 	wait    time.Duration     // bundlesWait; another in a test
-	touch   func(name string) // called before an entry of the directory of bundles is read; for tests
+	asked   time.Time         // since when the directory of bundles has not answered; zero: it has
+	touch   func(name string) // called before an entry of the directory of bundles is read, and with "" before that is; for tests
 	bounds  bounds            // usual; others in a test
 	astray  string            // why not all bundles are read
 	most    int               // maxKept; fewer in a test

@@ -81,6 +81,15 @@ type run struct {
 // start runs the store below dir until stop, which writes what waits.
 func start(t testing.TB, dir string, o store.Options, edit ...func(*store.Store)) *run {
 	t.Helper()
+	r := begin(t, dir, o, edit...)
+	<-r.Read()
+	<-r.Looked()
+	return r
+}
+
+// begin is start for who does not wait until everything was read.
+func begin(t testing.TB, dir string, o store.Options, edit ...func(*store.Store)) *run {
+	t.Helper()
 	r := &run{t: t}
 	o.Log = slog.New(slog.NewTextHandler(&r.log, nil))
 	if o.Now == nil {
@@ -101,8 +110,6 @@ func start(t testing.TB, dir string, o store.Options, edit ...func(*store.Store)
 	}()
 	r.stop = sync.OnceFunc(func() { cancel(); <-done })
 	t.Cleanup(r.stop)
-	<-r.Read()
-	<-r.Looked()
 	return r
 }
 
