@@ -1129,7 +1129,49 @@ func TestRetain(t *testing.T) {
 	r.has(stays)
 }
 
-// A slow disk delays nobody who asks.
+// A board without a clock begins in 1970 until it is told the time. What left the node
+// before is kept as long as it would have been without.
+func TestClockOfNone(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	var c site
+	other := digest.FromString("another image")
+	goes, ev := c.image("goes")
+	right, early := newClock(), &clock{at: time.Unix(0, 0)}
+	r := start(t, dir, store.Options{Now: right.now})
+	listing := func(live ...digest.Digest) {
+		t.Helper()
+		m := map[digest.Digest]bool{other: true}
+		for _, d := range live {
+			m[d] = true
+		}
+		r.Retain(m)
+		r.eventually("the listing was looked at", r.Retained)
+	}
+	days := func(clock *clock, n int) {
+		t.Helper()
+		for range n {
+			listing()
+			clock.pass(24 * time.Hour)
+		}
+	}
+	r.keep(goes, goes, ev)
+	r.settled()
+	listing(goes.Digest)
+	days(right, 10)
+	r.has(goes, ev)
+	r.stop()
+	r = start(t, dir, store.Options{Now: early.now})
+	days(early, 5)
+	r.has(goes, ev)
+	r.stop()
+	r = start(t, dir, store.Options{Now: right.now})
+	days(right, 18)
+	r.has(goes, ev)
+	days(right, 5)
+	r.has(goes)
+}
+
 // A clock that is years wrong, as of a board without one before it is told the time,
 // deletes nothing of an image that is on the node, nor of one that left it that day; and
 // what it left behind does not keep the rest for years.

@@ -23,6 +23,10 @@ import (
 	"github.com/tidewaiter/tidewaiter/verify/source/layout"
 )
 
+// earliest is before this program was written. A clock that shows less is wrong, as
+// that of a board without one is until it is told the time.
+var earliest = time.Date(2025, time.January, 1, 0, 0, 0, 0, time.UTC)
+
 const (
 	again      = 30 * time.Second // between tries to open, to lock or to write
 	quiet      = 5 * time.Second  // without new evidence before index.json is written
@@ -652,21 +656,22 @@ func (w *writer) retain(ctx context.Context) {
 	for _, list := range w.signed {
 		for _, b := range list {
 			age := now.Round(0).Sub(b.seen)
+			ahead := age < -freshEvery && !now.Before(earliest) // the clock was wrong then, and is not known to be now
 			switch {
 			case w.alive(b):
 				b.gone = time.Time{}
 				if w.lacks(b) && !now.Before(w.lacking[b.digest]) {
 					lacks = append(lacks, b)
 				}
-				if age > min(freshEvery, w.keep/4) {
+				if age > min(freshEvery, w.keep/4) || ahead {
 					fresh = append(fresh, b)
 				}
 			case b.gone.IsZero():
 				b.gone = now
-			case now.Sub(b.gone) >= min(goneFor, w.keep) && age > w.keep:
+			case now.Sub(b.gone) < min(goneFor, w.keep):
+			case age > w.keep:
 				over = append(over, b)
-			}
-			if age < -freshEvery { // the clock was wrong then: from now on
+			case ahead: // keep begins; not before a wrong clock had its day to be set
 				fresh = append(fresh, b)
 			}
 		}
