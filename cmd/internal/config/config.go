@@ -78,7 +78,7 @@ type Mirror struct {
 	Redirects []mirror.Pattern // where its blobs may come from besides
 
 	roots *x509.CertPool   // of CA
-	away  *x509.CertPool   // of CA and the system, for Redirects; nil: of the system
+	away  *x509.CertPool   // of CA and the system, for redirects; nil: of the system
 	pair  *tls.Certificate // of Cert and Key
 }
 

@@ -318,7 +318,7 @@ func (r *reader) mirror(n *yaml.Node, path string) (m Mirror) {
 		if r.err == nil {
 			if m.roots, err = pool(raw, x509.NewCertPool()); err != nil {
 				r.fail(n, path+".ca", "%s: %v", verify.Quote(name, 256), err)
-			} else if f["redirects"] != nil {
+			} else { // also without redirects of its own: the command line may add some
 				m.away, _ = pool(raw, systemPool())
 			}
 		}

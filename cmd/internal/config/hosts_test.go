@@ -26,6 +26,7 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
+	"github.com/tidewaiter/tidewaiter/verify/source/mirror"
 	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
 )
 
@@ -325,6 +326,7 @@ func TestRedirects(t *testing.T) {
 	}{
 		"mirror":               {"registry.test", fmt.Sprintf(listed, ", "+redirects), "none", "", "", true, true},
 		"mirror, not listed":   {"registry.test", fmt.Sprintf(listed, ""), "none", redirects, "sources.mirrors[0].redirects", true, false},
+		"mirror, command line": {"registry.test", fmt.Sprintf(listed, ""), "none", "", "", true, true},
 		"hosts.toml":           {"registry.test", "", toml, redirects, "", true, true},
 		"hosts.toml, nothing":  {"registry.test", "", toml, "", "sources.redirects", true, false},
 		"the host itself":      {registry.Host, "", itself, redirects, "", false, true},
@@ -342,6 +344,11 @@ func TestRedirects(t *testing.T) {
 				}
 			}
 			c := load1(t, write(t, with(notation(), "ca.crt", ca, "node.crt", cert, "node.key", key, "config.yaml", sourcesOf(lines...))))
+			if name == "mirror, command line" {
+				p, err := mirror.ParsePattern(cdn.Host)
+				must(t, err)
+				c.Redirect([]mirror.Pattern{p})
+			}
 			n := verify.Name{Host: tt.host, Path: "app"}
 			list := c.Sources()(n)
 			if len(list) != 1 {
