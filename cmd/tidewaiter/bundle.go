@@ -323,8 +323,9 @@ func importBundle(ctx context.Context, stdin io.Reader, stdout io.Writer, o impo
 	var staged *bundle.Staged
 	if o.trust {
 		files, _, err := c.Trust()
+		hint := ""
 		if err == nil && files == nil {
-			err = errors.New("the bundle has no trust policy")
+			err, hint = errors.New("the bundle has no trust policy"), "bundle create --trust puts one into a bundle"
 		}
 		if err == nil {
 			staged, err = bundle.Stage(o.configDir, files)
@@ -334,7 +335,7 @@ func importBundle(ctx context.Context, stdin io.Reader, stdout io.Writer, o impo
 			j, err = bundle.NewJudge(staged.Config, time.Now)
 		}
 		if err != nil {
-			return unknown(fmt.Errorf("%s: %w", verify.Clean(file, 300), err), "bundle create --trust puts one into a bundle")
+			return unknown(fmt.Errorf("%s: %w", verify.Clean(file, 300), err), hint)
 		}
 	}
 	r, err := c.Inspect(ctx, file, j, trust)

@@ -764,6 +764,37 @@ func TestStageKeeps(t *testing.T) {
 	}
 }
 
+// An error that comes when the trust is in force says where what was before is.
+func TestStageHalf(t *testing.T) {
+	t.Parallel()
+	from := t.TempDir()
+	trustConfig(t, from, "x509.subject: C=US, ST=WA, O=new")
+	files, err := config.Trust(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(t.TempDir(), strings.Repeat("e", 232)) // with .before-… it is too long for a name
+	trustConfig(t, dir, "x509.subject: C=US, ST=WA, O=old")
+	was, err := config.Trust(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := Stage(dir, files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	backup, err := s.Commit(time.Unix(1e9, 0))
+	if !errors.Is(err, syscall.ENAMETOOLONG) || backup == "" || !strings.Contains(err.Error(), "what was before is in "+backup) {
+		t.Fatalf("error %v, backup in %q", err, backup)
+	}
+	s.Discard()
+	for at, want := range map[string]map[string][]byte{dir: files, backup: was} {
+		if got, err := config.Trust(at); err != nil || !bytes.Equal(got["trustpolicy.json"], want["trustpolicy.json"]) {
+			t.Errorf("%s: %s, error %v", at, got["trustpolicy.json"], err)
+		}
+	}
+}
+
 // What somebody else has changed since the copy was made is not undone.
 func TestStageMeanwhile(t *testing.T) {
 	t.Parallel()

@@ -87,7 +87,7 @@ func Stage(dir string, trust map[string][]byte) (_ *Staged, err error) {
 }
 
 // Commit puts it in force, and returns where the configuration is now that was before;
-// empty if there was none. Both change places in one step, so that a power cut leaves
+// empty if there was none. An error that comes after the change names that place. Both change places in one step, so that a power cut leaves
 // the one or the other. It refuses where somebody has changed the configuration since
 // it was copied.
 func (s *Staged) Commit(now time.Time) (backup string, err error) {
@@ -98,7 +98,7 @@ func (s *Staged) Commit(now time.Time) (backup string, err error) {
 		}
 		s.inForce = true
 		crossed()
-		return "", s.lasts(syncDir(filepath.Dir(s.dir)))
+		return "", s.lasts(syncDir(filepath.Dir(s.dir)), "")
 	}
 	if sum, err := sumOf(s.dir); err != nil || sum != s.sum {
 		return "", errors.Join(fmt.Errorf("%s was changed by somebody else meanwhile, and stays as it is: try again", s.dir), err)
@@ -109,7 +109,7 @@ func (s *Staged) Commit(now time.Time) (backup string, err error) {
 	s.inForce = true
 	crossed()
 	if err := syncDir(filepath.Dir(s.dir)); err != nil {
-		return s.next, s.lasts(err)
+		return s.next, s.lasts(err, s.next)
 	}
 	crossed()
 	backup = s.dir + ".before-" + now.UTC().Format("20060102T150405Z")
@@ -117,18 +117,23 @@ func (s *Staged) Commit(now time.Time) (backup string, err error) {
 		backup += "-" + strings.TrimPrefix(filepath.Base(s.next), "."+filepath.Base(s.dir)+"-next-")
 	}
 	if err := os.Rename(s.next, backup); err != nil {
-		return s.next, s.lasts(err)
+		return s.next, s.lasts(err, s.next)
 	}
 	crossed()
-	return backup, s.lasts(syncDir(filepath.Dir(s.dir)))
+	return backup, s.lasts(syncDir(filepath.Dir(s.dir)), backup)
 }
 
-// lasts says of an error that came after the change what holds until the power goes.
-func (s *Staged) lasts(err error) error {
+// lasts says of an error that came after the change what holds until the power goes, and
+// where what was before is.
+func (s *Staged) lasts(err error, before string) error {
 	if err == nil {
 		return nil
 	}
-	return fmt.Errorf("%s has the trust of the bundle now, but perhaps not after a power cut: %w", s.dir, err)
+	was := ""
+	if before != "" {
+		was = ", and what was before is in " + before
+	}
+	return fmt.Errorf("%s has the trust of the bundle now, but perhaps not after a power cut%s: %w", s.dir, was, err)
 }
 
 // Discard removes it, unless Commit has put it in force: then nothing is removed.

@@ -167,7 +167,7 @@ func (x *examination) state() {
 		}
 	}
 	if k.Unread != "" {
-		x.add(Warn, "bundles", "take some away", "not all bundles are read: %s", k.Unread)
+		x.add(Warn, "bundles", "take some away, or mend the disk that they are on", "not all bundles are read: %s", k.Unread)
 	}
 	if bad == 0 && k.Unread == "" {
 		x.ok("bundles", "%d signatures are kept, and %d bundles can be read", k.Signatures, len(k.Bundles))
