@@ -124,11 +124,11 @@ func (f fields) longest(b []byte) (n int) {
 }
 
 // A gate that registers is told of all pods and containers, in messages of at most
-// 4 MiB each. NRI up to 0.12.5 cannot split those below some eight of them, and then
-// drops the gate or brings down all of containerd (synchronize and
-// recalcObjsPerSyncMsg in pkg/adaptation/plugin.go). Eleven pods and containers that
-// are no longer than maxTold are told of together whatever else there is, with room
-// for what plugins add.
+// 4 MiB each. NRI up to 0.12.5 brings down all of the runtime where it would have to
+// put fewer than eight of them into one (synchronize and recalcObjsPerSyncMsg in
+// pkg/adaptation/plugin.go). It never has to where none is longer than maxTold, with
+// room for what plugins add. Where a few pods have very many such containers, or the
+// other way about, it does not get through them ([Session.Large]).
 const maxTold = 300 << 10 // bytes
 
 type sizeKey struct{}
@@ -142,7 +142,7 @@ func withSize(ctx context.Context, size *int) context.Context {
 // is longer than maxTold, or is empty.
 func tooLong(ctx context.Context) string {
 	if size, ok := ctx.Value(sizeKey{}).(*int); ok && *size > maxTold {
-		return fmt.Sprintf("labels, annotations, arguments and environment have some %d KiB, more than %d KiB of one pod or container: containerd could not tell a gate of them when it starts; put what is long into a file", *size>>10, maxTold>>10)
+		return fmt.Sprintf("labels, annotations, arguments and environment have some %d KiB, more than %d KiB of one pod or container: containerd could not tell a gate of them when it starts; put what is long into a file, or set enableServiceLinks: false where it is the addresses of services", *size>>10, maxTold>>10)
 	}
 	return ""
 }

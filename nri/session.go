@@ -33,7 +33,8 @@ const (
 	dialTimeout     = 2 * time.Second
 	largeTimeout    = 10 * time.Second       // for Large
 	largeAgain      = 30 * time.Second       // for Large after a registration that did not get through
-	largeWait       = 5 * time.Second        // after Large said something
+	largeWait       = 5 * time.Second        // after Large said something, and twice as long each time
+	largeMost       = time.Minute            // up to this: the runtime reads all its records for it
 	registerTimeout = 10 * time.Second       // registration, configuration and all of Synchronize
 	confirm         = 200 * time.Millisecond // the runtime drops a plugin that it could not synchronise just after the answer
 	settled         = 30 * time.Second       // a connection that lived this long starts the backoff anew
@@ -134,7 +135,8 @@ func (s *Session) Run(ctx context.Context) error {
 type backoff struct {
 	random func() float64
 	bound  time.Duration
-	said   string // the last error in the log
+	large  time.Duration // the last wait after Large said something
+	said   string        // the last error in the log
 	saidAt time.Time
 }
 
@@ -161,7 +163,10 @@ func (s *Session) try(ctx context.Context, b *backoff) {
 	}
 	wait := time.Duration(b.random() * float64(b.bound))
 	if errors.Is(err, errLarge) {
-		wait = largeWait // to find that out again is work
+		b.large = min(max(2*b.large, largeWait), largeMost)
+		wait = b.large
+	} else {
+		b.large = 0
 	}
 	// A runtime that is away for an hour is a line a minute, not thousands.
 	level := slog.LevelDebug

@@ -289,8 +289,8 @@ func TestLargeIsNotRegistered(t *testing.T) {
 		want      string // in State.Error
 		wait      time.Duration
 	}{
-		{"too large", "pod team/p (1024 KiB)", nil, "does not register", largeWait},
-		{"too large, and an error besides", "pod team/p (1024 KiB)", errors.New("cut"), "does not register", largeWait},
+		{"too large", "pod team/p (1024 KiB)", nil, "does not register", 2 * largeWait},
+		{"too large, and an error besides", "pod team/p (1024 KiB)", errors.New("cut"), "does not register", 2 * largeWait},
 		{"not too large", "", nil, "connect to the runtime", minBackoff / 2},
 		{"not known", "", errors.New("no answer"), "connect to the runtime", minBackoff / 2},
 	} {

@@ -8,10 +8,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"slices"
 	"strings"
 
 	containersapi "github.com/containerd/containerd/api/services/containers/v1"
+	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
+	"github.com/containerd/containerd/api/types/task"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -21,12 +24,8 @@ import (
 
 const (
 	// A plugin that registers is told of all pods and containers, in messages of at
-	// most 4 MiB. Where eleven of them do not fit into one, NRI up to 0.12.5 may not be
-	// able to split a message, and then drops the plugin or ends with all of containerd
-	// (synchronize in pkg/adaptation/plugin.go). Some of that is left for the messages'
-	// own form.
-	maxTogether = 11
-	maxMessage  = 4<<20 - 256<<10
+	// most 4 MiB (ttrpc's bound). Some of that is left for the messages' own form.
+	maxMessage = 4<<20 - 64<<10
 
 	// What is shorter counts as it stands, and is not looked into.
 	short = 64 << 10
@@ -35,6 +34,8 @@ const (
 	rest = 24 << 10
 	// entry is the form of one entry of a list or map.
 	entry = 12
+
+	maxNamed = 4 // pods and containers that are named, the longest
 
 	// maxRecord bounds what is read of one container, in bytes. A record has the
 	// environment twice, and in JSON it may have grown to six times its length.
@@ -54,15 +55,17 @@ type large struct {
 // Large says which pods and containers keep the runtime from telling a plugin of all
 // that there are when it registers, or is empty where none do. It waits for containerd
 // and reads the records of all containers, pause containers for pods, one at a time.
-// Those of containers that have ended count too, although NRI tells of none.
+// Pods whose runtime keeps no pause container (Kata's own sandboxes) are not seen.
 func (c *Containerd) Large(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithCancel(ctx) // ends the stream where it is left early
 	defer cancel()
+	live := c.live(ctx)
 	s, err := c.containers.ListStream(inNamespace(ctx), &containersapi.ListContainersRequest{}, grpc.WaitForReady(true), grpc.MaxCallRecvMsgSize(maxRecord))
 	if err != nil {
 		return "", wrap("containers", err)
 	}
-	var most []large // the longest, longest first
+	var pods, containers []int // bytes of each
+	var most []large           // the longest of them, longest first
 	for {
 		r, err := s.Recv()
 		if errors.Is(err, io.EOF) {
@@ -74,28 +77,131 @@ func (c *Containerd) Large(ctx context.Context) (string, error) {
 		if err != nil {
 			return "", wrap("containers", err)
 		}
-		l := sizeOf(r.GetContainer())
+		ctr := r.GetContainer()
+		l := sizeOf(ctr)
+		switch {
+		case Kind(ctr.GetLabels()[labelKind]) == KindSandbox:
+			pods = append(pods, l.size)
+		case live == nil || live[ctr.GetID()]:
+			containers = append(containers, l.size)
+		default:
+			continue // it has ended, and NRI is not told of it
+		}
 		at, _ := slices.BinarySearchFunc(most, l, func(a, b large) int { return cmp.Compare(b.size, a.size) })
-		if at < maxTogether {
+		if at < maxNamed {
 			most = slices.Insert(most, at, l)
-			most = most[:min(len(most), maxTogether)]
+			most = most[:min(len(most), maxNamed)]
 		}
 	}
-	sum := 0
-	for _, l := range most {
-		sum += l.size
-	}
-	if sum <= maxMessage {
+	if !tooLarge(pods, containers) {
 		return "", nil
+	}
+	sum := 0
+	for _, list := range [][]int{pods, containers} {
+		for _, n := range list {
+			sum += n
+		}
 	}
 	var names []string
 	for _, l := range most {
-		if len(names) < 4 && l.size > maxMessage/maxTogether {
-			names = append(names, fmt.Sprintf("%s (%d KiB)", l.what, l.size>>10))
+		names = append(names, fmt.Sprintf("%s (%d KiB)", l.what, l.size>>10))
+	}
+	return fmt.Sprintf("labels, annotations, arguments and environment of %d pods and %d containers have %d KiB together, most of it %s; delete these pods",
+		len(pods), len(containers), sum>>10, strings.Join(names, ", ")), nil
+}
+
+// live are the containers that have a process, or nil where that is not known.
+func (c *Containerd) live(ctx context.Context) map[string]bool {
+	list, err := tasksapi.NewTasksClient(c.conn).List(inNamespace(ctx), &tasksapi.ListTasksRequest{}, grpc.WaitForReady(true))
+	if err != nil {
+		return nil
+	}
+	ids := map[string]bool{}
+	for _, t := range list.GetTasks() {
+		if t.GetStatus() != task.Status_STOPPED {
+			ids[t.GetID()] = true
 		}
 	}
-	return fmt.Sprintf("labels, annotations, arguments and environment of the %d longest have %d KiB together: %s; delete these pods",
-		len(most), sum>>10, strings.Join(names, ", ")), nil
+	return ids
+}
+
+// orders is in how many orders tooLarge looks at the same pods and containers: the
+// runtime's own changes each time.
+const orders = 10
+
+// tooLarge reports whether NRI would not get through the pods and containers of these
+// lengths in any order, or might end the runtime in one. It sorts both.
+func tooLarge(pods, containers []int) bool {
+	random := rand.New(rand.NewPCG(1, 2)) // the same each time, so that the answer is
+	dropped := 0
+	for i := range orders {
+		for _, list := range [][]int{pods, containers} {
+			switch i {
+			case 0:
+				slices.SortFunc(list, func(a, b int) int { return cmp.Compare(b, a) })
+			case 1:
+				slices.Sort(list)
+			default:
+				random.Shuffle(len(list), func(a, b int) { list[a], list[b] = list[b], list[a] })
+			}
+		}
+		switch synchronize(pods, containers) {
+		case through:
+		case dropsPlugin:
+			dropped++
+		case endsRuntime:
+			return true
+		}
+	}
+	return dropped == orders
+}
+
+// An outcome is what becomes of a plugin that registers.
+type outcome int
+
+const (
+	through     outcome = iota
+	dropsPlugin         // it is not told of all, and dropped
+	endsRuntime         // the runtime panics
+)
+
+// synchronize does to lengths what NRI 0.11 to 0.12.5 does to pods and containers
+// (synchronize and recalcObjsPerSyncMsg in pkg/adaptation/plugin.go): what does not fit
+// into a message is tried again with fewer of both, but with no fewer than four of each,
+// whether there are as many or not.
+func synchronize(pods, containers []int) outcome {
+	const fewest = 8
+	p, c := len(pods), len(containers)
+	for {
+		size := 0
+		for _, list := range [][]int{pods[:p], containers[:c]} {
+			for _, n := range list {
+				size += n
+			}
+		}
+		if size <= maxMessage {
+			switch {
+			case p == len(pods) && c == len(containers):
+				return through
+			case p == 0 && c == 0:
+				return dropsPlugin // it sends empty messages until its time is over
+			}
+			pods, containers = pods[p:], containers[c:]
+			p, c = min(p, len(pods)), min(c, len(containers))
+			continue
+		}
+		if p+c <= fewest {
+			return dropsPlugin
+		}
+		factor := min(0.9, float64(maxMessage)/float64(size))
+		p, c = int(float64(p)*factor), int(float64(c)*factor)
+		if p+c < fewest {
+			p, c = fewest/2, fewest/2
+		}
+		if p > len(pods) || c > len(containers) {
+			return endsRuntime
+		}
+	}
 }
 
 // sizeOf says how many bytes NRI needs to tell of a container or, for a pause
@@ -116,9 +222,14 @@ func sizeOf(c *containersapi.Container) large {
 	if asked == nil {
 		return l // it is not what it should be, and counts as it stands
 	}
-	l.size = rest + plainly(own) + plainly(member(asked, "annotations")) + plainly(member(asked, "labels"))
+	// What the pod's author has asked for and what containerd made of it have most in
+	// common, and NRI tells of both as one.
+	labels := max(bytesOf(c.GetLabels()), plainly(member(asked, "labels")))
+	annotations := max(plainly(own), plainly(member(asked, "annotations")))
+	l.size = rest + labels + annotations
 	if !pod { // of a pod's own process NRI tells nothing
-		l.size += plainly(spec) + bytesOf(c.GetLabels())
+		process := member(spec, "process")
+		l.size += plainly(spec) - plainly(own) - texts(member(process, "args")) - texts(member(process, "env"))
 	}
 	var a map[string]string
 	if len(own) <= short && json.Unmarshal(own, &a) == nil && a[annotationPod] != "" {
@@ -202,6 +313,14 @@ func plainly(raw []byte) int {
 			n--
 		}
 	}
+}
+
+// texts counts the strings of the list raw: each takes a byte less in a message.
+func texts(raw []byte) (n int) {
+	for at := 1; at < len(raw) && raw[at] == '"'; n++ {
+		at = skip(raw, at) + 1
+	}
+	return n
 }
 
 // bytesOf is what a map takes in a message.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -12,6 +13,8 @@ import (
 	"testing"
 
 	containersapi "github.com/containerd/containerd/api/services/containers/v1"
+	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
+	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/nri/pkg/api"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
@@ -148,8 +151,11 @@ func TestLarge(t *testing.T) {
 		"pods of a MiB":                       {pods: many(4, 1<<20), want: "pod team/p"},
 		"containers of a MiB":                 {containers: many(4, 1<<20), want: "container app of pod team/c"},
 		"one whose record nobody reads":       {containers: []int{9 << 20}, want: "longer than 16 MiB"},
-		"the long ones last":                  {pods: append(many(20, 100), many(4, 1<<20)...), want: "pod team/p"},
-		"many that are a little too long":     {containers: many(11, 400<<10), want: "delete these pods"},
+		"a few long ones among others":        {pods: append(many(20, 100), many(4, 1<<20)...)}, // which NRI gets through in most orders
+		"the long ones last":                  {pods: append(many(20, 100), many(9, 1<<20)...), want: "pod team/p"},
+		"eleven that are a little too long":   {containers: many(11, 400<<10)},
+		"many that are a little too long":     {pods: many(40, 4<<10), containers: many(40, 350<<10)},
+		"few pods of many long containers":    {pods: many(5, 4<<10), containers: many(120, 280<<10), want: "container app of pod team/c"},
 		"one that no message has room for":    {pods: []int{5 << 20}, want: "pod team/p0 (5"},
 		"together no more than fit a message": {containers: many(3, 1<<20)},
 	} {
@@ -181,6 +187,46 @@ func TestLarge(t *testing.T) {
 	}
 }
 
+// Nothing that the gate lets be ends the runtime, however much there is of it.
+func TestAdmittedIsNotTooLarge(t *testing.T) {
+	random := rand.New(rand.NewPCG(7, 7))
+	for range 3000 {
+		pods, containers := make([]int, random.IntN(120)), make([]int, random.IntN(240))
+		for _, list := range [][]int{pods, containers} {
+			most := 1 + random.IntN(330<<10) // what 300 KiB count for, with what is beside
+			for i := range list {
+				list[i] = random.IntN(most)
+				if random.IntN(4) == 0 {
+					list[i] = most
+				}
+			}
+		}
+		if synchronize(pods, containers) == endsRuntime {
+			t.Fatalf("%d and %d", pods, containers)
+		}
+	}
+}
+
+func TestSynchronize(t *testing.T) {
+	for _, tt := range []struct {
+		pods, containers []int
+		want             outcome
+	}{
+		{nil, nil, through},
+		{many(1, 5<<20), nil, dropsPlugin},
+		{many(4, 1<<20), many(4, 1<<20), dropsPlugin},
+		{many(2, 100), many(10, 1<<20), endsRuntime},
+		{many(10, 1<<20), nil, endsRuntime},
+		{many(10, 1<<20), many(10, 100), dropsPlugin},
+		{many(20, 300<<10), many(20, 300<<10), through},
+		{many(5, 4<<10), many(80, 290<<10), dropsPlugin},
+	} {
+		if got := synchronize(tt.pods, tt.containers); got != tt.want {
+			t.Errorf("%d pods and %d containers: %d, want %d", len(tt.pods), len(tt.containers), got, tt.want)
+		}
+	}
+}
+
 func many(n, bytes int) []int {
 	list := make([]int, n)
 	for i := range list {
@@ -189,7 +235,42 @@ func many(n, bytes int) []int {
 	return list
 }
 
-func serveContainers(t *testing.T, s containersapi.ContainersServer) *Containerd {
+type processes struct {
+	tasksapi.UnimplementedTasksServer
+	list []*task.Process
+}
+
+func (p processes) List(context.Context, *tasksapi.ListTasksRequest) (*tasksapi.ListTasksResponse, error) {
+	return &tasksapi.ListTasksResponse{Tasks: p.list}, nil
+}
+
+// NRI is not told of containers that have ended, which can be many.
+func TestEndedIsNotLarge(t *testing.T) {
+	var l listed
+	var p processes
+	for i := range 12 {
+		c, _ := long(t, fmt.Sprintf("c%d", i), 1<<20, false)
+		c.ID = fmt.Sprintf("%064d", i)
+		l.list = append(l.list, c)
+		if i < 3 {
+			p.list = append(p.list, &task.Process{ID: c.ID, Status: task.Status_RUNNING})
+		} else if i < 6 {
+			p.list = append(p.list, &task.Process{ID: c.ID, Status: task.Status_STOPPED})
+		}
+	}
+	with := func(s *grpc.Server) { tasksapi.RegisterTasksServer(s, p) }
+	if why, err := serveContainers(t, l, with).Large(t.Context()); err != nil || why != "" {
+		t.Errorf("three run, and Large says %q, %v", why, err)
+	}
+	for i := range 6 {
+		p.list = append(p.list, &task.Process{ID: l.list[6+i].ID, Status: task.Status_PAUSED})
+	}
+	if why, err := serveContainers(t, l, with).Large(t.Context()); err != nil || why == "" {
+		t.Errorf("nine run, and Large says nothing, %v", err)
+	}
+}
+
+func serveContainers(t *testing.T, s containersapi.ContainersServer, with ...func(*grpc.Server)) *Containerd {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "tw") // short: unix socket paths have little room
 	if err != nil {
@@ -201,6 +282,9 @@ func serveContainers(t *testing.T, s containersapi.ContainersServer) *Containerd
 	}
 	server := grpc.NewServer()
 	containersapi.RegisterContainersServer(server, s)
+	for _, register := range with {
+		register(server)
+	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()
 	c, err := Dial(filepath.Join(dir, "c.sock"))

@@ -23,7 +23,7 @@ var next = map[verify.Reason]string{
 	verify.ImageVolumeUnverified: `pull the image by its name; the detail says what was missing`,
 	verify.SnapshotterUnverified: "list it under `gate.snapshotters` if you trust it",
 	verify.RuntimeUnverified:     "list it under `gate.runtimes` if it does",
-	verify.PodTooLarge:           "put what is long into a file: a ConfigMap or Secret as a volume",
+	verify.PodTooLarge:           "put what is long into a file: a ConfigMap or Secret as a volume. Where it is the addresses of all services of the namespace, set `enableServiceLinks: false` in the pod",
 	verify.SourceUnreachable:     `look at the mirror; the next try asks again. Where the detail says that the blob is at another host, add that host where it says, if it is the registry's`,
 	verify.SourceUnauthorized:    "the detail says which: add the mirror's host and port to the file that `sources.credentials` names, give that user the right to pull, or set `realm` of the mirror to the host in the detail if that is where its tokens should come from",
 	verify.SourceNoReferrers:     "sign the image: `notation sign` and `oras cp -r` leave a tag there that says where signatures are (`--force-referrers-tag=false` of notation does not); or use a mirror with a Referrers API",
