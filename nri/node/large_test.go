@@ -190,7 +190,7 @@ func TestLarge(t *testing.T) {
 // Nothing that the gate lets be ends the runtime, however much there is of it.
 func TestAdmittedIsNotTooLarge(t *testing.T) {
 	random := rand.New(rand.NewPCG(7, 7))
-	for range 3000 {
+	for range 500 {
 		pods, containers := make([]int, random.IntN(120)), make([]int, random.IntN(240))
 		for _, list := range [][]int{pods, containers} {
 			most := 1 + random.IntN(330<<10) // what 300 KiB count for, with what is beside
