@@ -154,8 +154,7 @@ func TestLarge(t *testing.T) {
 		"a few long ones among others":        {pods: append(many(20, 100), many(4, 1<<20)...)}, // which NRI gets through in most orders
 		"the long ones last":                  {pods: append(many(20, 100), many(9, 1<<20)...), want: "pod team/p"},
 		"eleven that are a little too long":   {containers: many(11, 400<<10)},
-		"many that are a little too long":     {pods: many(40, 4<<10), containers: many(40, 350<<10)},
-		"few pods of many long containers":    {pods: many(5, 4<<10), containers: many(120, 280<<10), want: "container app of pod team/c"},
+		"many that are a little too long":     {pods: many(12, 4<<10), containers: many(16, 350<<10)},
 		"one that no message has room for":    {pods: []int{5 << 20}, want: "pod team/p0 (5"},
 		"together no more than fit a message": {containers: many(3, 1<<20)},
 	} {
@@ -248,8 +247,9 @@ func (p processes) List(context.Context, *tasksapi.ListTasksRequest) (*tasksapi.
 func TestEndedIsNotLarge(t *testing.T) {
 	var l listed
 	var p processes
+	one, _ := long(t, "c", 1<<20, false)
 	for i := range 12 {
-		c, _ := long(t, fmt.Sprintf("c%d", i), 1<<20, false)
+		c := proto.CloneOf(one)
 		c.ID = fmt.Sprintf("%064d", i)
 		l.list = append(l.list, c)
 		if i < 3 {
