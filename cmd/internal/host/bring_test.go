@@ -200,3 +200,95 @@ func TestBringAlone(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 }
+
+// TestBringEnforcesAtOnce: a node that joins gets a gate though nobody can say yet what it
+// would refuse. It audits until that is known.
+func TestBringEnforcesAtOnce(t *testing.T) {
+	const config, quiet = "version: 1\nmode: enforce # all\n", "version: 1\nmode: audit # all\n"
+	for name, tt := range map[string]struct {
+		files tree
+		bad   bool
+	}{
+		"nothing there":         {kubeadm, false},
+		"a gate that audited":   {kubeadm.with(tree{"/etc/tidewaiter/config.yaml": "mode: audit\n"}), false},
+		"what would be refused": {kubeadm, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := stage(t, tt.files)
+			s.away, s.Follow, s.Enforce, s.Restart = true, true, true, true
+			s.From = t.TempDir()
+			for name, text := range map[string]string{"config.yaml": config, "trustpolicy.json": "{}"} {
+				if err := os.WriteFile(filepath.Join(s.From, name), []byte(text), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if tt.bad {
+				s.gate.Running.Reasons = map[string]int{"SIGNATURE_MISSING": 1}
+			}
+			had := ""
+			look := s.Look
+			s.Look = func(ctx context.Context) (*control.Status, error) {
+				if had == "" {
+					had = s.text(t, "/etc/tidewaiter/config.yaml")
+				}
+				return look(ctx)
+			}
+			said := s.bring(t, 5*time.Minute, nil)
+			if s.away || had != quiet {
+				t.Errorf("the gate is away: %v; when it was asked it had %q", s.away, had)
+			}
+			want, end := config, string(Enforces)
+			if tt.bad {
+				want, end = quiet, "1 of what runs here would be refused"
+			}
+			if got := s.text(t, "/etc/tidewaiter/config.yaml"); got != want || len(said) < 2 || said[0] != string(Installed) || said[len(said)-1] != end {
+				t.Errorf("%q: %q", got, said)
+			}
+			if required := s.exists("/etc/containerd/conf.d/" + dropIn); required == tt.bad || !s.Enforce {
+				t.Errorf("containerd requires it: %v", required)
+			}
+		})
+	}
+	// A gate that enforced and does not answer is not made to audit.
+	s := stage(t, kubeadm.with(tree{"/etc/tidewaiter/config.yaml": config}))
+	s.away, s.Follow, s.Enforce, s.Restart = true, true, true, true
+	s.From = t.TempDir()
+	for name, text := range map[string]string{"config.yaml": config, "trustpolicy.json": "{}"} {
+		if err := os.WriteFile(filepath.Join(s.From, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, _ = s.Install(t.Context())
+	if got := s.text(t, "/etc/tidewaiter/config.yaml"); got != config {
+		t.Errorf("%q", got)
+	}
+}
+
+// TestBringLeavesOpen: what uninstall opened is not closed by who follows, only by hand.
+func TestBringLeavesOpen(t *testing.T) {
+	s, _ := following(t, "mode: audit\n")
+	s.bring(t, time.Minute, nil)
+	if err := os.WriteFile(filepath.Join(s.From, "config.yaml"), []byte("mode: enforce\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s.Enforce, s.Restart = true, true
+	s.bring(t, time.Minute, nil)
+	const required = "/etc/containerd/conf.d/" + dropIn
+	if !s.exists(required) {
+		t.Fatalf("containerd does not require the gate: %q", s.said)
+	}
+	out := *s.Installation
+	out.Follow, out.From, out.Restart = false, "", false
+	must(t, "uninstall", Opened)(out.Uninstall(t.Context()))
+	s.said = nil
+	s.bring(t, time.Hour, nil)
+	if s.exists(required) {
+		t.Error("it was closed")
+	}
+	s.heard(t, "warn: uninstall opened containerd at 20")
+	must(t, "by hand", Installed)(out.Install(t.Context()))
+	s.bring(t, time.Minute, nil)
+	if !s.exists(required) || !s.remembered().Opened.IsZero() || s.remembered().Pending {
+		t.Errorf("%+v", s.remembered())
+	}
+}

@@ -81,7 +81,9 @@ func files(dir string) (map[string][]byte, error) {
 // follow makes the configuration on the host the one in i.From, in one step, if it is
 // valid there, and if it may be in force: where it enforces and the one before did not,
 // what runs is judged first, since the gate reads it within a moment. gate is what the
-// gate that runs says; nil: none answers. undo goes back to the one before.
+// gate that runs says; nil: none answers. Then nobody can judge, and a gate that is never
+// begun never could: for following, a configuration that enforces first gets to the host
+// with mode: audit, and i.Enforce is off, for one round. undo goes back to the one before.
 func (i *Installation) follow(ctx context.Context, gate *control.Status) (changed bool, undo func() error, err error) {
 	undo = func() error { return nil }
 	want, err := files(i.From)
@@ -93,6 +95,17 @@ func (i *Installation) follow(ctx context.Context, gate *control.Status) (change
 		return false, nil, err
 	}
 	fresh := err != nil
+	first := false
+	if gate == nil && i.Enforce && !i.Force && i.Follow && i.Manager.start() != nil {
+		audits := fresh
+		if !fresh { // a gate that enforced is not made to audit
+			mode, err := i.Load(ctx, i.ConfigDir)
+			audits = err == nil && mode != "enforce"
+		}
+		if first = audits && audited(want); first {
+			i.Enforce = false
+		}
+	}
 	if maps.EqualFunc(want, have, slices.Equal) {
 		return false, undo, nil
 	}
@@ -149,12 +162,26 @@ func (i *Installation) follow(ctx context.Context, gate *control.Status) (change
 		return false, nil, err
 	}
 	i.Say("did", "copied the configuration to %s", i.ConfigDir)
+	if first {
+		i.Say("did", "with mode: audit, until the gate runs and what runs here is judged")
+	}
 	return true, func() error {
 		if fresh {
 			return os.RemoveAll(i.Path(i.ConfigDir))
 		}
 		return swap()
 	}, nil
+}
+
+// audited has the config.yaml of a configuration that enforces audit, where that is one
+// line of it.
+func audited(files map[string][]byte) bool {
+	const name = "config.yaml"
+	if len(enforces.FindAll(files[name], 2)) != 1 {
+		return false
+	}
+	files[name] = enforces.ReplaceAll(files[name], []byte("${1}audit${2}"))
+	return true
 }
 
 // mayFollow refuses a configuration that enforces where none was in force that did, and

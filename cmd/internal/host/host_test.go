@@ -1002,6 +1002,35 @@ func TestPurgeBesideAnotherGate(t *testing.T) {
 	}
 }
 
+// TestPurgeOfShared leaves what may hold other things than the gate's.
+func TestPurgeOfShared(t *testing.T) {
+	for state, goes := range map[string]bool{
+		"/var/lib": false, "/var/lib/other": false, "/data/gate": true, "/data/tidewaiter-1": true, "/var/lib/tidewaiter": true, "/var/tidewaiter": true,
+	} {
+		s := stage(t, kubeadm.with(tree{state + "/precious": "x"}))
+		if state == "/data/gate" {
+			s.write(t, state+"/store/x", "")
+		}
+		s.StateDir = state
+		s.Purge, s.away = true, true
+		must(t, "uninstall", Removed)(s.Uninstall(t.Context()))
+		if s.exists(state+"/precious") == goes {
+			t.Errorf("%s: gone: %v", state, !goes)
+		}
+		if !goes {
+			s.heard(t, "warn: "+state+" stays")
+		}
+	}
+	s := stage(t, kubeadm.with(tree{"/var/lib/precious": "x"}))
+	s.StateDir = "/var/lib"
+	must(t, "install", Installed)(s.Install(t.Context()))
+	s.Purge = true
+	must(t, "uninstall", Removed)(s.Uninstall(t.Context()))
+	if !s.exists("/var/lib/precious") || s.exists("/var/lib/install.json") || s.exists("/etc/tidewaiter") {
+		t.Error("not what is the gate's is gone, and the rest there")
+	}
+}
+
 // TestLogs names logs that there are.
 func TestLogs(t *testing.T) {
 	for name, want := range map[string]string{"systemd": "journalctl", "openrc": "/var/log/tidewaiter.log", "none": "/opt/gate run"} {

@@ -151,7 +151,7 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 		return "", err
 	}
 	defer release()
-	defer func(self []byte, keep bool) { i.Self, i.Keep = self, keep }(i.Self, i.Keep)
+	defer func(self []byte, keep, enforce bool) { i.Self, i.Keep, i.Enforce = self, keep, enforce }(i.Self, i.Keep, i.Enforce)
 	old, err := i.program()
 	switch {
 	case err != nil:
@@ -213,7 +213,9 @@ func (i *Installation) Install(ctx context.Context) (Result, error) {
 		if mode, err = i.mode(ctx); err != nil {
 			return "", err
 		}
-		if need, err = i.requirement(ctx, before); err != nil {
+		if at := i.remembered().Opened; i.Follow && !at.IsZero() {
+			i.Say("warn", "uninstall opened containerd at %s, and it stays so: tidewaiter install --enforce on the host has it require the gate again", at.UTC().Format(time.RFC3339))
+		} else if need, err = i.requirement(ctx, before); err != nil {
 			return "", err
 		}
 	}
@@ -294,7 +296,11 @@ func (i *Installation) mayEnforce(ctx context.Context) error {
 	if i.Force {
 		return nil
 	}
-	first := "with mode: audit in " + path.Join(i.ConfigDir, "config.yaml") + ": tidewaiter install, then tidewaiter status; --force enforces all the same"
+	where := i.ConfigDir
+	if i.From != "" {
+		where = i.From
+	}
+	first := "with mode: audit in " + path.Join(where, "config.yaml") + ": tidewaiter install, then tidewaiter status; --force enforces all the same"
 	asked := i.Now()
 	s, err := i.Look(ctx)
 	if err != nil {
@@ -890,6 +896,14 @@ func (i *Installation) Uninstall(ctx context.Context) (Result, error) {
 	if len(gateFiles) == 0 && len(opening) == 0 && !i.Purge {
 		return Nothing, nil
 	}
+	var purged []string
+	for _, dir := range []string{i.ConfigDir, i.StateDir, i.RunDir} {
+		if i.Purge && !i.owns(dir, r) {
+			i.Say("warn", "%s stays: it may hold what is not the gate's; remove by hand what is", dir)
+		} else if i.Purge {
+			purged = append(purged, dir)
+		}
+	}
 	if err := i.Manager.run(ctx, before); err != nil {
 		i.Say("warn", "%v", err)
 	}
@@ -904,11 +918,10 @@ func (i *Installation) Uninstall(ctx context.Context) (Result, error) {
 	}
 	var shared error
 	if i.Purge {
-		dirs := []string{i.ConfigDir, i.StateDir, i.RunDir}
 		if shared = i.shared(); shared != nil {
-			dirs = dirs[:1]
+			purged = slices.DeleteFunc(purged, func(dir string) bool { return dir != i.ConfigDir })
 		}
-		for _, dir := range dirs {
+		for _, dir := range purged {
 			if err := os.RemoveAll(i.Path(dir)); err != nil {
 				return "", err
 			}
@@ -922,6 +935,21 @@ func (i *Installation) Uninstall(ctx context.Context) (Result, error) {
 		return "", shared
 	}
 	return Removed, nil
+}
+
+// owns reports whether a directory can be told to be the gate's, and not one that others
+// have things in, too: nothing that install did not make is deleted for its flag alone.
+func (i *Installation) owns(dir string, r record) bool {
+	if slices.ContainsFunc(strings.Split(dir, "/"), func(name string) bool { return strings.HasPrefix(name, gate) }) {
+		return true
+	}
+	if above := path.Dir(dir); above == "/var" || above == "/usr" { // whatever a gate left there
+		return false
+	}
+	if !i.exists(dir) || slices.Contains(r.Directories, dir) {
+		return true
+	}
+	return slices.ContainsFunc([]string{"install.json", "config.yaml", "store", control.SocketName}, func(name string) bool { return i.exists(path.Join(dir, name)) })
 }
 
 // shared fails where a gate lives here after the service has ended, such as a pod's: its

@@ -256,6 +256,9 @@ func (h *Host) open(extra, configs []string) ([]Change, error) {
 // audits is the line that is changed to enforce.
 var audits = regexp.MustCompile(`(?m)^(mode:[ \t]+["']?)audit(["']?[ \t]*(?:#.*)?\r?)$`)
 
+// enforces is the line that is changed to audit.
+var enforces = regexp.MustCompile(`(?m)^(mode:[ \t]+["']?)enforce(["']?[ \t]*(?:#.*)?\r?)$`)
+
 // enforced changes mode in a config.yaml, and nothing else of it.
 func (h *Host) enforced(file string) ([]Change, error) {
 	raw, err := h.read(file)
