@@ -85,6 +85,7 @@ type copies struct {
 	names  []verify.Name
 	record Record // one of them
 	draw   uint64 // where in the period it has its time
+	unsafe bool   // not to be looked at unless it is asked for by its name
 
 	plan        *RefreshPlan // under which the following was found out; nil: not yet
 	requirement [32]byte     // zero: nothing is to be asked
@@ -161,19 +162,16 @@ func (r *Refresher) ring() {
 }
 
 // has says which images the node has, as the survey sees them, and which of them
-// are not to be looked at.
+// are not to be looked at: a process may have died of it. Who names one wants that.
 func (r *Refresher) has(items map[string]*item, skips func(digest.Digest) bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	images := map[copied]*copies{}
 	for _, i := range items {
-		if skips(i.record.Target.Digest) {
-			continue
-		}
 		key := copied{i.name.Repository(), plain(i.record.Target)}
 		c := images[key]
 		if c == nil {
-			c = &copies{record: i.record, draw: r.draw(key)}
+			c = &copies{record: i.record, draw: r.draw(key), unsafe: skips(i.record.Target.Digest)}
 			if old := r.images[key]; old != nil {
 				*c = *old
 				c.names = nil
@@ -256,7 +254,7 @@ func (r *Refresher) assess(ctx context.Context) {
 	p := r.plan
 	todo := map[copied]copies{}
 	for key, c := range r.images {
-		if p != nil && c.plan != p {
+		if p != nil && c.plan != p && !c.unsafe {
 			todo[key] = *c
 		}
 	}
@@ -521,7 +519,7 @@ func (r *Refresher) command(names []verify.Name) ([]copied, error) {
 	}
 	chosen := map[copied]string{}
 	for key, c := range r.images {
-		if len(names) == 0 {
+		if len(names) == 0 && !c.unsafe {
 			chosen[key] = c.names[0].String()
 		}
 	}

@@ -392,6 +392,39 @@ func TestRefreshImages(t *testing.T) {
 	})
 }
 
+// An image that a process perhaps died of is asked about for who names it alone.
+func TestRefreshInHand(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := mirror(t, 1)
+		m.Dir = t.TempDir()
+		bad := m.image("bad")
+		m.image("c")
+		if err := os.WriteFile(filepath.Join(m.Dir, inflightFile), []byte(bad.manifest.Digest.String()+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		m.configure(time.Hour, rules{"bad": 1, "c": 1})
+		m.start()
+		defer m.end()
+		time.Sleep(3 * time.Hour)
+		synctest.Wait()
+		asked, _ := m.take()
+		slices.Sort(asked)
+		wants(t, "in some hours", slices.Compact(asked), "c")
+		refresh := func(names ...verify.Name) {
+			t.Helper()
+			if err := m.Refresh(t.Context(), names, func(Refreshed) error { return nil }); err != nil {
+				t.Error(err)
+			}
+		}
+		refresh()
+		asked, _ = m.take()
+		wants(t, "for all", asked, "c")
+		refresh(verify.Name{Host: "r.example", Path: "bad"})
+		asked, _ = m.take()
+		wants(t, "by its name", asked, "bad")
+	})
+}
+
 // A gate that is started again with another configuration finds out what is new in
 // it; with the same one, or after the node started, nothing is.
 func TestRefreshRestart(t *testing.T) {
