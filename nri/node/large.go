@@ -54,8 +54,8 @@ type large struct {
 
 // Large says which pods and containers keep the runtime from telling a plugin of all
 // that there are when it registers, or is empty where none do. It waits for containerd
-// and reads the records of all containers, pause containers for pods, one at a time.
-// Pods whose runtime keeps no pause container (Kata's own sandboxes) are not seen.
+// and reads the records of all containers of CRI, pause containers for pods, one at a
+// time. Pods whose runtime keeps no pause container (Kata's own sandboxes) are not seen.
 func (c *Containerd) Large(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithCancel(ctx) // ends the stream where it is left early
 	defer cancel()
@@ -65,6 +65,7 @@ func (c *Containerd) Large(ctx context.Context) (string, error) {
 		return "", wrap("containers", err)
 	}
 	var pods, containers []int // bytes of each
+	sum := 0                   // of all
 	var most []large           // the longest of them, longest first
 	for {
 		r, err := s.Recv()
@@ -78,15 +79,16 @@ func (c *Containerd) Large(ctx context.Context) (string, error) {
 			return "", wrap("containers", err)
 		}
 		ctr := r.GetContainer()
-		l := sizeOf(ctr)
-		switch {
-		case Kind(ctr.GetLabels()[labelKind]) == KindSandbox:
-			pods = append(pods, l.size)
-		case live == nil || live[ctr.GetID()]:
-			containers = append(containers, l.size)
-		default:
-			continue // it has ended, and NRI is not told of it
+		list := &containers
+		switch kind := Kind(ctr.GetLabels()[labelKind]); {
+		case kind == KindSandbox:
+			list = &pods
+		case kind != KindContainer, live != nil && !live[ctr.GetID()]:
+			continue // NRI is not told of it: it is not CRI's, or has ended
 		}
+		l := sizeOf(ctr)
+		*list = append(*list, l.size)
+		sum += l.size
 		at, _ := slices.BinarySearchFunc(most, l, func(a, b large) int { return cmp.Compare(b.size, a.size) })
 		if at < maxNamed {
 			most = slices.Insert(most, at, l)
@@ -95,12 +97,6 @@ func (c *Containerd) Large(ctx context.Context) (string, error) {
 	}
 	if !tooLarge(pods, containers) {
 		return "", nil
-	}
-	sum := 0
-	for _, list := range [][]int{pods, containers} {
-		for _, n := range list {
-			sum += n
-		}
 	}
 	var names []string
 	for _, l := range most {

@@ -243,7 +243,8 @@ func (p processes) List(context.Context, *tasksapi.ListTasksRequest) (*tasksapi.
 	return &tasksapi.ListTasksResponse{Tasks: p.list}, nil
 }
 
-// NRI is not told of containers that have ended, which can be many.
+// NRI is not told of containers that have ended, which can be many, nor of those that
+// are not CRI's.
 func TestEndedIsNotLarge(t *testing.T) {
 	var l listed
 	var p processes
@@ -257,6 +258,12 @@ func TestEndedIsNotLarge(t *testing.T) {
 		} else if i < 6 {
 			p.list = append(p.list, &task.Process{ID: c.ID, Status: task.Status_STOPPED})
 		}
+	}
+	p.list = append(p.list, &task.Process{ID: one.ID, Status: task.Status_RUNNING})
+	foreign := proto.CloneOf(one)
+	foreign.Labels = nil
+	for range 12 {
+		l.list = append(l.list, foreign)
 	}
 	with := func(s *grpc.Server) { tasksapi.RegisterTasksServer(s, p) }
 	if why, err := serveContainers(t, l, with).Large(t.Context()); err != nil || why != "" {
