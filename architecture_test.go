@@ -37,7 +37,13 @@ type file struct {
 func (f *file) dir() string { return path.Dir(f.path) }
 
 // support reports whether f belongs to a package that only tests use.
-func (f *file) support() bool { return strings.HasSuffix(path.Base(f.dir()), "test") }
+func (f *file) support() bool { return supports(f.dir()) }
+
+// supports reports whether the package in dir is test support. The self-test of a node
+// is a part of the product.
+func supports(dir string) bool {
+	return strings.HasSuffix(dir, "test") && path.Base(dir) != "selftest"
+}
 
 // shipped reports whether f can end up in the binary.
 func (f *file) shipped() bool { return !f.tests && !f.support() }
@@ -140,31 +146,71 @@ func accepts(t *testing.T, check func(*file) []string, name, src string) {
 }
 
 // imported says what is wrong with the imports of f (DESIGN.md, "Rooms"):
-// verify imports nothing of ours, its children and cache import verify alone, nri
-// imports verify and not its children, and cmd assembles. Nothing that ships
+// verify imports nothing of ours but the reader of documents (verify/oci) and the cleaning
+// of strings (verify/text), since both import nothing of ours; every room may use these
+// two. The children of verify, and cache, import verify alone, nri imports verify and
+// not its children, deploy stands beside cmd and imports nothing of it, and cmd assembles. Nothing that ships
 // imports a package of test support.
 func imported(f *file) (problems []string) {
 	for _, p := range f.imports() {
 		ours, is := strings.CutPrefix(p, module+"/")
 		var ok bool
 		switch {
-		case is && (ours == f.dir() && f.tests || strings.HasSuffix(ours, "test") && !f.shipped()):
+		case is && (ours == f.dir() && f.tests || supports(ours) && !f.shipped()):
 			ok = true // a test of a package from outside; test support
-		case is && strings.HasSuffix(ours, "test"):
+		case is && supports(ours):
 		case f.under("cmd"):
 			ok = true
 		case is && strings.HasPrefix(ours, "cmd/"):
-		case f.dir() == "verify":
+		case f.under("deploy"):
+			ok = !is || !above(f, ours) // the go command keeps cmd/internal from it
+		case f.under("verify/text"):
+			ok = standard(p) // every room imports it, the reader of documents too
+		case ours == "verify/text":
+			ok = true
+		case f.dir() == "verify" && (ours == "verify/oci" || ours == "verify/evidence" || ours == "verify/requirement"):
+			ok = true // what is found, and what is asked of it, are rooms of their own
+		case f.dir() == "verify/evidence" && ours == "verify/oci":
+			ok = true // how evidence lies in documents; its kinds have rooms below
+		case f.dir() == "verify" || f.under("verify/oci") || f.under("verify/requirement") || f.dir() == "verify/evidence":
 			ok = !is && (standard(p) || p == "github.com/opencontainers/go-digest" ||
 				strings.HasPrefix(p, "github.com/opencontainers/image-spec/"))
-		case f.under("verify/source/store") && ours == "verify/source/layout":
-			ok = true // the store is a layout that is written, too: it is read by the same functions
+		case f.under("verify/durable"):
+			// Files and locks only: every room that keeps something on the disk uses it.
+			ok = !is && (standard(p) || p == "golang.org/x/sys/unix")
+		case ours == "verify/durable" && (f.under("verify/source") || f.under("nri")):
+			ok = true
+		case (f.under("verify/source/store") || f.under("verify/source/archives") || f.under("verify/source/catalog")) && ours == "verify/source/layout":
+			ok = true // the store and the archives are layouts, too: they are read by the same functions
+		case (f.under("verify/source/store") || f.under("verify/source/archives")) && ours == "verify/source/catalog":
+			ok = true // the store hands over what archives have among its own, by one order
+		case f.under("verify/source/store") && f.tests && ours == "verify/source/archives":
+			ok = true // the store knows them by an interface; tests have both
+		case f.under("verify/archive"):
+			// It exports, inspects and imports what the sources read and the kinds check; its
+			// tests make evaluators from configuration directories. Configuration, platforms
+			// and control socket are handed in by the verbs.
+			ok = !is && !strings.HasPrefix(p, "github.com/containerd/") || ours == "verify" || strings.HasPrefix(ours, "verify/") || f.tests && ours == "deploy/config"
 		case f.under("verify"):
-			ok = !is && !strings.HasPrefix(p, "github.com/containerd/") || ours == "verify"
+			ok = !is && !strings.HasPrefix(p, "github.com/containerd/") || ours == "verify" || ours == "verify/oci" || ours == "verify/evidence"
 		case f.under("cache"):
-			ok = ours == "verify" || !is && (standard(p) || f.tests || strings.HasPrefix(p, "github.com/hashicorp/golang-lru/v2"))
+			ok = ours == "verify" || !is && (standard(p) || f.tests || strings.HasPrefix(p, "github.com/hashicorp/golang-lru/v2") ||
+				p == "github.com/opencontainers/image-spec/specs-go/v1") // of which the methods of verify's interfaces speak
+		case f.under("nri/tally"):
+			// A count and a model of what NRI does: whoever reads lengths hands them in.
+			ok = ours == "verify" || !is && standard(p)
+		case f.under("nri/containerd"):
+			// What containerd has and what containers run. It knows neither the hook, which
+			// asks it through an interface of its own, nor the work in the background.
+			ok = ours == "verify" || ours == "verify/oci" || ours == "nri/tally" || ours == "nri/containerd/certsd" || !is
+		case f.under("nri/reconcile"):
+			// Work in the background, which no hook waits for and which asks containerd
+			// through package containerd alone.
+			ok = ours == "verify" || ours == "nri/containerd" || ours == "nri/tally" || !is && !strings.HasPrefix(p, "github.com/containerd/nri") &&
+				(f.tests || !strings.HasPrefix(p, "github.com/containerd/"))
 		case f.under("nri"):
-			ok = !is || ours == "verify" || ours == "nri" || strings.HasPrefix(ours, "nri/")
+			// NRI alone: the resolver is handed in.
+			ok = ours == "verify" || ours == "nri/tally" || !is && !strings.HasPrefix(p, "github.com/containerd/containerd")
 		default:
 			ok = !is
 		}
@@ -173,6 +219,25 @@ func imported(f *file) (problems []string) {
 		}
 	}
 	return problems
+}
+
+// above reports whether a room of deploy stands above the one that f is in. The machine
+// (node) knows nothing of install, and neither knows doctor and selftest, which look at the
+// result, so that each can be read without the next. The files that
+// are read (config) and the questions that are asked (control) know none of them.
+func above(f *file, ours string) bool {
+	for _, floor := range []struct {
+		rooms, above []string
+	}{
+		{[]string{"deploy/config", "deploy/control"}, []string{"deploy/node", "deploy/install", "deploy/doctor", "deploy/selftest"}},
+		{[]string{"deploy/node"}, []string{"deploy/config", "deploy/install", "deploy/doctor", "deploy/selftest"}},
+		{[]string{"deploy/install"}, []string{"deploy/doctor", "deploy/selftest"}},
+	} {
+		if slices.ContainsFunc(floor.rooms, f.under) && slices.ContainsFunc(floor.above, func(room string) bool { return ours == room || strings.HasPrefix(ours, room+"/") }) {
+			return true
+		}
+	}
+	return false
 }
 
 // standard reports whether p is of the standard library.
@@ -196,21 +261,49 @@ func TestImports(t *testing.T) {
 		{"verify/x.go", module + "/cache"},
 		{"verify/x.go", module + "/verify/policy"},
 		{"verify/x_test.go", module + "/cache"},
+		{"verify/oci/x.go", module + "/verify"},
+		{"verify/text/x.go", module + "/verify"},
+		{"verify/text/x.go", module + "/verify/oci"},
+		{"verify/text/x.go", "golang.org/x/text/width"},
 		{"verify/x.go", "golang.org/x/sync/errgroup"},
-		{"verify/notary/x.go", module + "/verify/policy"},
-		{"verify/notary/x.go", module + "/verify/notary/notarytest"},
-		{"verify/notary/x.go", module + "/nri"},
-		{"verify/notary/x.go", "github.com/containerd/errdefs"},
-		{"verify/notary/x_test.go", module + "/verify/policy"},
-		{"verify/source/mirror/x.go", module + "/verify/source/layout"},
+		{"verify/durable/x.go", module + "/verify"},
+		{"verify/x.go", module + "/verify/durable"},
+		{"cache/x.go", module + "/verify/durable"},
+		{"verify/evidence/notary/x.go", module + "/verify/policy"},
+		{"verify/evidence/notary/x.go", module + "/verify/evidence/notary/notarytest"},
+		{"verify/evidence/notary/x.go", module + "/nri"},
+		{"verify/evidence/notary/x.go", "github.com/containerd/errdefs"},
+		{"verify/evidence/notary/x_test.go", module + "/verify/policy"},
+		{"verify/source/registry/x.go", module + "/verify/source/layout"},
+		{"verify/source/registry/x.go", module + "/verify/evidence/notary"},
+		{"verify/evidence/x.go", module + "/verify"},
+		{"verify/requirement/x.go", module + "/verify"},
 		{"verify/source/layout/x.go", module + "/verify/source/store"},
-		{"verify/source/store/x.go", module + "/verify/source/mirror"},
+		{"verify/source/store/x.go", module + "/verify/source/registry"},
+		{"verify/source/store/x.go", module + "/verify/source/archives"},
+		{"verify/source/archives/x.go", module + "/verify/source/store"},
+		{"verify/archive/x.go", module + "/deploy/config"},
+		{"verify/archive/x.go", module + "/deploy/control"},
+		{"verify/archive/x.go", "github.com/containerd/platforms"},
 		{"cache/x.go", module + "/nri"},
-		{"cache/x.go", module + "/verify/notary"},
+		{"cache/x.go", module + "/verify/evidence/notary"},
 		{"cache/x.go", "golang.org/x/sync/singleflight"},
+		{"nri/x.go", module + "/nri/containerd"},
+		{"nri/x.go", module + "/nri/reconcile"},
+		{"nri/containerd/x.go", module + "/nri"},
+		{"nri/containerd/x.go", module + "/nri/reconcile"},
+		{"nri/reconcile/x.go", module + "/nri"},
+		{"nri/reconcile/x.go", "github.com/containerd/containerd/api/services/containers/v1"},
+		{"nri/tally/x.go", module + "/nri/containerd"},
 		{"nri/x.go", module + "/verify/policy"},
-		{"nri/node/x.go", module + "/cache"},
-		{"nri/x.go", module + "/cmd/internal/config"},
+		{"nri/containerd/x.go", module + "/cache"},
+		{"nri/x.go", module + "/deploy/config"},
+		{"nri/x.go", module + "/deploy/control"},
+		{"deploy/node/x.go", module + "/cmd/internal/inspect"},
+		{"deploy/node/x.go", module + "/deploy/install"},
+		{"deploy/node/x.go", module + "/deploy/config/stage"},
+		{"deploy/install/x.go", module + "/deploy/doctor"},
+		{"deploy/control/x.go", module + "/deploy/node"},
 		{"cmd/tidewaiter/x.go", module + "/verify/source/sourcetest"},
 		{"x.go", module + "/verify"},
 	} {
@@ -219,15 +312,30 @@ func TestImports(t *testing.T) {
 	for _, tt := range [][2]string{
 		{"verify/x.go", "context"},
 		{"verify/x.go", "github.com/opencontainers/image-spec/specs-go/v1"},
-		{"verify/notary/x.go", module + "/verify"},
-		{"verify/notary/x_test.go", module + "/verify/notary/notarytest"},
-		{"verify/notary/x_test.go", module + "/verify/notary"},
+		{"verify/evidence/notary/x.go", module + "/verify"},
+		{"verify/x.go", module + "/verify/oci"},
+		{"verify/x.go", module + "/verify/text"},
+		{"verify/oci/x.go", module + "/verify/text"},
+		{"cache/x.go", module + "/verify/text"},
+		{"nri/reconcile/x.go", module + "/verify/text"},
+		{"verify/source/registry/x.go", module + "/verify/oci"},
+		{"nri/containerd/x.go", module + "/verify/oci"},
+		{"verify/evidence/notary/x_test.go", module + "/verify/evidence/notary/notarytest"},
+		{"verify/evidence/notary/x_test.go", module + "/verify/evidence/notary"},
 		{"verify/source/sourcetest/x.go", module + "/verify"},
 		{"cache/x.go", module + "/verify"},
-		{"nri/x.go", module + "/nri/node"},
+		{"nri/x.go", module + "/nri/tally"},
+		{"nri/reconcile/x.go", module + "/nri/containerd"},
 		{"verify/source/store/x.go", module + "/verify/source/layout"},
+		{"verify/source/store/x.go", module + "/verify/durable"},
+		{"nri/x.go", module + "/verify/durable"},
+		{"verify/source/store/x.go", module + "/verify/source/catalog"},
+		{"verify/archive/x.go", module + "/verify/source/archives"},
+		{"verify/source/store/x_test.go", module + "/verify/source/archives"},
 		{"nri/x.go", "github.com/containerd/nri/pkg/api"},
 		{"cmd/tidewaiter/x.go", module + "/verify/policy"},
+		{"deploy/install/x.go", module + "/deploy/node"},
+		{"deploy/doctor/x.go", module + "/deploy/install"},
 	} {
 		accepts(t, imported, tt[0], imports(tt[1]))
 	}
@@ -263,13 +371,13 @@ func TestDependencies(t *testing.T) {
 		t.Fatalf("go list knows %d dependencies of verify", len(core))
 	}
 	forbid("verify", core, func(p string) bool {
-		return !standard(p) && !strings.HasPrefix(p, "vendor/") && p != module+"/verify" &&
+		return !standard(p) && !strings.HasPrefix(p, "vendor/") && p != module+"/verify" && p != module+"/verify/oci" && p != module+"/verify/text" && p != module+"/verify/evidence" && p != module+"/verify/requirement" &&
 			!strings.HasPrefix(p, "github.com/opencontainers/go-digest") && !strings.HasPrefix(p, "github.com/opencontainers/image-spec/") ||
 			p == "net/http" || p == "os/exec"
 	})
 	forbid("verify/...", deps("./verify/..."), func(p string) bool { return strings.HasPrefix(p, "github.com/containerd/") })
 	forbid("cache", deps("./cache"), func(p string) bool {
-		return strings.HasPrefix(p, module+"/") && p != module+"/verify" && p != module+"/cache" || p == "net/http"
+		return strings.HasPrefix(p, module+"/") && p != module+"/verify" && p != module+"/verify/oci" && p != module+"/verify/text" && p != module+"/verify/evidence" && p != module+"/verify/requirement" && p != module+"/cache" || p == "net/http"
 	})
 	if exists("cmd/tidewaiter") {
 		forbid("the binary", deps("./cmd/tidewaiter"), unwanted)
@@ -307,7 +415,7 @@ func unwanted(p string) bool {
 			return true
 		}
 	}
-	return p == "testing" || strings.HasPrefix(p, module+"/") && strings.HasSuffix(p, "test")
+	return p == "testing" || strings.HasPrefix(p, module+"/") && supports(p)
 }
 
 // setters says where a file of package verify lets an image run elsewhere than in
@@ -436,7 +544,7 @@ func TestTwoFunctionsAllow(t *testing.T) {
 	}
 	// Each sets it once. allow is called where a signature meets the rule and where
 	// a file of the node lists the digest, audit where a Decision leaves.
-	for name, callers := range map[string][]string{"allow": {"Judge", "ask"}, "audit": {"seal"}} {
+	for name, callers := range map[string][]string{"allow": {"Renew", "ask", "run"}, "audit": {"seal"}} {
 		var from []string
 		declared, set, all, calls := 0, 0, 0, 0
 		look(t, core, func(f *file) []string {
@@ -590,7 +698,7 @@ func clocks(f *file) (problems []string) {
 }
 
 func TestClock(t *testing.T) {
-	look(t, func(f *file) bool { return f.shipped() && !f.under("cmd") }, clocks)
+	look(t, func(f *file) bool { return f.shipped() && !f.under("cmd") && !f.under("deploy") }, clocks)
 	for _, src := range []string{
 		"import \"time\"\nvar t = time.Now()",
 		"import \"time\"\nvar now = time.Now",
@@ -607,6 +715,25 @@ func TestClock(t *testing.T) {
 	accepts(t, clocks, "nri/x.go", "package nri\nimport \"crypto/x509\"\nvar o = x509.VerifyOptions{CurrentTime: now}")
 }
 
+// TestKindsByNameAlone: the core and the sources know evidence by its kind, and none of
+// the kinds. The archives' export knows the one that it exports.
+func TestKindsByNameAlone(t *testing.T) {
+	says := func(f *file) (problems []string) {
+		for i, l := range strings.Split(string(f.src), "\n") {
+			if l := strings.ReplaceAll(strings.ToLower(l), "annotation", ""); strings.Contains(l, "notary") || strings.Contains(l, "notation") {
+				problems = append(problems, fmt.Sprintf("%s:%d names a kind of evidence", f.path, i+1))
+			}
+		}
+		return problems
+	}
+	look(t, func(f *file) bool {
+		return f.shipped() && (f.dir() == "verify" || f.dir() == "verify/evidence" || f.under("verify/source") || f.under("verify/requirement"))
+	}, says)
+	refuses(t, says, "verify/x.go", "package verify\n\n// For Notary Project signatures.")
+	refuses(t, says, "verify/x.go", "package verify\n\nconst x = \"notation\"")
+	accepts(t, says, "verify/x.go", "package verify\n\n// An annotation.")
+}
+
 // TestCoreIsShort: the core is what an auditor reads in an afternoon.
 func TestCoreIsShort(t *testing.T) {
 	const limit = 1500
@@ -619,6 +746,25 @@ func TestCoreIsShort(t *testing.T) {
 	})
 	if lines >= limit || lines < 100 {
 		t.Errorf("package verify has %d lines without tests, want fewer than %d", lines, limit)
+	}
+}
+
+// TestSizes: what does not fit on a few screens is more than one thing, and so is a room
+// that takes a day to read. Rooms that were split are held to that.
+func TestSizes(t *testing.T) {
+	const most, room = 500, 3000
+	for _, dir := range []string{"deploy/node", "deploy/install", "deploy/doctor", "deploy/selftest", "deploy/control"} {
+		lines := 0
+		look(t, func(f *file) bool { return f.dir() == dir && !f.tests }, func(f *file) (problems []string) {
+			n := bytes.Count(f.src, []byte{'\n'})
+			if lines += n; n > most {
+				problems = append(problems, fmt.Sprintf("%s has %d lines, want at most %d: split it by what it knows", f.path, n, most))
+			}
+			return problems
+		})
+		if lines > room {
+			t.Errorf("%s has %d lines without tests, want at most %d", dir, lines, room)
+		}
 	}
 }
 
@@ -647,7 +793,7 @@ func TestTopLevel(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rooms := []string{"cmd", "nri", "verify", "cache", "deploy", "test", "docs", ".ci", ".github"}
+	rooms := []string{"cmd", "nri", "verify", "cache", "deploy", "test", "docs", "findings", ".ci", ".github"}
 	notOurs := []string{".git", "bin", "dist"} // git's, and what .gitignore names
 	seen := 0
 	for _, e := range list {
@@ -693,7 +839,7 @@ func TestNothingBuilt(t *testing.T) {
 // type, as calling text/template does, and with that the binary stays small
 // (DESIGN.md, "Targets": 20 MB).
 func TestBinary(t *testing.T) {
-	const limit = 18 << 20
+	const limit = 19 << 20
 	binary := filepath.Join(t.TempDir(), "tidewaiter")
 	build := exec.Command("go", "build", "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w", "-o", binary, "./cmd/tidewaiter")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")

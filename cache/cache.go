@@ -2,10 +2,10 @@
 // run at once small, so that the hook answers from memory (DESIGN.md, "The hook
 // does not wait on the network").
 //
-// A [Cache] is a [verify.Judge] in front of another, usually the Engine. It hands
-// out nothing that the Judge behind it did not answer, except denials of its own:
+// A [Cache] is a [verify.Evaluator] in front of another, usually the Engine. It hands
+// out nothing that the Evaluator behind it did not answer, except denials of its own:
 // PENDING while the work goes on, OVERLOADED where there is no room for it, and
-// INTERNAL where the Judge behind it panicked.
+// INTERNAL where the Evaluator behind it panicked.
 //
 // A yes is about content and a requirement and holds under every name. A no also
 // depends on where signatures were looked for, so it holds only under the host and
@@ -15,7 +15,6 @@ package cache
 
 import (
 	"context"
-	"fmt"
 	"sync"
 	"time"
 
@@ -30,11 +29,28 @@ type Options struct {
 	Allowed  int           // answers that allow, kept at most; default 4096
 	Denied   int           // answers that deny, kept at most; default 1024
 	DenyFor  time.Duration // longest that a denial is kept; default 30 s, negative: none is kept
-	Flights  int           // verifications at once; default 2
-	Queue    int           // verifications that wait for their turn, and as many ahead of time; default 64, negative: none waits
-	Deadline time.Duration // of one verification from its start; default 60 s
+	Flights  int           // verifications at once, and as many at once by Near; default 2
+	Queue    int           // verifications that wait for their turn, as many ahead of time, and as many again for Near; default 64, negative: none waits
+	Deadline time.Duration // of one verification from its start, and of one by Near; default 60 s
 
 	Now func() time.Time // required
+
+	// Near answers by what is on the node, without network, and is asked first. It has
+	// turns of its own, so that no registry holds up what needs none. Nil: there is
+	// nothing on the node. What it does not allow goes on to the Evaluator behind if Beyond,
+	// which must be there with Near, says that more can be found for images of that name.
+	Near   verify.Evaluator
+	Beyond func(verify.Name) bool
+
+	// Named reports whether the configuration names the host of an image, and whether it
+	// names that very repository. It says who takes turns with whom; see queue. Nil:
+	// it names none.
+	Named func(verify.Name) (host, repository bool)
+
+	// Begin is called when the check by Near or by the Evaluator behind begins, and what it
+	// returns when that ends, whatever becomes of it. It may be nil, is called from
+	// several goroutines and must not call Close.
+	Begin func(verify.Question) (end func())
 
 	// Observe is told the question and the answer when a verification ends. It may
 	// be nil. It is called from several goroutines, must not block and must not call
@@ -46,10 +62,10 @@ type Options struct {
 // of that size are common and prolong nothing, since time stands still meanwhile.
 const slack = time.Second
 
-// A Cache is a Judge that remembers. It is safe for concurrent use. The slices of
+// A Cache is an Evaluator that remembers. It is safe for concurrent use. The slices of
 // the Decisions that it returns are shared: they are to be read only.
 type Cache struct {
-	next   verify.Judge
+	next   verify.Evaluator
 	o      Options
 	ctx    context.Context // of all flights; ended by Close
 	cancel context.CancelFunc
@@ -59,13 +75,16 @@ type Cache struct {
 	latest  time.Time // the latest time seen; see clock
 	allowed *simplelru.LRU[verify.Key, entry]
 	denied  *simplelru.LRU[place, entry]
-	vain    *simplelru.LRU[place, entry] // denials that settled nothing; see pending
-	flights map[place]*flight            // running and queued
-	queue   *queue
-	stats   Stats // what is counted; see Stats
+	vain    *simplelru.LRU[place, entry]      // denials that settled nothing; see pending
+	earlier *simplelru.LRU[verify.Key, entry] // answers that allow, of another Cache; see Inherit
+	flights map[place]*flight                 // running and queued
+	roster  *roster
+	near    *queue // of what Near is asked
+	far     *queue // of what next is asked
+	stats   Stats  // what is counted; see Stats
 }
 
-var _ verify.Judge = (*Cache)(nil)
+var _ verify.Evaluator = (*Cache)(nil)
 
 // An entry is an answer and when it ends.
 type entry struct {
@@ -85,16 +104,16 @@ type place struct {
 }
 
 // proven reports whether the runtime's own records say what an image of that use is.
-func proven(u verify.Use) bool { return starts(u) || u == verify.UseAhead }
+func proven(u verify.Use) bool { return starts(u) || u == verify.UsePrefetch }
 
 // starts reports whether a container waits for the answer.
 func starts(u verify.Use) bool { return u == verify.UseContainer || u == verify.UseVolume }
 
-// New puts a Cache in front of next. It panics where next or o.Now is nil. The
-// caller closes it.
-func New(next verify.Judge, o Options) *Cache {
-	if next == nil || o.Now == nil {
-		panic("cache: New needs a Judge and a clock")
+// New puts a Cache in front of next. It panics if next or o.Now is nil, or one of
+// o.Near and o.Beyond. The caller closes it.
+func New(next verify.Evaluator, o Options) *Cache {
+	if next == nil || o.Now == nil || (o.Near == nil) != (o.Beyond == nil) {
+		panic("cache: New needs an Evaluator and a clock, and both of Near and Beyond or none")
 	}
 	o.Allowed = or(o.Allowed, 4096)
 	o.Denied = or(o.Denied, 1024)
@@ -108,11 +127,13 @@ func New(next verify.Judge, o Options) *Cache {
 	if o.Deadline <= 0 {
 		o.Deadline = time.Minute
 	}
-	c := &Cache{next: next, o: o, flights: map[place]*flight{}, queue: newQueue(o.Flights, max(o.Queue, 0))}
+	c := &Cache{next: next, o: o, flights: map[place]*flight{}, roster: newRoster(o.Named)}
+	c.near, c.far = newQueue(o.Flights, max(o.Queue, 0), c.roster), newQueue(o.Flights, max(o.Queue, 0), c.roster)
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	c.allowed, _ = simplelru.NewLRU[verify.Key, entry](o.Allowed, nil) // fails only for a size below 1
 	c.denied, _ = simplelru.NewLRU[place, entry](o.Denied, nil)
 	c.vain, _ = simplelru.NewLRU[place, entry](maxVain, nil)
+	c.earlier, _ = simplelru.NewLRU[verify.Key, entry](o.Allowed, nil)
 	return c
 }
 
@@ -123,8 +144,8 @@ func or(n, standard int) int {
 	return n
 }
 
-// Judge implements [verify.Judge]. What is known is answered at once, also when
-// ctx has ended. Else the question is put to the Judge behind, once for all who
+// Evaluate implements [verify.Evaluator]. What is known is answered at once, also when
+// ctx has ended. Else the question is put to the Evaluator behind, once for all who
 // ask it meanwhile and whatever becomes of ctx; when ctx ends first the answer is
 // PENDING, or what the last try to answer ended with, and where too many verifications wait already it is OVERLOADED.
 //
@@ -134,8 +155,8 @@ func or(n, standard int) int {
 //
 // After Close every answer is PENDING: whoever asks has a configuration that is no
 // longer in force, and asking again under the new one helps.
-func (c *Cache) Judge(ctx context.Context, q verify.Question) verify.Decision {
-	if f := q.Unfit(); f != nil {
+func (c *Cache) Evaluate(ctx context.Context, q verify.Question) verify.Decision {
+	if f := q.Validate(); f != nil {
 		return verify.Deny(f.Reason, f.Detail)
 	}
 	d, f := c.find(q)
@@ -194,9 +215,13 @@ func (c *Cache) find(q verify.Question) (verify.Decision, *flight) {
 		return retired(), nil
 	}
 	n, use := q.Image.Name, q.Image.Use
-	p := place{q.Key(), n.Host, n.Path, proven(use), q.Image.Vouched}
+	p := place{q.Key(), n.Host, n.Path, proven(use), q.Image.LayersVerified}
 	now := c.clock()
-	if d, ok := get(c.allowed, p.key, now); ok && q.Takes(d) {
+	d, ok := get(c.allowed, p.key, now)
+	if !ok {
+		d, ok = c.renew(q, now)
+	}
+	if ok && q.Accepts(d) {
 		c.stats.AllowedHits++
 		return d, nil
 	}
@@ -208,46 +233,38 @@ func (c *Cache) find(q verify.Question) (verify.Decision, *flight) {
 	f := c.flights[p]
 	switch {
 	case f == nil:
-		f = &flight{question: q.Bare(), ahead: use == verify.UseAhead, done: make(chan struct{})} // it outlives the request
+		f = &flight{question: q.Minimal(), ahead: use == verify.UsePrefetch, done: make(chan struct{})} // it outlives the request
 		b := f.question.Image.Name
 		p.host, p.path = b.Host, b.Path
 		f.place, c.flights[p] = p, f
 		if d, ok := get(c.vain, p, now); ok {
 			f.before = d
 		}
-		c.admit(f)
-	case f.ahead && !f.started && use != verify.UseAhead: // now somebody waits for it
+		if c.o.Near != nil {
+			c.admit(f, c.near)
+		} else {
+			c.admit(f, c.far)
+		}
+	case f.ahead && use != verify.UsePrefetch: // now somebody waits for it
 		c.stats.Joined++
-		c.queue.remove(f)
-		f.question, f.ahead = q.Bare(), false
-		c.admit(f)
+		if f.started {
+			f.wanted = q.Minimal() // in its next step, if there is one
+			break
+		}
+		f.queue.remove(f)
+		f.question, f.ahead = after(q.Minimal(), f.near), false
+		c.admit(f, f.queue)
 	default:
 		c.stats.Joined++
 	}
 	switch {
 	case f.ended: // there was no room
 		return f.answer, nil
-	case starts(use) && (f.late || c.queue.before(f) > 0):
+	case starts(use) && (f.late || f.queue.before(f) > 0):
 		f.late = true
 		return pending(f), nil
 	}
 	return verify.Decision{}, f
-}
-
-// admit starts f or has it wait for its turn, and ends what there is no room for.
-// c.mu is held.
-func (c *Cache) admit(f *flight) {
-	c.queue.add(f)
-	c.start()
-	v := c.queue.crowded(f)
-	if v == nil {
-		return
-	}
-	c.stats.Overloaded++
-	delete(c.flights, v.place)
-	v.answer, v.ended = verify.Deny(verify.Overloaded, fmt.Sprintf("%d images are being checked and %d wait, which is the limit; try again later",
-		c.queue.running, c.queue.room)), true
-	close(v.done)
 }
 
 // get looks an answer up and forgets it once it has ended.
@@ -271,71 +288,12 @@ func (c *Cache) clock() time.Time {
 		c.allowed.Purge()
 		c.denied.Purge()
 		c.vain.Purge()
+		c.earlier.Purge()
 	} else if now.Before(c.latest) {
 		now = c.latest
 	}
 	c.latest = now
 	return now
-}
-
-// start starts flights while there are slots. c.mu is held.
-func (c *Cache) start() {
-	for f := c.queue.next(); f != nil; f = c.queue.next() {
-		c.stats.Started++
-		c.wg.Go(func() { c.fly(f) })
-	}
-}
-
-// fly runs f. Where next panics, or ends its goroutine, d stays a denial.
-func (c *Cache) fly(f *flight) {
-	ctx, cancel := context.WithTimeout(c.ctx, c.o.Deadline)
-	defer cancel()
-	var d verify.Decision
-	var began time.Time
-	defer func() {
-		p := recover()
-		if p != nil {
-			d = verify.Deny(verify.Internal, fmt.Sprintf("panic while verifying: %v", p))
-		}
-		d = c.end(f, d, p != nil, ctx.Err() == nil, c.since(began))
-		if c.o.Observe != nil {
-			defer func() { _ = recover() }() // who watches must not bring down who decides
-			c.o.Observe(f.question, d)
-		}
-	}()
-	began = c.o.Now()
-	d = c.next.Judge(ctx, f.question)
-}
-
-// since is how long a flight took; a panic of the clock costs only that.
-func (c *Cache) since(began time.Time) (took time.Duration) {
-	defer func() { _ = recover() }()
-	return c.o.Now().Sub(began)
-}
-
-// end gives all who wait for f its answer, which it returns, keeps that where it
-// may be kept, and starts what waits for the slot.
-func (c *Cache) end(f *flight, d verify.Decision, panicked, inTime bool, took time.Duration) verify.Decision {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	defer c.start()
-	c.queue.end(f, took)
-	c.stats.Ended++
-	if panicked {
-		c.stats.Panics++
-	}
-	delete(c.flights, f.place)
-	switch {
-	case c.ctx.Err() != nil:
-		d = retired()
-	case d.Allowed() && d.Key != f.place.key:
-		d = verify.Deny(verify.Internal, "the answer is to another question")
-	default:
-		c.keep(f, d, inTime)
-	}
-	f.answer, f.ended = d, true
-	close(f.done)
-	return d
 }
 
 // keep remembers d for those who ask later, where that is sound. A panic of the
@@ -351,8 +309,8 @@ func (c *Cache) keep(f *flight, d verify.Decision, inTime bool) {
 		// A yes that rests on another target of the same config is kept only where the
 		// runtime's own records said that it is one; see place.
 		strict := f.question
-		strict.Image.Vouched = f.place.proven && f.place.vouched
-		if strict.Takes(d) {
+		strict.Image.LayersVerified = f.place.proven && f.place.vouched
+		if strict.Accepts(d) {
 			put(c.allowed, f.place.key, d, d.Until, now, &c.stats.AllowedEvicted)
 		}
 	case inTime && !d.Reason.Transient():
@@ -381,10 +339,10 @@ type Stats struct {
 	Joined                        uint64 // of these, those about what waited or was under way
 	AllowedEvicted, DeniedEvicted uint64 // answers that went for want of room
 	Started, Ended                uint64 // verifications
-	Panics                        uint64 // panics of the Judge behind; those that the Engine made denials of are not among them
+	Panics                        uint64 // panics of the Evaluator behind; those that the Engine made denials of are not among them
 	Overloaded                    uint64 // verifications that there was no room for
 
-	Running         int // verifications
+	Running         int // verifications, those by Near among them
 	Waiting, Ahead  int // verifications that wait for their turn, and those that were asked ahead of time
 	Allowed, Denied int // answers that are kept
 }
@@ -394,8 +352,12 @@ func (c *Cache) Stats() Stats {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s := c.stats
-	s.Running, s.Waiting, s.Ahead = c.queue.running, c.queue.waiting, len(c.queue.ahead)
-	s.Allowed, s.Denied = c.allowed.Len(), c.denied.Len()
+	for _, q := range [...]*queue{c.near, c.far} {
+		s.Running += q.running
+		s.Waiting += q.asked.waiting
+		s.Ahead += q.ahead.waiting
+	}
+	s.Allowed, s.Denied = c.allowed.Len()+c.earlier.Len(), c.denied.Len()
 	return s
 }
 
@@ -410,13 +372,15 @@ func (c *Cache) Forget() {
 
 // Close retires c: it ends what is under way and waits for it, as long as the
 // Judge behind takes to notice. It may be called more than once and returns nil.
-// Neither that Judge nor Observe may call it.
+// Neither that Evaluator nor Observe may call it.
 func (c *Cache) Close() error {
 	c.mu.Lock()
 	c.cancel()
-	c.queue.lines, c.queue.ahead, c.queue.waiting = nil, nil, 0
+	c.near.clear()
+	c.far.clear()
 	clear(c.flights)
 	c.allowed.Purge()
+	c.earlier.Purge()
 	c.denied.Purge()
 	c.vain.Purge()
 	c.mu.Unlock()

@@ -30,15 +30,30 @@ func newClock() *clock                { c := &clock{}; c.at.Store(start.UnixNano
 func (c *clock) now() time.Time       { return time.Unix(0, c.at.Load()) }
 func (c *clock) add(by time.Duration) { c.at.Add(int64(by)) }
 
-// judge is a Judge made of a function, which counts.
+// judge is an Evaluator made of a function, which counts.
 type judge struct {
 	calls atomic.Int64
 	f     func(context.Context, verify.Question) verify.Decision
 }
 
-func (j *judge) Judge(ctx context.Context, q verify.Question) verify.Decision {
+func (j *judge) Evaluate(ctx context.Context, q verify.Question) verify.Decision {
 	j.calls.Add(1)
 	return j.f(ctx, q)
+}
+
+// kind is that of the evidence here.
+type kind struct{ verify.Kind }
+
+func (kind) Name() string          { return "test" }
+func (kind) TagSuffixes() []string { return nil }
+
+// by is the requirement of one authority.
+func by(authority string) *verify.Requirement {
+	r, err := verify.SignedBy(verify.Leaf{Kind: "test", Authority: authority, Hash: sha256.Sum256([]byte(authority))})
+	if err != nil {
+		panic(err)
+	}
+	return r
 }
 
 // signed is a Source with one signature and a Checker that accepts it as one
@@ -55,6 +70,9 @@ func (signed) Find(_ context.Context, _ verify.Name, _ ocispec.Descriptor, _ *ve
 	return nil
 }
 
+func (signed) Kind() verify.Kind       { return kind{} }
+func (signed) Anchors(string) []string { return nil }
+
 func (s signed) Check(_ context.Context, _ verify.Evidence, want ocispec.Descriptor, _ string) verify.Finding {
 	if s.sign != "" && s.sign != want.Digest {
 		return verify.Finding{Reason: verify.SignatureInvalid}
@@ -69,11 +87,11 @@ func allow(q verify.Question, now, until time.Time) verify.Decision {
 
 func allowBy(q verify.Question, now time.Time, s signed) verify.Decision {
 	e := &verify.Engine{
-		Sources: func(verify.Name) []verify.Source { return []verify.Source{s} },
-		Checker: s,
-		Now:     func() time.Time { return now },
+		Sources:  func(verify.Name) []verify.Source { return []verify.Source{s} },
+		Checkers: []verify.Checker{s},
+		Now:      func() time.Time { return now },
 	}
-	return e.Judge(context.Background(), q)
+	return e.Evaluate(context.Background(), q)
 }
 
 func yes(c *clock, until time.Time) *judge {
@@ -95,7 +113,7 @@ func ask(s string) verify.Question {
 			Target: d, Manifest: d, Config: of("config of " + s),
 			Use: verify.UseContainer, Binding: verify.BoundRuntime,
 		},
-		Rule: &verify.Rule{Name: "prod", Statement: "prod", Requirement: sha256.Sum256([]byte("prod"))},
+		Rule: &verify.Rule{Name: "prod", Require: by("prod")},
 	}
 }
 
@@ -106,11 +124,11 @@ func at(q verify.Question, host, path string) verify.Question {
 
 // aheadOf is q asked ahead of time.
 func aheadOf(q verify.Question) verify.Question {
-	q.Image.Use, q.Image.Binding = verify.UseAhead, verify.BoundRecord
+	q.Image.Use, q.Image.Binding = verify.UsePrefetch, verify.BoundRecord
 	return q
 }
 
-func open(t *testing.T, next verify.Judge, o Options) *Cache {
+func open(t *testing.T, next verify.Evaluator, o Options) *Cache {
 	t.Helper()
 	if o.Now == nil {
 		o.Now = newClock().now
@@ -171,12 +189,12 @@ func TestAllowedIsKeptUntilItEnds(t *testing.T) {
 				return allow(q, cl.now(), until)
 			}}
 			c := open(t, j, Options{Now: cl.now})
-			expect(t, c.Judge(bg, ask("a")), verify.Verified)
+			expect(t, c.Evaluate(bg, ask("a")), verify.Verified)
 			if kept := c.allowed.Len() == 1; kept != (tt.until > 0) {
 				t.Errorf("kept %t", kept)
 			}
 			cl.add(tt.after)
-			expect(t, c.Judge(bg, ask("a")), verify.Verified)
+			expect(t, c.Evaluate(bg, ask("a")), verify.Verified)
 			called(t, j, tt.calls)
 		})
 	}
@@ -199,7 +217,7 @@ func TestDenialIsKept(t *testing.T) {
 		{"source", verify.Deny(verify.SourceUnreachable, ""), 0, 0, true},
 		{"credentials", verify.Deny(verify.SourceUnauthorized, ""), 0, 0, true},
 		{"referrers", verify.Deny(verify.SourceNoReferrers, ""), 0, 0, true},
-		{"budget", verify.Deny(verify.BudgetExceeded, ""), 0, 0, true},
+		{"budget", verify.Deny(verify.LimitExceeded, ""), 0, 0, true},
 		{"pending", verify.Deny(verify.Pending, ""), 0, 0, true},
 		{"overloaded", verify.Deny(verify.Overloaded, ""), 0, 0, true},
 		{"internal", verify.Deny(verify.Internal, ""), 0, 0, true},
@@ -211,17 +229,17 @@ func TestDenialIsKept(t *testing.T) {
 			j := &judge{f: func(context.Context, verify.Question) verify.Decision { return tt.d }}
 			c := open(t, j, Options{Now: cl.now, DenyFor: tt.deny})
 			want := verify.Reason(tt.d.Reason)
-			expect(t, c.Judge(bg, ask("a")), want)
+			expect(t, c.Evaluate(bg, ask("a")), want)
 			if tt.never {
-				expect(t, c.Judge(bg, ask("a")), want)
+				expect(t, c.Evaluate(bg, ask("a")), want)
 				called(t, j, 2)
 				return
 			}
 			cl.add(tt.within - 1)
-			expect(t, c.Judge(bg, ask("a")), want)
+			expect(t, c.Evaluate(bg, ask("a")), want)
 			called(t, j, 1)
 			cl.add(1)
-			expect(t, c.Judge(bg, ask("a")), want)
+			expect(t, c.Evaluate(bg, ask("a")), want)
 			called(t, j, 2)
 		})
 	}
@@ -239,18 +257,18 @@ func TestForget(t *testing.T) {
 	}}
 	c := open(t, j, Options{Now: cl.now})
 	for range 2 {
-		expect(t, c.Judge(bg, ask("good")), verify.Verified)
-		expect(t, c.Judge(bg, ask("bad")), verify.SignatureMissing)
+		expect(t, c.Evaluate(bg, ask("good")), verify.Verified)
+		expect(t, c.Evaluate(bg, ask("bad")), verify.SignatureMissing)
 	}
 	called(t, j, 2)
 	c.Forget()
 	for range 2 {
-		expect(t, c.Judge(bg, ask("good")), verify.Verified)
-		expect(t, c.Judge(bg, ask("bad")), verify.SignatureMissing)
+		expect(t, c.Evaluate(bg, ask("good")), verify.Verified)
+		expect(t, c.Evaluate(bg, ask("bad")), verify.SignatureMissing)
 	}
 	called(t, j, 3)
 	deny = no(verify.SourceUnreachable)
-	expect(t, c.Judge(bg, ask("ugly")), verify.SourceUnreachable)
+	expect(t, c.Evaluate(bg, ask("ugly")), verify.SourceUnreachable)
 	if c.vain.Len() != 1 {
 		t.Errorf("%d denials that settled nothing are kept", c.vain.Len())
 	}
@@ -274,8 +292,8 @@ func TestClockGoesBack(t *testing.T) {
 	c := open(t, j, Options{Now: cl.now})
 	both := func(calls int64) {
 		t.Helper()
-		expect(t, c.Judge(bg, ask("a")), verify.Verified)
-		expect(t, c.Judge(bg, ask("bad")), verify.SignatureMissing)
+		expect(t, c.Evaluate(bg, ask("a")), verify.Verified)
+		expect(t, c.Evaluate(bg, ask("bad")), verify.SignatureMissing)
 		called(t, j, calls)
 	}
 	both(2)
@@ -287,7 +305,7 @@ func TestClockGoesBack(t *testing.T) {
 	both(4)
 	both(4) // and is kept again under the new clock
 	cl.add(20 * 365 * 24 * time.Hour)
-	expect(t, c.Judge(bg, ask("a")), verify.SignatureExpired)
+	expect(t, c.Evaluate(bg, ask("a")), verify.SignatureExpired)
 }
 
 // TestSmallStepsBackDoNotAddUp: time stands still while the clock is within the
@@ -296,12 +314,12 @@ func TestSmallStepsBackDoNotAddUp(t *testing.T) {
 	cl := newClock()
 	j := yes(cl, start.Add(time.Hour))
 	c := open(t, j, Options{Now: cl.now})
-	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	expect(t, c.Evaluate(bg, ask("a")), verify.Verified)
 	cl.add(-slack * 3 / 4)
-	c.Judge(bg, ask("a"))
+	c.Evaluate(bg, ask("a"))
 	called(t, j, 1)
 	cl.add(-slack * 3 / 4)
-	c.Judge(bg, ask("a"))
+	c.Evaluate(bg, ask("a"))
 	called(t, j, 2)
 }
 
@@ -318,10 +336,10 @@ func TestClockGoesBackDuringFlight(t *testing.T) {
 		return d
 	}
 	c := open(t, j, Options{Now: cl.now})
-	expect(t, c.Judge(bg, ask("a")), verify.Verified)
-	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	expect(t, c.Evaluate(bg, ask("a")), verify.Verified)
+	expect(t, c.Evaluate(bg, ask("a")), verify.Verified)
 	called(t, j, 2)
-	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	expect(t, c.Evaluate(bg, ask("a")), verify.Verified)
 	called(t, j, 2)
 }
 
@@ -331,7 +349,7 @@ func TestMonotonicReadingIsDropped(t *testing.T) {
 	now := time.Now()
 	j := &judge{f: func(_ context.Context, q verify.Question) verify.Decision { return allow(q, now, now.Add(time.Hour)) }}
 	c := open(t, j, Options{Now: time.Now})
-	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	expect(t, c.Evaluate(bg, ask("a")), verify.Verified)
 	e, _ := c.allowed.Peek(ask("a").Key())
 	for what, at := range map[string]time.Time{"the latest time seen": c.latest, "the end of an entry": e.until} {
 		if at.IsZero() || strings.Contains(at.String(), " m=") {
@@ -365,7 +383,7 @@ func TestWhatIsShared(t *testing.T) {
 		{"only asked", with(func(q *verify.Question) { q.Image.Use, q.Image.Binding = verify.UseQuestion, verify.BoundDigest }), true, false},
 		{"an image volume", with(func(q *verify.Question) { q.Image.Use, q.Image.Binding = verify.UseVolume, verify.BoundSnapshot }), true, true},
 		{"ahead of time", aheadOf(base), true, true},
-		{"another requirement", with(func(q *verify.Question) { q.Rule.Requirement[0]++ }), false, false},
+		{"another requirement", with(func(q *verify.Question) { q.Rule.Require = by("another") }), false, false},
 		{"another target", with(func(q *verify.Question) { q.Image.Target.Digest = of("b") }), false, false},
 		{"another size", with(func(q *verify.Question) { q.Image.Target.Size++ }), false, false},
 		{"another media type", with(func(q *verify.Question) { q.Image.Target.MediaType += "x" }), false, false},
@@ -382,8 +400,8 @@ func TestWhatIsShared(t *testing.T) {
 				for _, order := range [][2]verify.Question{{base, tt.q}, {tt.q, base}} {
 					j.calls.Store(0)
 					c := open(t, j, Options{Now: cl.now})
-					c.Judge(bg, order[0])
-					d := c.Judge(bg, order[1])
+					c.Evaluate(bg, order[0])
+					d := c.Evaluate(bg, order[1])
 					if d.Allowed() != allowed {
 						t.Errorf("answer is %v, want allowed %t", d.Reason, allowed)
 					}
@@ -408,10 +426,10 @@ func TestDenialElsewhereDoesNotSpoil(t *testing.T) {
 	}}
 	c := open(t, j, Options{Now: cl.now})
 	evil := at(ask("a"), "registry.local", "evil")
-	expect(t, c.Judge(bg, evil), verify.SignatureMissing)
-	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	expect(t, c.Evaluate(bg, evil), verify.SignatureMissing)
+	expect(t, c.Evaluate(bg, ask("a")), verify.Verified)
 	// The content is signed, and now everybody knows.
-	expect(t, c.Judge(bg, evil), verify.Verified)
+	expect(t, c.Evaluate(bg, evil), verify.Verified)
 	called(t, j, 2)
 }
 
@@ -427,7 +445,7 @@ func TestOtherTargetOnlyWhereProven(t *testing.T) {
 	}{
 		{verify.UseContainer, verify.BoundRuntime, of("other"), true},
 		{verify.UseVolume, verify.BoundSnapshot, of("other"), true},
-		{verify.UseAhead, verify.BoundRecord, of("other"), true},
+		{verify.UsePrefetch, verify.BoundRecord, of("other"), true},
 		{verify.UseQuestion, verify.BoundDigest, of("other"), false},
 		{verify.UseQuestion, verify.BoundDigest, of("a"), true},
 		{verify.UseQuestion, verify.BoundDigest, of("manifest"), true},
@@ -439,10 +457,10 @@ func TestOtherTargetOnlyWhereProven(t *testing.T) {
 		c := open(t, j, Options{Now: cl.now})
 		q := ask("a")
 		q.Image.Manifest.Digest = of("manifest")
-		q.Image.Others, q.Image.Vouched = []ocispec.Descriptor{other}, true
+		q.Image.Related, q.Image.LayersVerified = []ocispec.Descriptor{other}, true
 		q.Image.Use, q.Image.Binding = tt.use, tt.binding
-		expect(t, c.Judge(bg, q), verify.Verified)
-		expect(t, c.Judge(bg, q), verify.Verified)
+		expect(t, c.Evaluate(bg, q), verify.Verified)
+		expect(t, c.Evaluate(bg, q), verify.Verified)
 		if kept := j.calls.Load() == 1; kept != tt.kept {
 			t.Errorf("%+v: kept %t", tt, kept)
 		}
@@ -456,7 +474,7 @@ func TestOtherTargetOnlyWhereProven(t *testing.T) {
 func TestOtherTargetOnlyWhereVouched(t *testing.T) {
 	other := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: of("other"), Size: 9}
 	vouched, strange := ask("a"), ask("a")
-	vouched.Image.Others, vouched.Image.Vouched = []ocispec.Descriptor{other}, true
+	vouched.Image.Related, vouched.Image.LayersVerified = []ocispec.Descriptor{other}, true
 	cl := newClock()
 	release := make(chan struct{})
 	sign := of("other")
@@ -465,28 +483,28 @@ func TestOtherTargetOnlyWhereVouched(t *testing.T) {
 		return allowBy(q, cl.now(), signed{sign: sign, until: start.Add(time.Hour)})
 	}}
 	c := open(t, j, Options{Now: cl.now})
-	expect(t, c.Judge(ended(), vouched), verify.Pending) // under way
-	expect(t, c.Judge(ended(), strange), verify.Pending)
+	expect(t, c.Evaluate(ended(), vouched), verify.Pending) // under way
+	expect(t, c.Evaluate(ended(), strange), verify.Pending)
 	close(release)
-	expect(t, c.Judge(bg, strange), verify.SignatureInvalid)
-	expect(t, c.Judge(bg, vouched), verify.Verified)
-	expect(t, c.Judge(bg, strange), verify.SignatureInvalid)
+	expect(t, c.Evaluate(bg, strange), verify.SignatureInvalid)
+	expect(t, c.Evaluate(bg, vouched), verify.Verified)
+	expect(t, c.Evaluate(bg, strange), verify.SignatureInvalid)
 	called(t, j, 2)
 
 	// What was signed is the target itself: then one answer is everybody's.
 	sign = of("b")
 	strange.Image.Target.Digest, vouched.Image.Target.Digest = of("b"), of("b")
-	expect(t, c.Judge(bg, strange), verify.Verified)
-	expect(t, c.Judge(bg, vouched), verify.Verified)
+	expect(t, c.Evaluate(bg, strange), verify.Verified)
+	expect(t, c.Evaluate(bg, vouched), verify.Verified)
 	called(t, j, 3)
 
 	// An answer that rests on another target, to a question of which nobody vouches
 	// for the layers, is not kept for those of which somebody does.
 	sign = of("other")
 	odd := ask("c")
-	odd.Image.Others = []ocispec.Descriptor{other}
+	odd.Image.Related = []ocispec.Descriptor{other}
 	kept := c.Stats().Allowed
-	expect(t, c.Judge(bg, odd), verify.Verified) // the Enforcer does not take it
+	expect(t, c.Evaluate(bg, odd), verify.Verified) // the Enforcer does not take it
 	if n := c.Stats().Allowed; n != kept {
 		t.Errorf("%d answers are kept, want %d", n, kept)
 	}
@@ -501,14 +519,14 @@ func TestWhoDoesNotWait(t *testing.T) {
 			return allow(q, time.Now(), time.Now().Add(time.Hour))
 		}}
 		c := open(t, j, Options{Now: time.Now})
-		expect(t, c.Judge(ended(), ask("a")), verify.Pending)
+		expect(t, c.Evaluate(ended(), ask("a")), verify.Pending)
 		ctx, cancel := context.WithTimeout(bg, 10*time.Millisecond)
 		defer cancel()
-		expect(t, c.Judge(ctx, ask("a")), verify.Pending)
-		expect(t, c.Judge(bg, ask("a")), verify.Pending) // at once: the last one waited in vain
+		expect(t, c.Evaluate(ctx, ask("a")), verify.Pending)
+		expect(t, c.Evaluate(bg, ask("a")), verify.Pending) // at once: the last one waited in vain
 		time.Sleep(time.Second)
-		expect(t, c.Judge(ended(), ask("b")), verify.Pending)
-		expect(t, c.Judge(bg, ask("b")), verify.Verified)
+		expect(t, c.Evaluate(ended(), ask("b")), verify.Pending)
+		expect(t, c.Evaluate(bg, ask("b")), verify.Verified)
 	})
 }
 
@@ -518,28 +536,28 @@ func TestUnfitIsNotAnswered(t *testing.T) {
 	cl := newClock()
 	j := yes(cl, start.Add(time.Hour))
 	c := open(t, j, Options{Now: cl.now})
-	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	expect(t, c.Evaluate(bg, ask("a")), verify.Verified)
 	for name, tt := range map[string]struct {
 		weaken func(*verify.Question)
 		want   verify.Reason
 	}{
-		"fault":         {func(q *verify.Question) { q.Image.Fault = &verify.Fault{Reason: verify.ImageMismatch} }, verify.ImageMismatch},
-		"no use":        {func(q *verify.Question) { q.Image.Use = 0 }, verify.ImageUnresolved},
-		"no binding":    {func(q *verify.Question) { q.Image.Binding = 0 }, verify.ImageUnresolved},
-		"weak binding":  {func(q *verify.Question) { q.Image.Binding = verify.BoundDigest }, verify.ImageUnresolved},
-		"no rule":       {func(q *verify.Question) { q.Rule = nil }, verify.PolicyInvalid},
-		"settled":       {func(q *verify.Question) { q.Rule.Settled = verify.PolicyNoMatch }, verify.PolicyInvalid},
-		"no statement":  {func(q *verify.Question) { q.Rule.Statement = "" }, verify.PolicyInvalid},
-		"zero question": {func(q *verify.Question) { *q = verify.Question{} }, verify.ImageUnresolved},
+		"fault":          {func(q *verify.Question) { q.Image.Fault = &verify.Fault{Reason: verify.ImageMismatch} }, verify.ImageMismatch},
+		"no use":         {func(q *verify.Question) { q.Image.Use = 0 }, verify.ImageUnresolved},
+		"no binding":     {func(q *verify.Question) { q.Image.Binding = 0 }, verify.ImageUnresolved},
+		"weak binding":   {func(q *verify.Question) { q.Image.Binding = verify.BoundDigest }, verify.ImageUnresolved},
+		"no rule":        {func(q *verify.Question) { q.Rule = nil }, verify.PolicyInvalid},
+		"settled":        {func(q *verify.Question) { q.Rule.Fixed = verify.PolicyNoMatch }, verify.PolicyInvalid},
+		"no requirement": {func(q *verify.Question) { q.Rule.Require = nil }, verify.PolicyInvalid},
+		"zero question":  {func(q *verify.Question) { *q = verify.Question{} }, verify.ImageUnresolved},
 	} {
 		q := ask("a")
 		tt.weaken(&q)
-		t.Run(name, func(t *testing.T) { expect(t, c.Judge(bg, q), tt.want) })
+		t.Run(name, func(t *testing.T) { expect(t, c.Evaluate(bg, q), tt.want) })
 	}
 	called(t, j, 1)
 }
 
-// TestAnswerToAnotherQuestion: an allow that the Judge behind made for something
+// TestAnswerToAnotherQuestion: an allow that the Evaluator behind made for something
 // else is not handed out.
 func TestAnswerToAnotherQuestion(t *testing.T) {
 	cl := newClock()
@@ -547,8 +565,8 @@ func TestAnswerToAnotherQuestion(t *testing.T) {
 		return allow(ask("b"), cl.now(), start.Add(time.Hour))
 	}}
 	c := open(t, j, Options{Now: cl.now})
-	expect(t, c.Judge(bg, ask("a")), verify.Internal)
-	expect(t, c.Judge(bg, ask("a")), verify.Internal)
+	expect(t, c.Evaluate(bg, ask("a")), verify.Internal)
+	expect(t, c.Evaluate(bg, ask("a")), verify.Internal)
 	called(t, j, 2)
 }
 
@@ -578,7 +596,7 @@ func TestOneFlightForAll(t *testing.T) {
 					wg.Go(func() {
 						q := ask("a")
 						q.Image.Pod.Name = fmt.Sprint(i)
-						expect(t, c.Judge(bg, q), tt.want)
+						expect(t, c.Evaluate(bg, q), tt.want)
 					})
 				}
 				synctest.Wait() // all wait
@@ -586,7 +604,7 @@ func TestOneFlightForAll(t *testing.T) {
 				close(release)
 				wg.Wait()
 				called(t, j, 1)
-				expect(t, c.Judge(bg, ask("a")), tt.want)
+				expect(t, c.Evaluate(bg, ask("a")), tt.want)
 				if kept := j.calls.Load() == 1; kept != tt.kept {
 					t.Errorf("kept %t, want %t", kept, tt.kept)
 				}
@@ -616,19 +634,19 @@ func TestContextEnds(t *testing.T) {
 		c := open(t, j, Options{Now: cl.now})
 		short, cancel := context.WithTimeout(context.WithValue(bg, key{}, 1), 50*time.Millisecond)
 		defer cancel()
-		d := c.Judge(short, ask("a"))
+		d := c.Evaluate(short, ask("a"))
 		expect(t, d, verify.Pending)
 		if d.Detail == "" {
 			t.Error("PENDING without a detail")
 		}
-		expect(t, c.Judge(ended(), ask("a")), verify.Pending)
-		expect(t, c.Judge(ended(), ask("b")), verify.Pending) // starts all the same
+		expect(t, c.Evaluate(ended(), ask("a")), verify.Pending)
+		expect(t, c.Evaluate(ended(), ask("b")), verify.Pending) // starts all the same
 		synctest.Wait()
 		called(t, j, 2)
 		close(release)
 		synctest.Wait()
-		expect(t, c.Judge(ended(), ask("a")), verify.Verified)
-		expect(t, c.Judge(ended(), ask("b")), verify.Verified)
+		expect(t, c.Evaluate(ended(), ask("a")), verify.Verified)
+		expect(t, c.Evaluate(ended(), ask("b")), verify.Verified)
 		called(t, j, 2)
 		c.Close()
 	})
@@ -648,7 +666,7 @@ func TestVainAnswerIsSaid(t *testing.T) {
 		}
 		said := func(what string, want verify.Reason) {
 			t.Helper()
-			d := c.Judge(ended(), ask("a"))
+			d := c.Evaluate(ended(), ask("a"))
 			synctest.Wait()
 			expect(t, d, want)
 			if again := strings.HasSuffix(d.Detail, "; it is being tried again"); again != (want == verify.SourceUnreachable) {
@@ -660,7 +678,7 @@ func TestVainAnswerIsSaid(t *testing.T) {
 		end(unreachable)
 		said("second", verify.SourceUnreachable)
 		said("joins it", verify.SourceUnreachable)
-		expect(t, c.Judge(ended(), at(ask("a"), "other.local", "app")), verify.Pending) // another place
+		expect(t, c.Evaluate(ended(), at(ask("a"), "other.local", "app")), verify.Pending) // another place
 		synctest.Wait()
 		called(t, j, 3)
 		end(unreachable)
@@ -675,7 +693,7 @@ func TestVainAnswerIsSaid(t *testing.T) {
 		said("again", verify.SourceUnreachable)
 		q := ask("a")
 		end(allow(q, cl.now(), cl.now().Add(time.Minute)))
-		expect(t, c.Judge(ended(), q), verify.Verified)
+		expect(t, c.Evaluate(ended(), q), verify.Verified)
 		cl.add(time.Minute)
 		said("after a yes that ended", verify.Pending)
 		end(unreachable)
@@ -685,7 +703,7 @@ func TestVainAnswerIsSaid(t *testing.T) {
 		said("before it was said", verify.Pending)
 		end(unreachable)
 		for i := range 2 * maxVain {
-			c.Judge(ended(), ask(fmt.Sprint(i)))
+			c.Evaluate(ended(), ask(fmt.Sprint(i)))
 			synctest.Wait()
 			end(unreachable)
 		}
@@ -708,12 +726,12 @@ func TestFlightHasItsOwnDeadline(t *testing.T) {
 		for deadline, want := range map[time.Duration]time.Duration{0: time.Minute, time.Second: time.Second} {
 			j.calls.Store(0)
 			c := open(t, j, Options{Now: time.Now, Deadline: deadline})
-			expect(t, c.Judge(bg, ask("a")), verify.SignatureMissing)
+			expect(t, c.Evaluate(bg, ask("a")), verify.SignatureMissing)
 			if took != want {
 				t.Errorf("deadline %v: the flight took %v, want %v", deadline, took, want)
 			}
 			// What came after the deadline is not believed for longer.
-			expect(t, c.Judge(bg, ask("a")), verify.SignatureMissing)
+			expect(t, c.Evaluate(bg, ask("a")), verify.SignatureMissing)
 			called(t, j, 2)
 			c.Close()
 		}
@@ -742,27 +760,27 @@ func TestOverload(t *testing.T) {
 				c := open(t, j, Options{Now: cl.now, Flights: tt.flights, Queue: tt.queue})
 				room := tt.running + tt.waiting
 				for i := range room {
-					expect(t, c.Judge(ended(), ask(fmt.Sprint(i))), verify.Pending)
+					expect(t, c.Evaluate(ended(), ask(fmt.Sprint(i))), verify.Pending)
 				}
 				synctest.Wait()
 				called(t, j, int64(tt.running))
 				for i := range 100 {
-					d := c.Judge(bg, ask(fmt.Sprint("more", i))) // answers although nothing is released
+					d := c.Evaluate(bg, ask(fmt.Sprint("more", i))) // answers although nothing is released
 					expect(t, d, verify.Overloaded)
 					if d.Detail == "" {
 						t.Error("OVERLOADED without a detail")
 					}
 				}
 				// Who asks for what is under way or waits already still may.
-				expect(t, c.Judge(ended(), ask("0")), verify.Pending)
-				expect(t, c.Judge(ended(), ask(fmt.Sprint(room-1))), verify.Pending)
+				expect(t, c.Evaluate(ended(), ask("0")), verify.Pending)
+				expect(t, c.Evaluate(ended(), ask(fmt.Sprint(room-1))), verify.Pending)
 				if n := len(c.flights); n != room {
 					t.Errorf("%d flights are held, want %d", n, room)
 				}
 				close(release)
 				synctest.Wait()
 				for i := range room {
-					expect(t, c.Judge(ended(), ask(fmt.Sprint(i))), verify.Verified)
+					expect(t, c.Evaluate(ended(), ask(fmt.Sprint(i))), verify.Verified)
 				}
 				called(t, j, int64(room))
 				if peak.Load() > int64(tt.running) {
@@ -771,7 +789,7 @@ func TestOverload(t *testing.T) {
 				if left := c.Stats(); len(c.flights) != 0 || left.Waiting+left.Ahead+left.Running != 0 {
 					t.Errorf("left over: %d flights, %+v", len(c.flights), left)
 				}
-				expect(t, c.Judge(bg, ask("after")), verify.Verified)
+				expect(t, c.Evaluate(bg, ask("after")), verify.Verified)
 				c.Close()
 			})
 		})
@@ -789,7 +807,7 @@ func TestQueueIsFirstInFirstOut(t *testing.T) {
 		}}
 		c := open(t, j, Options{Flights: 1, Queue: 8})
 		for i := range 8 {
-			expect(t, c.Judge(ended(), ask(fmt.Sprint(i))), verify.Pending)
+			expect(t, c.Evaluate(ended(), ask(fmt.Sprint(i))), verify.Pending)
 		}
 		close(release)
 		synctest.Wait()
@@ -827,7 +845,7 @@ func TestPanicIsADenial(t *testing.T) {
 				var wg sync.WaitGroup
 				for range 10 {
 					wg.Go(func() {
-						d := c.Judge(bg, ask("a"))
+						d := c.Evaluate(bg, ask("a"))
 						if d.Allowed() || d.Reason.String() != "INTERNAL" {
 							t.Errorf("answer is allowed=%t %v", d.Allowed(), d.Reason)
 						}
@@ -840,7 +858,7 @@ func TestPanicIsADenial(t *testing.T) {
 				close(release)
 				wg.Wait()
 				// The flight is forgotten and its slot is free.
-				expect(t, c.Judge(bg, ask("a")), verify.Verified)
+				expect(t, c.Evaluate(bg, ask("a")), verify.Verified)
 				called(t, j, 2)
 				c.Close()
 			})
@@ -867,9 +885,9 @@ func TestObserve(t *testing.T) {
 		q.Image.Pod = verify.Pod{Namespace: "n", Name: "p", UID: "u", Container: "c"}
 		q.Image.Target.Annotations = map[string]string{"huge": "text"}
 		q.Image.Target.Data = []byte("data")
-		q.Image.Others = make([]ocispec.Descriptor, 3*verify.MaxOthers)
-		expect(t, c.Judge(bg, q), verify.Verified)
-		expect(t, c.Judge(bg, q), verify.Verified) // a hit is not told
+		q.Image.Related = make([]ocispec.Descriptor, 3*verify.MaxRelated)
+		expect(t, c.Evaluate(bg, q), verify.Verified)
+		expect(t, c.Evaluate(bg, q), verify.Verified) // a hit is not told
 		synctest.Wait()
 		if len(told) != 1 {
 			t.Fatalf("told %d times, want once", len(told))
@@ -878,7 +896,7 @@ func TestObserve(t *testing.T) {
 		expect(t, s.d, verify.Verified)
 		i := s.q.Image
 		if i.Pod != (verify.Pod{}) || i.Asked != "" || i.Name.Tag != "" || i.Name.Digest != "" ||
-			i.Target.Annotations != nil || i.Target.Data != nil || len(i.Others) != verify.MaxOthers {
+			i.Target.Annotations != nil || i.Target.Data != nil || len(i.Related) != verify.MaxRelated {
 			t.Errorf("the flight retained more than it needs: %+v", i)
 		}
 		if i.Name.Repository() != "registry.local/app" || s.q.Key() != q.Key() {
@@ -887,7 +905,7 @@ func TestObserve(t *testing.T) {
 		if s.q.Rule == q.Rule {
 			t.Error("the flight shares the asker's rule")
 		}
-		expect(t, c.Judge(bg, ask("b")), verify.Verified) // the panic cost nothing
+		expect(t, c.Evaluate(bg, ask("b")), verify.Verified) // the panic cost nothing
 		c.Close()
 	})
 }
@@ -909,10 +927,10 @@ func TestClose(t *testing.T) {
 				expect(t, d, verify.Pending)
 			}
 		}})
-		expect(t, c.Judge(bg, ask("hit")), verify.Verified)
+		expect(t, c.Evaluate(bg, ask("hit")), verify.Verified)
 		var waiters, closers sync.WaitGroup
 		for _, s := range []string{"running", "queued", "running"} {
-			waiters.Go(func() { expect(t, c.Judge(bg, ask(s)), verify.Pending) })
+			waiters.Go(func() { expect(t, c.Evaluate(bg, ask(s)), verify.Pending) })
 		}
 		synctest.Wait()
 		called(t, j, 2)
@@ -933,12 +951,12 @@ func TestClose(t *testing.T) {
 		default:
 		}
 		for _, s := range []string{"hit", "running", "queued", "new"} {
-			expect(t, c.Judge(bg, ask(s)), verify.Pending)
+			expect(t, c.Evaluate(bg, ask(s)), verify.Pending)
 		}
 		close(stuck)
 		<-closed
 		for _, s := range []string{"hit", "running", "queued", "new"} {
-			expect(t, c.Judge(bg, ask(s)), verify.Pending)
+			expect(t, c.Evaluate(bg, ask(s)), verify.Pending)
 		}
 		if took := time.Since(began); took != 0 {
 			t.Errorf("the flight was not ended, but by its deadline after %v", took)
@@ -975,7 +993,7 @@ func TestFlood(t *testing.T) {
 	heat := func(want int64) {
 		t.Helper()
 		for i := range hot {
-			expect(t, c.Judge(bg, ask(fmt.Sprint("hot", i))), verify.Verified)
+			expect(t, c.Evaluate(bg, ask(fmt.Sprint("hot", i))), verify.Verified)
 		}
 		called(t, j, want)
 	}
@@ -985,11 +1003,11 @@ func TestFlood(t *testing.T) {
 		// Any number of denials pushes no allow out.
 		for range 5 {
 			n++
-			expect(t, c.Judge(bg, at(ask(fmt.Sprint("junk", n)), "registry.local", "unsigned")), verify.SignatureMissing)
+			expect(t, c.Evaluate(bg, at(ask(fmt.Sprint("junk", n)), "registry.local", "unsigned")), verify.SignatureMissing)
 		}
 		// Others that are allowed do, but not those in use.
 		n++
-		expect(t, c.Judge(bg, ask(fmt.Sprint("cold", i))), verify.Verified)
+		expect(t, c.Evaluate(bg, ask(fmt.Sprint("cold", i))), verify.Verified)
 		if i%(size-hot) == 0 {
 			heat(n)
 		}
@@ -1047,7 +1065,7 @@ func TestManyAtOnce(t *testing.T) {
 					ctx = ended()
 				}
 				late := closed.Load()
-				d := c.Judge(ctx, at(ask(fmt.Sprint(path, i%20)), "registry.local", path))
+				d := c.Evaluate(ctx, at(ask(fmt.Sprint(path, i%20)), "registry.local", path))
 				if d.Allowed() && path != "signed" {
 					t.Errorf("%s is allowed", path)
 				}
@@ -1095,8 +1113,8 @@ func TestClockPanicsAfterFlight(t *testing.T) {
 		}
 		return cl.now()
 	}})
-	expect(t, c.Judge(bg, ask("a")), verify.Verified)
-	expect(t, c.Judge(bg, ask("a")), verify.Verified)
+	expect(t, c.Evaluate(bg, ask("a")), verify.Verified)
+	expect(t, c.Evaluate(bg, ask("a")), verify.Verified)
 	called(t, j, 2)
 }
 
@@ -1105,10 +1123,10 @@ func BenchmarkHit(b *testing.B) {
 	c := New(yes(cl, start.Add(time.Hour)), Options{Now: cl.now})
 	defer c.Close()
 	q := ask("a")
-	c.Judge(bg, q)
+	c.Evaluate(bg, q)
 	b.ReportAllocs()
 	for b.Loop() {
-		if !c.Judge(bg, q).Allowed() {
+		if !c.Evaluate(bg, q).Allowed() {
 			b.Fatal("denied")
 		}
 	}

@@ -48,6 +48,16 @@ type Resolver interface {
 	Connected(compares bool)
 }
 
+// A Tally keeps those pods and containers away that would together be too long for the
+// runtime to tell a gate of when it registers. [node.Tally] implements it. Lengths are
+// those of the runtime's request, in bytes. Its methods wait for nothing.
+type Tally interface {
+	// Refuses says why a container must not be created; nil lets it be.
+	Refuses(pod string, podBytes int, container string, bytes int) *verify.Fault
+	// Allowed counts a pod that was allowed or, with a name, a container and its pod.
+	Allowed(pod string, podBytes int, container string, bytes int)
+}
+
 // An Answer is what the gate told the runtime about one image of a container.
 type Answer struct {
 	ID       string // of the container
@@ -58,15 +68,16 @@ type Answer struct {
 }
 
 // A Gate decides container creations. Its answer to anything unforeseen is a
-// denial. All fields are required. It is safe for concurrent use.
+// denial. All fields but Tally are required. It is safe for concurrent use.
 type Gate struct {
 	Resolver Resolver
 	Verifier verify.Verifier
+	Tally    Tally        // nil: nothing is counted
 	Observe  func(Answer) // log and metrics; must not block
 	Now      func() time.Time
 	Node     string // name of this node in messages
 
-	purse purse
+	waits waitBudget
 	stuck atomic.Int64
 }
 
@@ -91,12 +102,12 @@ func (g *Gate) ValidateContainerAdjustment(ctx context.Context, req *api.Validat
 }
 
 // CreateContainer is the hook in audit, where a runtime goes on without a plugin
-// that fails. Nil lets the container be created. Where the node does not audit any
-// more, nothing is decided here: the connection is about to be made anew, with a
-// hook that stays closed.
-func (g *Gate) CreateContainer(ctx context.Context, pod *api.PodSandbox, ctr *api.Container, audits bool) error {
+// that fails. Nil lets the container be created. Without decides nothing is decided
+// here: the node does not audit any more, and the connection is about to be made anew,
+// with a hook that stays closed.
+func (g *Gate) CreateContainer(ctx context.Context, pod *api.PodSandbox, ctr *api.Container, decides bool) error {
 	const hook = "CreateContainer"
-	if !audits {
+	if !decides {
 		return g.verify(ctx, about(pod, ctr, hook), g.Now(), fault(about(pod, ctr, hook), verify.Pending, "the node enforces now, and the gate registers anew; the next try answers"))
 	}
 	return g.create(ctx, pod, ctr, hook)
@@ -106,25 +117,58 @@ func (g *Gate) CreateContainer(ctx context.Context, pod *api.PodSandbox, ctr *ap
 // to tell a gate of, before it is there. Nil lets it be. A hang, or an absent gate, the
 // runtime lets through: [Session.Large] finds what came so.
 func (g *Gate) RunPodSandbox(ctx context.Context, pod *api.PodSandbox) error {
-	if why := tooLong(ctx); why != "" {
+	n := lengthsOf(ctx)
+	if why := n.tooLong(); why != "" {
 		ask := about(pod, nil, "RunPodSandbox")
 		ask.asked = "(pod)"
-		return g.verify(ctx, ask, g.Now(), fault(ask, verify.PodTooLarge, why))
+		if err := g.verify(ctx, ask, g.Now(), fault(ask, verify.PodTooLarge, why)); err != nil {
+			return err
+		}
 	}
+	g.count(pod, nil, n)
 	return nil
+}
+
+// count counts what was allowed.
+func (g *Gate) count(pod *api.PodSandbox, ctr *api.Container, n lengths) {
+	if g.Tally != nil {
+		g.Tally.Allowed(pod.GetId(), n.pod, ctr.GetName(), n.container)
+	}
+}
+
+// unfit says why a container must not be created whatever its image is.
+func (g *Gate) unfit(pod *api.PodSandbox, ctr *api.Container, n lengths) *verify.Fault {
+	if why := n.tooLong(); why != "" {
+		return &verify.Fault{Reason: verify.PodTooLarge, Detail: why}
+	}
+	if g.Tally == nil {
+		return nil
+	}
+	return g.Tally.Refuses(pod.GetId(), n.pod, ctr.GetName(), n.container)
 }
 
 func (g *Gate) create(ctx context.Context, pod *api.PodSandbox, ctr *api.Container, hook string) error {
 	ask := about(pod, ctr, hook)
-	if why := tooLong(ctx); why != "" {
-		return g.verify(ctx, ask, g.Now(), fault(ask, verify.PodTooLarge, why))
+	n := lengthsOf(ctx)
+	if f := g.unfit(pod, ctr, n); f != nil {
+		err := g.verify(ctx, ask, g.Now(), fault(ask, f.Reason, f.Detail))
+		if err == nil { // as in audit
+			g.count(pod, ctr, n)
+		}
+		return err
 	}
 	if known, err := g.known(pod, ctr, ask); known {
+		if err == nil {
+			g.count(pod, ctr, n)
+		}
 		return err
 	}
 	return g.answer(ctx, ask, func(ctx context.Context) []verify.Image {
 		return g.Resolver.Resolve(ctx, pod, ctr)
-	}, func(images []verify.Image) { g.Resolver.Decided(ctr.GetId(), images) })
+	}, func(images []verify.Image) {
+		g.Resolver.Decided(ctr.GetId(), images)
+		g.count(pod, ctr, n)
+	})
 }
 
 // known answers where nothing has to be waited for, neither containerd nor a
@@ -271,8 +315,8 @@ func (g *Gate) verify(ctx context.Context, ask question, start time.Time, img ve
 		}
 		return g.tell(ask, start, img, d)
 	}
-	d := g.Verifier.Verify(g.purse.open(ctx, before), img)
-	g.purse.pay(g.Now().Sub(before))
+	d := g.Verifier.Verify(g.waits.open(ctx, before), img)
+	g.waits.pay(g.Now().Sub(before))
 	return g.tell(ask, start, img, d)
 }
 
@@ -319,17 +363,19 @@ const (
 	maxWaits  = time.Second // and at most this much at once, after a quiet time
 )
 
-// A purse is the time that answers may spend on waiting. Its zero value is full.
+// A waitBudget is the time that answers may spend on waiting. Its zero value is full.
+// A rate.Limiter does not fit: it takes a price before, and what a wait costs is known only
+// after it, when it may be more than there was.
 // It is safe for concurrent use.
-type purse struct {
+type waitBudget struct {
 	mu    sync.Mutex
 	at    time.Time     // when it was last filled
 	spent time.Duration // what is missing; may be more than maxWaits
 }
 
-// open returns ctx, or where the purse is empty a context that has ended: what is
+// open returns ctx, or where the budget is empty a context that has ended: what is
 // known is answered all the same, and what is not goes on without anybody waiting.
-func (p *purse) open(ctx context.Context, now time.Time) context.Context {
+func (p *waitBudget) open(ctx context.Context, now time.Time) context.Context {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if d := now.Sub(p.at); d > 0 {
@@ -344,8 +390,8 @@ func (p *purse) open(ctx context.Context, now time.Time) context.Context {
 	return ctx
 }
 
-// pay takes d out of the purse.
-func (p *purse) pay(d time.Duration) {
+// pay takes d out of the budget.
+func (p *waitBudget) pay(d time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.spent += max(d, 0)

@@ -96,13 +96,13 @@ func (k *known) Verify(ctx context.Context, _ verify.Image) verify.Decision {
 	return verify.Deny(verify.PolicyNoMatch, digest.FromString("x").String())
 }
 
-// TestKnownAnswersCostNoWait: an empty purse keeps nothing from being answered.
+// TestKnownAnswersCostNoWait: an empty budget keeps nothing from being answered.
 func TestKnownAnswersCostNoWait(t *testing.T) {
 	k := &known{}
 	var last verify.Decision
 	g := &Gate{Resolver: one{}, Verifier: k, Observe: func(a Answer) { last = a.Decision }, Now: time.Now}
-	g.purse.at = time.Now()
-	g.purse.pay(time.Hour)
+	g.waits.at = time.Now()
+	g.waits.pay(time.Hour)
 	if err := g.ValidateContainerAdjustment(t.Context(), &api.ValidateContainerAdjustmentRequest{}); err == nil || last.Reason != verify.PolicyNoMatch || k.asked != 1 || !k.ended {
 		t.Errorf("%v, %v, asked %d times", err, last.Reason, k.asked)
 	}
@@ -151,7 +151,7 @@ func TestKnownIsAnsweredAtOnce(t *testing.T) {
 	} {
 		t.Run(label, func(t *testing.T) {
 			y, r, told := &yes{wait: tt.wait}, &remembers{panics: tt.panics}, 0
-			y.enforcer.Swap(&verify.Setup{Mode: verify.Audit, Policy: nothing{}}) // audit allows
+			y.enforcer.Swap(&verify.Snapshot{Mode: verify.Audit, Policy: nothing{}}) // audit allows
 			g := &Gate{Resolver: r, Verifier: y, Observe: func(Answer) { told++ }, Now: time.Now}
 			err := g.ValidateContainerAdjustment(t.Context(), &api.ValidateContainerAdjustmentRequest{})
 			if err != nil || !slices.Equal(y.asked, tt.asked) || told != 1 || r.decided != 1 {
@@ -169,7 +169,7 @@ func TestKnownIsAnsweredAtOnce(t *testing.T) {
 // nothing is a Policy that matches nothing.
 type nothing struct{}
 
-func (nothing) Select(verify.Image) *verify.Rule { return &verify.Rule{Settled: verify.PolicyNoMatch} }
+func (nothing) Select(verify.Image) *verify.Rule { return &verify.Rule{Fixed: verify.PolicyNoMatch} }
 
 // mismatched is a Resolver for which every container was created from something else.
 type mismatched struct{ one }
@@ -209,7 +209,7 @@ func (elsewhere) Started(context.Context, *api.PodSandbox, *api.Container) []ver
 type lists digest.Digest
 
 func (l lists) Select(verify.Image) *verify.Rule {
-	return &verify.Rule{Settled: verify.AllowedByDigest, Digest: digest.Digest(l)}
+	return &verify.Rule{Fixed: verify.AllowedByDigest, Digest: digest.Digest(l)}
 }
 
 // A container that another run of the gate allowed starts if this one knows its
@@ -245,7 +245,7 @@ func TestStartOfWhatIsAllowed(t *testing.T) {
 	}
 	for listed, want := range map[digest.Digest]bool{"sha256:d": true, "sha256:other": false} {
 		var e verify.Enforcer
-		e.Swap(&verify.Setup{Policy: lists(listed)})
+		e.Swap(&verify.Snapshot{Policy: lists(listed)})
 		g := &Gate{Resolver: elsewhere{}, Verifier: &e, Observe: func(Answer) {}, Now: time.Now}
 		if err := g.StartContainer(t.Context(), &api.PodSandbox{}, &api.Container{Id: "id"}); (err == nil) != want {
 			t.Errorf("%s is listed: %v", listed, err)
@@ -287,7 +287,7 @@ func (h *belated) Decided(string, []verify.Image) { h.decided++ }
 func TestLateAnswersAreNone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var e verify.Enforcer
-		e.Swap(&verify.Setup{Policy: lists("sha256:d")})
+		e.Swap(&verify.Snapshot{Policy: lists("sha256:d")})
 		h := &belated{}
 		var told []Answer
 		g := &Gate{Resolver: h, Verifier: &e, Observe: func(a Answer) { told = append(told, a) }, Now: time.Now}
@@ -357,7 +357,7 @@ func TestEveryImageCounts(t *testing.T) {
 		"panic":                         {several{images: []verify.Image{yes}, panics: true}, verify.Internal},
 	} {
 		var e verify.Enforcer
-		e.Swap(&verify.Setup{Policy: lists("sha256:d")})
+		e.Swap(&verify.Snapshot{Policy: lists("sha256:d")})
 		var last verify.Decision
 		g := &Gate{Resolver: &tt.r, Verifier: &e, Observe: func(a Answer) { last = a.Decision }, Now: time.Now}
 		err := g.ValidateContainerAdjustment(t.Context(), &api.ValidateContainerAdjustmentRequest{})
@@ -379,7 +379,7 @@ func TestCreateContainerOfANodeThatEnforces(t *testing.T) {
 	for _, audits := range []bool{true, false} {
 		r := &several{images: []verify.Image{is("sha256:d")}}
 		var e verify.Enforcer
-		e.Swap(&verify.Setup{Policy: lists("sha256:d")})
+		e.Swap(&verify.Snapshot{Policy: lists("sha256:d")})
 		var last Answer
 		g := &Gate{Resolver: r, Verifier: &e, Observe: func(a Answer) { last = a }, Now: time.Now}
 		err := g.CreateContainer(t.Context(), &api.PodSandbox{}, &api.Container{}, audits)
@@ -409,10 +409,10 @@ func TestBudget(t *testing.T) {
 	}
 }
 
-// TestPurse: a clock that goes back neither fills the purse nor empties it.
-func TestPurse(t *testing.T) {
+// TestWaitBudget: a clock that goes back neither fills the budget nor empties it.
+func TestWaitBudget(t *testing.T) {
 	now := time.Unix(1_700_000_000, 0)
-	var p purse
+	var p waitBudget
 	open := func(want bool) {
 		t.Helper()
 		if ctx := p.open(t.Context(), now); (ctx.Err() == nil) != want {

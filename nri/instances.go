@@ -11,6 +11,8 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+
+	"github.com/tidewaiter/tidewaiter/verify/durable"
 )
 
 // An Instance is this process among the gates that run on this node: a locked
@@ -42,15 +44,7 @@ func Join(dir string) (*Instance, error) {
 	// Locked before it has the name that others count by: they would take it for one
 	// that an ended instance left.
 	beside := filepath.Join(dir, "."+name)
-	f, err := os.OpenFile(beside, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
-	if err == nil {
-		if err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
-			err = os.Rename(beside, path)
-		}
-		if err != nil {
-			err = errors.Join(err, f.Close(), os.Remove(beside))
-		}
-	}
+	f, err := durable.CreateLocked(beside, path, os.O_RDWR, nil)
 	if err != nil {
 		return nil, fmt.Errorf("register this instance: %w", err)
 	}
@@ -99,8 +93,8 @@ func held(path string) (bool, error) {
 	}
 	defer f.Close()
 	// A shared lock, so that of two that count neither takes the other for an owner.
-	switch err := syscall.Flock(int(f.Fd()), syscall.LOCK_SH|syscall.LOCK_NB); {
-	case errors.Is(err, syscall.EWOULDBLOCK):
+	switch err := durable.TryShared(f); {
+	case errors.Is(err, durable.ErrLocked):
 		return true, nil
 	case err != nil:
 		return false, err

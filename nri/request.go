@@ -7,6 +7,8 @@ import (
 	"github.com/containerd/nri/pkg/api"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/tidewaiter/tidewaiter/nri/tally"
 )
 
 // A message of the runtime holds most of what it knows of a container, down to
@@ -47,18 +49,18 @@ var (
 type fields map[protowire.Number]fields
 
 // lean is unmarshal, which decodes a message of the runtime, without what is
-// dropped of it. In size it notes how many bytes the pod or the container in it
-// took, whichever took more.
-func lean(unmarshal func(any) error, size *int) func(any) error {
+// dropped of it. In size it notes how many bytes the pod and the container in it took.
+func lean(unmarshal func(any) error, size *lengths) func(any) error {
 	return func(v any) error {
 		var drop fields
+		pod, container := protowire.Number(1), protowire.Number(2)
 		switch v.(type) {
 		case *api.ValidateContainerAdjustmentRequest, *api.CreateContainerRequest, *api.StartContainerRequest:
 			drop = ofCreation
 		case *api.RunPodSandboxRequest:
 			drop = ofSandbox
 		case *api.StateChangeEvent:
-			drop = ofChange
+			drop, pod, container = ofChange, 2, 3
 		case *api.SynchronizeRequest:
 			drop = ofSynchronize
 		default:
@@ -69,7 +71,7 @@ func lean(unmarshal func(any) error, size *int) func(any) error {
 			return err
 		}
 		b := raw.ProtoReflect().GetUnknown()
-		*size = drop.longest(b)
+		*size = lengths{longest(b, pod), longest(b, container)}
 		b, err := drop.from(b)
 		if err != nil {
 			return fmt.Errorf("a message of the runtime: %w", err)
@@ -107,15 +109,15 @@ func (f fields) from(b []byte) ([]byte, error) {
 	return left, nil
 }
 
-// longest returns how many bytes the longest of those messages in b has of which
-// something is dropped. What is broken counts for nothing: it is refused later.
-func (f fields) longest(b []byte) (n int) {
+// longest returns how many bytes the longest message has that field f of b holds. What
+// is broken counts for nothing: it is refused later.
+func longest(b []byte, f protowire.Number) (n int) {
 	for len(b) > 0 {
 		number, kind, size := protowire.ConsumeField(b)
 		if size < 0 {
 			return n
 		}
-		if f[number] != nil && kind == protowire.BytesType {
+		if number == f && kind == protowire.BytesType {
 			n = max(n, size)
 		}
 		b = b[size:]
@@ -123,26 +125,32 @@ func (f fields) longest(b []byte) (n int) {
 	return n
 }
 
-// A gate that registers is told of all pods and containers, in messages of at most
-// 4 MiB each. NRI up to 0.12.5 brings down all of the runtime where it would have to
-// put fewer than eight of them into one (synchronize and recalcObjsPerSyncMsg in
-// pkg/adaptation/plugin.go). It never has to where none is longer than maxTold, with
-// room for what plugins add. Where a few pods have very many such containers, or the
-// other way about, it does not get through them ([Session.Large]).
-const maxTold = 300 << 10 // bytes
+// A gate that registers is told of all pods and containers. So none is let in that is
+// longer than [tally.MaxTold], and none with which its pod would be longer than a [Tally]
+// allows.
 
-type sizeKey struct{}
+// lengths are how many bytes of the runtime's message the pod and the container took.
+type lengths struct{ pod, container int }
 
-// withSize has size, which lean writes, go to the hook.
-func withSize(ctx context.Context, size *int) context.Context {
-	return context.WithValue(ctx, sizeKey{}, size)
+type lengthsKey struct{}
+
+// withLengths has l, which lean writes, go to the hook.
+func withLengths(ctx context.Context, l *lengths) context.Context {
+	return context.WithValue(ctx, lengthsKey{}, l)
 }
 
-// tooLong says that the runtime's message of this hook is of a pod or container that
-// is longer than maxTold, or is empty.
-func tooLong(ctx context.Context) string {
-	if size, ok := ctx.Value(sizeKey{}).(*int); ok && *size > maxTold {
-		return fmt.Sprintf("labels, annotations, arguments and environment have some %d KiB, more than %d KiB of one pod or container: containerd could not tell a gate of them when it starts; put what is long into a file, or set enableServiceLinks: false where it is the addresses of services", *size>>10, maxTold>>10)
+// lengthsOf are those in the runtime's message of this hook.
+func lengthsOf(ctx context.Context) lengths {
+	if l, ok := ctx.Value(lengthsKey{}).(*lengths); ok {
+		return *l
+	}
+	return lengths{}
+}
+
+// tooLong says that the pod or the container is longer than any may be, or is empty.
+func (l lengths) tooLong() string {
+	if n := max(l.pod, l.container); n > tally.MaxTold {
+		return tally.TooLong(n)
 	}
 	return ""
 }

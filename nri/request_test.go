@@ -57,7 +57,7 @@ func TestLean(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := &api.ValidateContainerAdjustmentRequest{}
-	if err := lean(decoder(raw), new(int))(got); err != nil {
+	if err := lean(decoder(raw), new(lengths))(got); err != nil {
 		t.Fatal(err)
 	}
 	p, c := want.Pod, want.Container
@@ -71,17 +71,17 @@ func TestLean(t *testing.T) {
 	}
 	// The other hook's question is of the same form, and other messages stay whole.
 	audited := &api.CreateContainerRequest{}
-	if err := lean(decoder(raw), new(int))(audited); err != nil || !proto.Equal(audited.Container, want.Container) || !proto.Equal(audited.Pod, want.Pod) {
+	if err := lean(decoder(raw), new(lengths))(audited); err != nil || !proto.Equal(audited.Container, want.Container) || !proto.Equal(audited.Pod, want.Pod) {
 		t.Errorf("%v, got %v", err, audited)
 	}
 	whole := &api.Container{}
 	raw, _ = proto.Marshal(told())
-	if err := lean(decoder(raw), new(int))(whole); err != nil || !proto.Equal(whole, told()) {
+	if err := lean(decoder(raw), new(lengths))(whole); err != nil || !proto.Equal(whole, told()) {
 		t.Errorf("%v, got %v", err, whole)
 	}
 	raw, _ = proto.Marshal(&api.SynchronizeRequest{Containers: []*api.Container{told()}, Pods: []*api.PodSandbox{{Id: "p1"}}, More: true})
 	all := &api.SynchronizeRequest{}
-	if err := lean(decoder(raw), new(int))(all); err != nil || !proto.Equal(all, &api.SynchronizeRequest{More: true}) {
+	if err := lean(decoder(raw), new(lengths))(all); err != nil || !proto.Equal(all, &api.SynchronizeRequest{More: true}) {
 		t.Errorf("%v, got %v", err, all)
 	}
 }
@@ -100,7 +100,7 @@ func TestLeanOfBrokenMessages(t *testing.T) {
 		t.Helper()
 		whole, got := &api.ValidateContainerAdjustmentRequest{}, &api.ValidateContainerAdjustmentRequest{}
 		before := bytes.Clone(raw)
-		bad, err := proto.Unmarshal(raw, whole), lean(decoder(raw), new(int))(got)
+		bad, err := proto.Unmarshal(raw, whole), lean(decoder(raw), new(lengths))(got)
 		if !bytes.Equal(before, raw) {
 			t.Fatal("the message was changed")
 		}
@@ -135,7 +135,7 @@ func TestLeanOfBrokenMessages(t *testing.T) {
 	// Nothing is taken for an empty message: not what was cut off, and not a pod or a
 	// container that is none.
 	for _, broken := range [][]byte{raw[:len(raw)-1], {0x0a}, {0x0a, 1, 0x07}, {0x12, 2, 0x4a, 5}} {
-		if got := (&api.ValidateContainerAdjustmentRequest{}); lean(decoder(broken), new(int))(got) == nil {
+		if got := (&api.ValidateContainerAdjustmentRequest{}); lean(decoder(broken), new(lengths))(got) == nil {
 			t.Errorf("%x is read as %v", broken, got)
 		}
 	}
@@ -146,7 +146,7 @@ func BenchmarkDecode(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	for name, decode := range map[string]func(any) error{"lean": lean(decoder(raw), new(int)), "all": decoder(raw)} {
+	for name, decode := range map[string]func(any) error{"lean": lean(decoder(raw), new(lengths)), "all": decoder(raw)} {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {

@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/nri/pkg/api"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/tidewaiter/tidewaiter/nri/tally"
 	"github.com/tidewaiter/tidewaiter/verify"
 )
 
@@ -158,7 +159,7 @@ func plugins(names ...string) (l []*api.PluginInstance) {
 	return l
 }
 
-func TestRoster(t *testing.T) {
+func TestPluginList(t *testing.T) {
 	const builtin, ours = "00-default-validator", "99-tidewaiter"
 	now := time.Unix(1_700_000_000, 0)
 	live, asked := 1, 0
@@ -168,7 +169,7 @@ func TestRoster(t *testing.T) {
 		Live: func() (int, error) { asked++; return live, failed }}
 	see := func(after time.Duration, names ...string) {
 		now = now.Add(after)
-		s.roster.see(s, plugins(names...))
+		s.plugins.see(s, plugins(names...))
 	}
 	expect := func(step string, strangers int, alarms uint64) {
 		t.Helper()
@@ -183,11 +184,11 @@ func TestRoster(t *testing.T) {
 	if asked != 0 {
 		t.Errorf("instances were counted %d times for one plugin", asked)
 	}
-	if n := testing.AllocsPerRun(100, func() { s.roster.see(s, nil) }); n > 2 {
+	if n := testing.AllocsPerRun(100, func() { s.plugins.see(s, nil) }); n > 2 {
 		t.Errorf("%v allocations", n)
 	}
 	l := plugins(builtin, ours)
-	if n := testing.AllocsPerRun(100, func() { s.roster.see(s, l) }); n != 0 {
+	if n := testing.AllocsPerRun(100, func() { s.plugins.see(s, l) }); n != 0 {
 		t.Errorf("a list that is known takes %v allocations", n)
 	}
 
@@ -261,7 +262,7 @@ func TestLateHooks(t *testing.T) {
 	}
 	hook(time.Millisecond)
 	hook(budget)
-	hook(budget + tardy)
+	hook(budget + lateTolerance)
 	if st := s.State(); st.Late != 0 {
 		t.Errorf("%+v", st)
 	}
@@ -289,8 +290,8 @@ func TestLargeIsNotRegistered(t *testing.T) {
 		want      string // in State.Error
 		wait      time.Duration
 	}{
-		{"too large", "pod team/p (1024 KiB)", nil, "does not register", 2 * largeWait},
-		{"too large, and an error besides", "pod team/p (1024 KiB)", errors.New("cut"), "does not register", 2 * largeWait},
+		{"too large", "pod team/p (1024 KiB)", nil, "does not register", 2 * minLargeRetry},
+		{"too large, and an error besides", "pod team/p (1024 KiB)", errors.New("cut"), "does not register", 2 * minLargeRetry},
 		{"not too large", "", nil, "connect to the runtime", minBackoff / 2},
 		{"not known", "", errors.New("no answer"), "connect to the runtime", minBackoff / 2},
 	} {
@@ -326,6 +327,50 @@ func TestLargeIsNotRegistered(t *testing.T) {
 	}
 }
 
+// To enforce, pods that the gate would have refused are taken away, and it is looked
+// again at once. In audit, and where nothing can be taken, it waits.
+func TestClear(t *testing.T) {
+	for name, tt := range map[string]struct {
+		audit  bool
+		there  int // pods that keep the gate from registering
+		taken  int // of these, those that can be taken away
+		round  int // how many a round
+		err    error
+		rounds int // in which Clear is called
+		large  bool
+	}{
+		"all in one round":    {there: 5, taken: 5, round: 8, rounds: 1},
+		"in three":            {there: 20, taken: 20, round: 8, rounds: 3},
+		"one has a container": {there: 5, taken: 4, round: 8, rounds: 2, large: true},
+		"in audit":            {audit: true, there: 5, taken: 5, round: 8, large: true},
+		"CRI does not answer": {there: 5, round: 8, err: errors.New("no answer"), rounds: 1, large: true},
+		"they come back":      {there: 1000, taken: 1000, round: 1, rounds: clearRounds, large: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			there, rounds := tt.there, 0
+			s, _ := session(t, func() bool { return tt.audit }, func(context.Context) (string, error) {
+				if there > 0 {
+					return "pod team/p", nil
+				}
+				return "", nil
+			})
+			s.Socket = t.TempDir()
+			s.Clear = func(ctx context.Context) (int, error) {
+				if _, ok := ctx.Deadline(); !ok {
+					t.Error("it may take for ever")
+				}
+				rounds++
+				n := min(tt.round, there-(tt.there-tt.taken))
+				there -= n
+				return n, tt.err
+			}
+			if err := s.large(t.Context()); errors.Is(err, errLarge) != tt.large || rounds != tt.rounds {
+				t.Errorf("%v after %d rounds, want %d", err, rounds, tt.rounds)
+			}
+		})
+	}
+}
+
 // What cannot be found out keeps the gate away only after a registration that did not
 // get through.
 func TestLargeIsNotKnown(t *testing.T) {
@@ -343,31 +388,84 @@ func TestLargeIsNotKnown(t *testing.T) {
 	}
 }
 
+// there is a Resolver that finds an image.
+type there struct{ elsewhere }
+
+func (r there) Resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Container) []verify.Image {
+	return r.Started(ctx, pod, ctr)
+}
+
+// counts is a Tally that refuses a pod's third container.
+type counts map[string][]string
+
+func (c counts) Refuses(pod string, podBytes int, container string, bytes int) *verify.Fault {
+	if len(c[pod]) < 3 { // the pod and two
+		return nil
+	}
+	return &verify.Fault{Reason: verify.PodTooLarge, Detail: "as told"}
+}
+
+func (c counts) Allowed(pod string, podBytes int, container string, bytes int) {
+	c[pod] = append(c[pod], container)
+}
+
 // A pod or container that is too long is refused under every configuration that
-// enforces, before it is looked at, and one that is not is none of this.
+// enforces, before it is looked at, and so is one of which a pod has too many. What is
+// let in is counted, and what is refused is not.
 func TestTooLong(t *testing.T) {
-	said := make(map[string]verify.Reason)
-	g := &Gate{Resolver: one{}, Verifier: denier{}, Now: time.Now, Node: "n", Observe: func(a Answer) {
-		said[a.Hook] = a.Image.Fault.Reason
-	}}
-	pod := &api.PodSandbox{Id: "p", Name: "p", Namespace: "team"}
-	for _, size := range []int{0, maxTold} {
-		if err := g.RunPodSandbox(withSize(t.Context(), &size), pod); err != nil || len(said) > 0 {
-			t.Errorf("a pod of %d bytes: %v", size, err)
-		}
-	}
-	if err := g.RunPodSandbox(t.Context(), pod); err != nil {
-		t.Errorf("a pod of unknown length: %v", err)
-	}
-	size := maxTold + 1
-	ctx := withSize(t.Context(), &size)
-	for hook, err := range map[string]error{
-		"RunPodSandbox":               g.RunPodSandbox(ctx, pod),
-		"ValidateContainerAdjustment": g.ValidateContainerAdjustment(ctx, creation()),
-		"CreateContainer":             g.CreateContainer(ctx, pod, told(), true),
+	pod, ctr := &api.PodSandbox{Id: "p", Name: "p", Namespace: "team"}, &api.Container{Id: "c", Name: "main"}
+	request := &api.ValidateContainerAdjustmentRequest{Pod: pod, Container: ctr}
+	for name, tt := range map[string]struct {
+		bytes   lengths
+		before  int // containers of the pod that are there
+		audit   bool
+		refused bool // as POD_TOO_LARGE
+	}{
+		"short":                  {bytes: lengths{100, 100}},
+		"of unknown length":      {},
+		"just short enough":      {bytes: lengths{tally.MaxTold, tally.MaxTold}},
+		"a pod":                  {bytes: lengths{tally.MaxTold + 1, 100}, refused: true},
+		"a container":            {bytes: lengths{100, tally.MaxTold + 1}, refused: true},
+		"one too many":           {bytes: lengths{100, 100}, before: 2, refused: true},
+		"one too many, to audit": {bytes: lengths{100, 100}, before: 2, refused: true, audit: true},
+		"a container, to audit":  {bytes: lengths{100, tally.MaxTold + 1}, refused: true, audit: true},
+		"a pod, to audit":        {bytes: lengths{tally.MaxTold + 1, 0}, refused: true, audit: true},
 	} {
-		if err == nil || said[hook] != verify.PodTooLarge {
-			t.Errorf("%s: %v, %v", hook, err, said)
+		for hook, ask := range map[string]func(*Gate, context.Context) error{
+			"RunPodSandbox":               func(g *Gate, ctx context.Context) error { return g.RunPodSandbox(ctx, pod) },
+			"ValidateContainerAdjustment": func(g *Gate, ctx context.Context) error { return g.ValidateContainerAdjustment(ctx, request) },
+			"CreateContainer":             func(g *Gate, ctx context.Context) error { return g.CreateContainer(ctx, pod, ctr, true) },
+		} {
+			t.Run(name+" "+hook, func(t *testing.T) {
+				counted := counts{"p": {""}}
+				for range tt.before {
+					counted.Allowed("p", 0, "other", 0)
+				}
+				before := len(counted["p"])
+				said := verify.Reason("")
+				var e verify.Enforcer
+				e.Swap(&verify.Snapshot{Policy: lists("sha256:d")})
+				if tt.audit {
+					e.Swap(&verify.Snapshot{Mode: verify.Audit, Policy: nothing{}})
+				}
+				g := &Gate{Resolver: there{}, Verifier: &e, Tally: counted, Now: time.Now, Node: "n", Observe: func(a Answer) {
+					if a.Image.Fault != nil {
+						said = a.Image.Fault.Reason
+					}
+				}}
+				refused, bytes := tt.refused, tt.bytes
+				if hook == "RunPodSandbox" {
+					bytes.container = 0
+					refused = bytes.pod > tally.MaxTold
+				}
+				err := ask(g, withLengths(t.Context(), &bytes))
+				if refused != (said == verify.PodTooLarge) || tt.audit && err != nil {
+					t.Fatalf("%v: said %q", err, said)
+				}
+				if grew := len(counted["p"]) > before; grew != (err == nil) {
+					t.Errorf("counted %t, and the answer is %v", grew, err)
+				}
+			})
 		}
 	}
 }
@@ -385,13 +483,13 @@ func TestLeanMeasures(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want := proto.Size(pod)
+		want := lengths{pod: proto.Size(pod)}
 		if m.ProtoReflect().Descriptor().Name() != "RunPodSandboxRequest" && len(raw) > proto.Size(ctr) {
-			want = proto.Size(ctr)
+			want.container = proto.Size(ctr)
 		}
-		size := 0
+		var size lengths
 		got := m.ProtoReflect().New().Interface()
-		if err := lean(decoder(raw), &size)(got); err != nil || size < want || size > want+8 {
+		if err := lean(decoder(raw), &size)(got); err != nil || size.pod < want.pod || size.pod > want.pod+8 || size.container < want.container || size.container > want.container+8 {
 			t.Errorf("%T: %d bytes, want %d (%v)", m, size, want, err)
 		}
 		again, _ := proto.Marshal(got)

@@ -9,16 +9,16 @@ import (
 
 	"github.com/containerd/nri/pkg/api"
 
-	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 // A State is what a Session knows of its connection and of what it was asked. It
 // is a copy, for status, readiness and metrics.
 //
 // A gate is ready while Registered is true, a configuration is in force
-// ([verify.Enforcer.Setup] is not nil), and Audit is what that configuration says:
-// after a change of mode the gate is asked in the wrong hook until it registered
-// anew.
+// (verify.Enforcer.Snapshot is not nil), and Audit is false where that configuration
+// enforces: after a change to enforce the gate is asked in the wrong hook until it
+// registered anew. To audit it may be asked in the hook that enforces.
 type State struct {
 	Registered bool      // the runtime asks this gate now; false from the moment that the connection ends
 	Since      time.Time // when Registered became what it is; zero: never was it true
@@ -28,6 +28,8 @@ type State struct {
 	Hooks      []string  // in which the gate asked to be asked
 
 	Registrations uint64    // since the process began: reconnects are one less
+	Awaiting      time.Time // since when the runtime has the registration and holds it up; zero: it does not
+	Held          string    // why the gate stays registered to audit although the node enforces; empty: it does not
 	Error         string    // why the gate is not registered, or was not before
 	ErrorAt       time.Time // zero: there was no error
 
@@ -52,7 +54,7 @@ func (s *Session) State() State {
 	st := s.known
 	s.mu.Unlock()
 	st.Registered = s.Registered()
-	st.Plugins, st.Strangers, st.Alarms = s.roster.state()
+	st.Plugins, st.Strangers, st.Alarms = s.plugins.state()
 	st.UnderWay, st.Stuck = int(s.underWay.Load()), s.Gate.Stuck()
 	st.Late, st.Latest = s.late.Load(), time.Duration(s.latest.Load())
 	return st
@@ -76,11 +78,11 @@ func (p *pace) due(now time.Time, every time.Duration) bool {
 }
 
 const (
-	// tardy is how much longer than its own time a hook may take before that counts:
+	// lateTolerance is how much longer than its own time a hook may take before that counts:
 	// it has then all but missed the runtime's deadline (margin).
-	tardy = 200 * time.Millisecond
-	// logEvery bounds how often the same trouble is logged.
-	logEvery = time.Minute
+	lateTolerance = 200 * time.Millisecond
+	// logInterval bounds how often the same trouble is logged.
+	logInterval = time.Minute
 )
 
 // asked notes that a hook begins, and when.
@@ -97,26 +99,26 @@ func (s *Session) answered(ctx context.Context, hook string, start time.Time) {
 	s.underWay.Add(-1)
 	now := s.Gate.Now()
 	took, budget := now.Sub(start), s.Gate.budget(ctx, start)
-	if took <= budget+tardy {
+	if took <= budget+lateTolerance {
 		return
 	}
 	s.late.Add(1)
 	for old := s.latest.Load(); int64(took) > old && !s.latest.CompareAndSwap(old, int64(took)); {
 		old = s.latest.Load()
 	}
-	if s.lateSaid.due(now, logEvery) {
+	if s.lateSaid.due(now, logInterval) {
 		s.Log.Error("a hook exceeded the gate's own time: the process was stopped, or gets no CPU",
 			"hook", hook, "took", took.String(), "budget", budget.String())
 	}
 }
 
-// A roster is the plugins that the runtime lists in a request. Anyone who can open
+// A pluginList holds the plugins that the runtime lists in a request. Anyone who can open
 // its socket can register under any name, and the runtime's required_plugins then
 // takes that plugin for the gate. The gate cannot keep it from that, and must not
 // refuse because of it: an upgrade is two of the same name too. It raises an
 // alarm. It is safe for concurrent use.
-type roster struct {
-	last atomic.Pointer[list]
+type pluginList struct {
+	last atomic.Pointer[pluginNames]
 
 	mu      sync.Mutex
 	checked time.Time
@@ -126,8 +128,8 @@ type roster struct {
 	said    pace
 }
 
-// A list is the plugins of one request.
-type list struct {
+// A pluginNames is the plugins of one request.
+type pluginNames struct {
 	plugins []member
 	ours    int // of our name
 }
@@ -135,13 +137,13 @@ type list struct {
 type member struct{ index, name string }
 
 const (
-	maxPlugins = 64          // of a request that are remembered
-	checkEvery = time.Second // between two looks at how many gates run
+	maxPlugins    = 64          // of a request that are remembered
+	countInterval = time.Second // between two looks at how many gates run
 )
 
 // see looks at the list of one request. Where it is that of the last request and
 // has one plugin of our name, that is a comparison.
-func (r *roster) see(s *Session, plugins []*api.PluginInstance) {
+func (r *pluginList) see(s *Session, plugins []*api.PluginInstance) {
 	l := r.last.Load()
 	if l == nil || !l.same(plugins) {
 		l = read(plugins)
@@ -156,7 +158,7 @@ func (r *roster) see(s *Session, plugins []*api.PluginInstance) {
 		return
 	}
 	now := s.Gate.Now()
-	if now.Sub(r.checked) < checkEvery {
+	if now.Sub(r.checked) < countInterval {
 		return
 	}
 	r.checked = now
@@ -175,19 +177,19 @@ func (r *roster) see(s *Session, plugins []*api.PluginInstance) {
 	}
 	r.surplus = l.ours - live
 	r.alarms++
-	if r.said.due(now, logEvery) {
+	if r.said.due(now, logInterval) {
 		s.Log.Error("another plugin is registered under the name of the gate: the runtime takes it for the gate when this one is away",
 			"plugins", l.names(), "gates", live)
 	}
 }
 
 // others reports whether another plugin of our name was listed last.
-func (r *roster) others() bool {
+func (r *pluginList) others() bool {
 	l := r.last.Load()
 	return l != nil && l.ours > 1
 }
 
-func (r *roster) state() (plugins []string, surplus int, alarms uint64) {
+func (r *pluginList) state() (plugins []string, surplus int, alarms uint64) {
 	if l := r.last.Load(); l != nil {
 		plugins = l.names()
 	}
@@ -196,8 +198,8 @@ func (r *roster) state() (plugins []string, surplus int, alarms uint64) {
 	return plugins, r.surplus, r.alarms
 }
 
-func read(plugins []*api.PluginInstance) *list {
-	l := &list{}
+func read(plugins []*api.PluginInstance) *pluginNames {
+	l := &pluginNames{}
 	for _, p := range plugins {
 		if p.GetName() == PluginName {
 			l.ours++
@@ -209,22 +211,22 @@ func read(plugins []*api.PluginInstance) *list {
 	return l
 }
 
-func (l *list) same(plugins []*api.PluginInstance) bool {
+func (l *pluginNames) same(plugins []*api.PluginInstance) bool {
 	return slices.EqualFunc(l.plugins, plugins, func(m member, p *api.PluginInstance) bool {
 		return m.index == p.GetIndex() && m.name == p.GetName()
 	})
 }
 
-func (l *list) names() []string {
+func (l *pluginNames) names() []string {
 	names := make([]string, len(l.plugins))
 	for i, m := range l.plugins {
-		names[i] = verify.Clean(m.index+"-"+m.name, 80)
+		names[i] = text.Clean(m.index+"-"+m.name, 80)
 	}
 	return names
 }
 
 // reset forgets: what the requests of an ended connection listed is not known.
-func (r *roster) reset() {
+func (r *pluginList) reset() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.last.Store(nil)

@@ -6,12 +6,14 @@ import (
 	"encoding/json"
 	"errors"
 	"maps"
+	"slices"
 	"strings"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 // A Decision is the answer. The zero Decision denies with INTERNAL.
@@ -21,11 +23,12 @@ import (
 // allow.
 type Decision struct {
 	allowed bool
+	proof   []proof // one for each leaf of the requirement that is met by it
 
 	Reason   Reason
 	Would    Reason        // with AUDIT_ONLY: what enforce would have answered
 	Rule     string        // name of the rule or statement; empty where none matched
-	Epoch    Epoch         // of the configuration that it was made under
+	Revision Revision      // of the configuration that it was made under
 	Key      Key           // of the question; zero where the image was not bound
 	Binding  Binding       // how the image was tied to what runs
 	Signers  []Signer      // who met the rule; for a denial, who was seen
@@ -34,8 +37,8 @@ type Decision struct {
 	Tried    []Attempt     // each source that was asked and what it said
 	Warnings []Reason      // checks that failed and that the statement only logs
 
-	// Metadata are the annotations that the signer signed with the image (notation
-	// sign --user-metadata): at most 32, keys up to 128 bytes and values up to 512;
+	// Metadata are the annotations that the signer signed with the image (by
+	// sign --user-metadata, say): at most 32, keys up to 128 bytes and values up to 512;
 	// what is longer is left out. Only with VERIFIED.
 	Metadata map[string]string
 
@@ -51,6 +54,9 @@ type Attempt struct {
 	Reason Reason `json:"reason"`
 	Seen   int    `json:"signatures"` // how many signatures it handed over
 	Detail string `json:"detail,omitempty"`
+	kind   string // of evidence that was asked for
+	holds  bool   // the image, as far as is known
+	lacks  bool   // the image, as it says
 }
 
 // Allowed reports whether the image may run.
@@ -65,32 +71,84 @@ func Deny(r Reason, detail string) Decision {
 // allow makes the Decision that lets an image run: the only place in the program
 // that does. It looks again at everything that an allow rests on, so that a
 // mistake of a caller ends as a denial. There are two things that it may rest on:
-// a signature over one of the image's subjects, and a digest of the image that a
-// file of the node lists.
-func allow(q Question, f Finding, now time.Time) Decision {
-	supported, unfit := false, q.Unfit()
-	if q.listed() {
-		supported, unfit = f.Reason == AllowedByDigest && f.Signed == q.Rule.Digest, q.Image.unfit()
-	} else if f.Reason == Verified {
-		for _, s := range q.Image.subjects() {
-			supported = supported || s.Digest != "" && s.Digest == f.Signed
+// findings over the image's subjects, by distinct identities, that meet the whole
+// requirement, and a digest of the image that a file of the node lists.
+func allow(q Question, found []proof, now time.Time) Decision {
+	fault, listed := q.Validate(), q.listed()
+	if listed {
+		fault = q.Image.validate()
+	}
+	if fault != nil {
+		return Deny(fault.Reason, fault.Detail)
+	}
+	var chosen, usable []proof
+	var ended time.Time
+	for _, p := range found {
+		over := slices.ContainsFunc(q.Image.subjects(), func(s ocispec.Descriptor) bool { return s.Digest != "" && s.Digest == p.finding.Signed })
+		switch until := p.finding.Until; {
+		case listed && p.finding.Reason == AllowedByDigest && p.finding.Signed == q.Rule.Digest:
+			chosen = []proof{p}
+		case listed || p.finding.Reason != Verified || !over:
+		case !until.IsZero() && !now.Before(until):
+			ended = until
+		default:
+			usable = append(usable, p)
 		}
 	}
+	if !listed {
+		chosen, _ = pick(usable, q.Rule.Require.Choose)
+	}
 	switch {
-	case unfit != nil:
-		return Deny(unfit.Reason, unfit.Detail)
-	case !supported:
+	case len(chosen) == 0 && !ended.IsZero():
+		return Deny(SignatureExpired, "what the answer rests on ended at "+ended.UTC().Format(time.RFC3339))
+	case len(chosen) == 0, !listed && !q.Rule.Require.Met(claims(chosen)):
 		return Deny(Internal, "the finding does not support an allow")
-	case !f.Until.IsZero() && !now.Before(f.Until):
-		return Deny(SignatureExpired, "what the answer rests on ended at "+f.Until.UTC().Format(time.RFC3339))
 	}
+	first := chosen[0].finding
 	d := Decision{
-		allowed: true, Reason: f.Reason, Signed: f.Signed, Metadata: f.Metadata,
-		Warnings: f.Warnings, Detail: f.Detail, Made: now, Until: f.Until, Ends: f.Ends,
+		allowed: true, Reason: first.Reason, Signed: first.Signed, Metadata: first.Metadata,
+		Detail: first.Detail, Made: now, Until: first.Until, Ends: first.Ends,
 	}
-	if f.Signer != (Signer{}) {
-		d.Signers = []Signer{f.Signer}
+	for _, p := range chosen {
+		f := p.finding
+		if f.Until.Before(d.Until) {
+			d.Until, d.Ends = f.Until, f.Ends
+		}
+		if f.Signer != (Signer{}) {
+			d.Signers = append(d.Signers, f.Signer)
+		}
+		d.Warnings = append(d.Warnings, f.Warnings...)
+		d.proof = append(d.proof, proof{leaf: p.leaf, finding: f})
 	}
+	d.Warnings = d.Warnings[:min(len(d.Warnings), MaxRelated)]
+	return d
+}
+
+// After is q for an Evaluator that goes on where another one ended with d.
+func (q Question) After(d Decision) Question {
+	q.Tried, q.found = d.Tried, d.proof
+	return q
+}
+
+// Final is d without what only After needs.
+func (d Decision) Final() Decision {
+	if !d.allowed {
+		d.proof = nil
+	}
+	return d
+}
+
+// Renew answers q by what the answer was to a question with the same Key rests on: all
+// of it is looked at once more under the rule and the clock that hold now.
+func Renew(q Question, was Decision, now time.Time) Decision {
+	d := Deny(Internal, "the answer is to another question")
+	if was.allowed && was.Key == q.Key() {
+		d = allow(q, was.proof, now)
+	}
+	if d.allowed {
+		d.Source, d.Tried, d.Made = was.Source, was.Tried, was.Made
+	}
+	q.name(&d)
 	return d
 }
 
@@ -125,73 +183,19 @@ func (d Decision) Message(img Image, node string) string {
 	default:
 		b.WriteString("allowed")
 	}
-	b.WriteString(" [" + Clean(r.String(), 32) + "] " + describe(img))
+	b.WriteString(" [" + text.Clean(r.String(), 32) + "] " + img.Name.Describe(img.Asked, img.Target.Digest))
 	tail := ""
 	if d.Rule != "" {
-		tail += "; rule " + Quote(d.Rule, 64)
+		tail += "; rule " + text.Quote(d.Rule, 64)
 	}
 	if node != "" {
-		tail += "; on node " + Clean(node, 64) + ": tidewaiter explain " + d.ID()
+		tail += "; on node " + text.Clean(node, 64) + ": tidewaiter explain " + d.ID()
 	}
 	if room := MaxMessage - b.Len() - len(tail) - len(": "); d.Detail != "" && room > 0 {
-		b.WriteString(": " + Clean(d.Detail, room))
+		b.WriteString(": " + text.Clean(d.Detail, room))
 	}
 	b.WriteString(tail)
 	return b.String()
-}
-
-// describe names an image: canonical name and target digest, or what the pod said.
-func describe(img Image) string {
-	if img.Name.Path == "" {
-		if img.Asked == "" {
-			return "an image without a name"
-		}
-		return Quote(img.Asked, 160)
-	}
-	n := img.Name
-	if img.Target.Digest != "" {
-		n.Digest = img.Target.Digest
-	}
-	s := n.String()
-	if n.Digest == "" {
-		return Clean(s, 256)
-	}
-	// A long name is cut, the digest is not.
-	d := "@" + Clean(n.Digest.String(), 144) // sha512
-	n.Digest = ""
-	return Clean(n.String(), 160) + d
-}
-
-// Clean makes text that is not ours fit for one line: control characters and
-// what is not printable become spaces, and it is cut to at most limit bytes at a
-// character boundary.
-func Clean(s string, limit int) string {
-	limit = max(limit, 0)
-	if len(s) > 4*limit {
-		s = s[:4*limit]
-	}
-	if strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' }) { // nearly nothing does
-		s = strings.Map(func(r rune) rune {
-			if r == utf8.RuneError || !unicode.IsPrint(r) {
-				return ' '
-			}
-			return r
-		}, s)
-	}
-	if len(s) <= limit {
-		return s
-	}
-	more := "..."[:min(3, limit)]
-	limit -= len(more)
-	for limit > 0 && !utf8.RuneStart(s[limit]) {
-		limit--
-	}
-	return s[:limit] + more
-}
-
-// Quote is Clean in double quotes; quotes inside become single ones.
-func Quote(s string, limit int) string {
-	return `"` + strings.ReplaceAll(Clean(s, limit), `"`, `'`) + `"`
 }
 
 // ID is short, stable and the same on every node: a hash of the question and the
@@ -222,7 +226,7 @@ type Report struct {
 	ID       string            `json:"id"`
 	Allowed  bool              `json:"allowed"`
 	Reason   Reason            `json:"reason"`
-	Would    Reason            `json:"would,omitempty"`
+	Would    Reason            `json:"enforceReason,omitempty"`
 	Message  string            `json:"message"`
 	Image    string            `json:"image"`
 	Target   string            `json:"target,omitempty"`
@@ -231,31 +235,31 @@ type Report struct {
 	Binding  Binding           `json:"binding"`
 	Pod      *Pod              `json:"pod,omitempty"`
 	Rule     string            `json:"rule,omitempty"`
-	Epoch    string            `json:"epoch"`
+	Revision string            `json:"epoch"`
 	Signers  []Signer          `json:"signers"`
 	Signed   string            `json:"signed,omitempty"`
 	Source   string            `json:"source,omitempty"`
 	Metadata map[string]string `json:"metadata,omitempty"`
-	Tried    []Attempt         `json:"tried"`
+	Tried    []Attempt         `json:"attempts"`
 	Warnings []Reason          `json:"warnings,omitempty"`
 	Detail   string            `json:"detail,omitempty"`
-	Made     time.Time         `json:"made"`
-	Until    *time.Time        `json:"until,omitempty"`
-	Ends     string            `json:"ends,omitempty"` // what it is that ends then
+	Made     time.Time         `json:"decidedAt"`
+	Until    *time.Time        `json:"expiresAt,omitempty"`
+	Ends     string            `json:"expiresBecause,omitempty"` // what it is that ends then
 }
 
 // Report makes the report of d about img on node.
 func (d Decision) Report(img Image, node string) Report {
 	r := Report{
 		Schema: Schema, ID: d.ID(), Allowed: d.allowed, Reason: d.Reason, Would: d.Would,
-		Message: d.Message(img, node), Image: Clean(img.Name.String(), 512),
+		Message: d.Message(img, node), Image: text.Clean(img.Name.String(), 512),
 		Target: img.Target.Digest.String(), Manifest: img.Manifest.Digest.String(), Config: img.Config.String(),
-		Binding: d.Binding, Rule: d.Rule, Epoch: d.Epoch.String(),
+		Binding: d.Binding, Rule: d.Rule, Revision: d.Revision.String(),
 		Signers: append([]Signer{}, d.Signers...), Signed: d.Signed.String(), Source: d.Source, Metadata: maps.Clone(d.Metadata),
-		Tried: append([]Attempt{}, d.Tried...), Warnings: d.Warnings, Detail: Clean(d.Detail, MaxMessage), Made: d.Made.UTC(),
+		Tried: append([]Attempt{}, d.Tried...), Warnings: d.Warnings, Detail: text.Clean(d.Detail, MaxMessage), Made: d.Made.UTC(),
 	}
 	if img.Name.Path == "" {
-		r.Image = Clean(img.Asked, 512)
+		r.Image = text.Clean(img.Asked, 512)
 	}
 	if img.Pod != (Pod{}) {
 		r.Pod = new(img.Pod)

@@ -18,6 +18,9 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
+// one is the proof of a requirement of one leaf.
+func one(f Finding) []proof { return []proof{{finding: f}} }
+
 func TestAllow(t *testing.T) {
 	others := func(n int) []ocispec.Descriptor {
 		var list []ocispec.Descriptor
@@ -35,12 +38,12 @@ func TestAllow(t *testing.T) {
 		{"bound by snapshot", func(q *Question, _ *Finding) { q.Image.Binding = BoundSnapshot }, Verified},
 		{"asked by digest", func(q *Question, _ *Finding) { q.Image.Use, q.Image.Binding = UseQuestion, BoundDigest }, Verified},
 		{"signed manifest", func(_ *Question, f *Finding) { f.Signed = of("manifest") }, Verified},
-		{"signed other", func(q *Question, f *Finding) { q.Image.Others = others(MaxOthers); f.Signed = of("other7") }, Verified},
-		{"signed other beyond the bound", func(q *Question, f *Finding) { q.Image.Others = others(MaxOthers + 1); f.Signed = of("other8") }, Internal},
+		{"signed other", func(q *Question, f *Finding) { q.Image.Related = others(MaxRelated); f.Signed = of("other7") }, Verified},
+		{"signed other beyond the bound", func(q *Question, f *Finding) { q.Image.Related = others(MaxRelated + 1); f.Signed = of("other8") }, Internal},
 		{"signed something else", func(_ *Question, f *Finding) { f.Signed = of("evil") }, Internal},
 		{"signed the config", func(_ *Question, f *Finding) { f.Signed = of("config") }, Internal},
 		{"signed nothing", func(_ *Question, f *Finding) { f.Signed = "" }, Internal},
-		{"signed nothing, other without digest", func(q *Question, f *Finding) { q.Image.Others = make([]ocispec.Descriptor, 1); f.Signed = "" }, Internal},
+		{"signed nothing, other without digest", func(q *Question, f *Finding) { q.Image.Related = make([]ocispec.Descriptor, 1); f.Signed = "" }, Internal},
 		{"zero finding", func(_ *Question, f *Finding) { *f = Finding{} }, Internal},
 		{"finding without reason", func(_ *Question, f *Finding) { f.Reason = "" }, Internal},
 		{"finding of audit", func(_ *Question, f *Finding) { f.Reason = AuditOnly }, Internal},
@@ -54,7 +57,7 @@ func TestAllow(t *testing.T) {
 			q := bound()
 			f := good(q)
 			tt.change(&q, &f)
-			d := allow(q, f, start)
+			d := allow(q, one(f), start)
 			if tt.want != Verified {
 				denied(t, d, tt.want)
 				if d.Detail == "" {
@@ -72,15 +75,15 @@ func TestAllow(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			q := with(tt.weaken)
 			f := good(bound())
-			denied(t, allow(q, f, start), tt.want)
+			denied(t, allow(q, one(f), start), tt.want)
 			f.Signed = q.Image.Target.Digest
-			denied(t, allow(q, f, start), tt.want)
+			denied(t, allow(q, one(f), start), tt.want)
 		})
 	}
 }
 
 func TestAudit(t *testing.T) {
-	yes := allow(bound(), good(bound()), start)
+	yes := allow(bound(), one(good(bound())), start)
 	allowed(t, audit(yes, Enforce), Verified)
 	allowed(t, audit(yes, Audit), Verified)
 	if d := audit(yes, Audit); d.Would != "" {
@@ -105,7 +108,7 @@ func TestAudit(t *testing.T) {
 
 // TestNoWayBackFromBytes: no decoder makes a Decision that allows.
 func TestNoWayBackFromBytes(t *testing.T) {
-	yes := audit(allow(bound(), good(bound()), start), Enforce)
+	yes := audit(allow(bound(), one(good(bound())), start), Enforce)
 	if !yes.Allowed() {
 		t.Fatal("nothing to try with")
 	}
@@ -172,7 +175,7 @@ func TestID(t *testing.T) {
 		t.Errorf("ID is %s, want %s: it must never change", got, want)
 	}
 	same := d
-	same.Detail, same.Rule, same.Made, same.Until, same.Source, same.Binding, same.Epoch = "x", "x", start, start, "x", BoundDigest, Epoch{1}
+	same.Detail, same.Rule, same.Made, same.Until, same.Source, same.Binding, same.Revision = "x", "x", start, start, "x", BoundDigest, Revision{1}
 	if same.ID() != d.ID() {
 		t.Error("the ID depends on more than question and reason")
 	}
@@ -198,7 +201,7 @@ func TestMessage(t *testing.T) {
 		return d
 	}
 	id := deny("").ID()
-	yes := allow(bound(), good(bound()), start)
+	yes := allow(bound(), one(good(bound())), start)
 	yes.Rule, yes.Key = "prod", key
 	for _, tt := range []struct {
 		name string
@@ -207,9 +210,9 @@ func TestMessage(t *testing.T) {
 		node string
 		want string
 	}{
-		{"denied", deny("no Notary Project signature found at layout /media/usb"), img, "edge-17",
+		{"denied", deny("no notary signature found at layout /media/usb"), img, "edge-17",
 			`tidewaiter: denied [SIGNATURE_MISSING] registry.local/app:1.2@sha256:` + sum +
-				`: no Notary Project signature found at layout /media/usb; rule "prod"; on node edge-17: tidewaiter explain ` + id},
+				`: no notary signature found at layout /media/usb; rule "prod"; on node edge-17: tidewaiter explain ` + id},
 		{"allowed", yes, img, "edge-17",
 			`tidewaiter: allowed [VERIFIED] registry.local/app:1.2@sha256:` + sum + `; rule "prod"; on node edge-17: tidewaiter explain ` + yes.ID()},
 		{"audited", audit(deny("why"), Audit), img, "edge-17",
@@ -316,52 +319,6 @@ func FuzzMessage(f *testing.F) {
 	})
 }
 
-func FuzzClean(f *testing.F) {
-	f.Add("abc", 2)
-	f.Add("éé\xff", 3)
-	f.Add("", -1)
-	f.Fuzz(func(t *testing.T, s string, limit int) {
-		limit %= 1 << 16
-		got := Clean(s, limit)
-		if len(got) > max(limit, 0) || !utf8.ValidString(got) || strings.ContainsFunc(got, func(r rune) bool { return !unicode.IsPrint(r) }) {
-			t.Errorf("Clean(%q, %d) is %q", s, limit, got)
-		}
-		if q := Quote(s, limit); len(q) > max(limit, 0)+2 || strings.Count(q, `"`) != 2 || q[0] != '"' || q[len(q)-1] != '"' {
-			t.Errorf("Quote(%q, %d) is %q", s, limit, q)
-		}
-	})
-}
-
-func TestClean(t *testing.T) {
-	for _, tt := range []struct {
-		in    string
-		limit int
-		want  string
-	}{
-		{"", 0, ""},
-		{"abc", 3, "abc"},
-		{"abcd", 3, "..."},
-		{"abcdef", 5, "ab..."},
-		{"abc", 2, ".."},
-		{"abc", 1, "."},
-		{"abc", 0, ""},
-		{"abc", -5, ""},
-		{"ééé", 5, "é..."},
-		{"aéé", 4, "a..."},
-		{"a\nb", 9, "a b"},
-		{"\x00\x7f\u0085\u200b\u202e\ufeff", 20, "      "},
-		{"a\xffb", 9, "a b"},
-		{"日本 ok 🚢", 40, "日本 ok 🚢"},
-	} {
-		if got := Clean(tt.in, tt.limit); got != tt.want {
-			t.Errorf("Clean(%q, %d) is %q, want %q", tt.in, tt.limit, got, tt.want)
-		}
-	}
-	if got := Quote("a\"b\n", 9); got != `"a'b "` {
-		t.Errorf("Quote is %s", got)
-	}
-}
-
 // TestReport pins the JSON form: scripts read it, so that a change here that is
 // not an addition needs another Schema.
 func TestReport(t *testing.T) {
@@ -370,8 +327,8 @@ func TestReport(t *testing.T) {
 	f.Signer = Signer{Subject: "CN=build,O=Acme", Thumbprint: "ab12", Anchor: "ca:acme/root.crt"}
 	f.Warnings = []Reason{RevocationUnknown}
 	f.Ends = "certificate"
-	yes := allow(q, f, start)
-	yes.Rule, yes.Key, yes.Binding, yes.Epoch = "prod", q.Key(), BoundRuntime, Epoch{0xab}
+	yes := allow(q, one(f), start)
+	yes.Rule, yes.Key, yes.Binding, yes.Revision = "prod", q.Key(), BoundRuntime, Revision{0xab}
 	yes.Source, yes.Tried = "mirror http://10.0.0.5:5000", []Attempt{
 		{Source: "store", Reason: SignatureMissing},
 		{Source: "mirror http://10.0.0.5:5000", Reason: Verified, Seen: 2, Detail: "one was bad"},

@@ -19,21 +19,21 @@ func (p policy) Select(i Image) *Rule { return p(i) }
 
 type judge func(context.Context, Question) Decision
 
-func (j judge) Judge(ctx context.Context, q Question) Decision { return j(ctx, q) }
+func (j judge) Evaluate(ctx context.Context, q Question) Decision { return j(ctx, q) }
 
 func prod(Image) *Rule { return bound().Rule }
 
 func yes(_ context.Context, q Question) Decision {
-	d := allow(q, Finding{Reason: Verified, Signed: q.Image.Target.Digest}, start)
+	d := allow(q, one(Finding{Reason: Verified, Signed: q.Image.Target.Digest}), start)
 	d.Rule, d.Key, d.Binding = "of whoever asked first", q.Key(), BoundDigest
 	return d
 }
 
-func setup(m Mode) *Setup {
-	return &Setup{Epoch: Epoch{7}, Mode: m, Policy: policy(prod), Judge: judge(yes), Wait: time.Hour}
+func setup(m Mode) *Snapshot {
+	return &Snapshot{Revision: Revision{7}, Mode: m, Policy: policy(prod), Evaluator: judge(yes), Wait: time.Hour}
 }
 
-func enforcer(s *Setup) *Enforcer {
+func enforcer(s *Snapshot) *Enforcer {
 	e := new(Enforcer)
 	e.Swap(s)
 	return e
@@ -43,50 +43,50 @@ func TestVerify(t *testing.T) {
 	panics := judge(func(context.Context, Question) Decision { panic("judge") })
 	for _, tt := range []struct {
 		name   string
-		change func(*Setup, *Image)
+		change func(*Snapshot, *Image)
 		want   Reason // VERIFIED: allowed
 	}{
-		{"allowed", func(*Setup, *Image) {}, Verified},
-		{"denied", func(s *Setup, _ *Image) {
-			s.Judge = judge(func(context.Context, Question) Decision { return Deny(SignerUntrusted, "x") })
+		{"allowed", func(*Snapshot, *Image) {}, Verified},
+		{"denied", func(s *Snapshot, _ *Image) {
+			s.Evaluator = judge(func(context.Context, Question) Decision { return Deny(SignerUntrusted, "x") })
 		}, SignerUntrusted},
-		{"zero answer", func(s *Setup, _ *Image) {
-			s.Judge = judge(func(context.Context, Question) Decision { return Decision{} })
+		{"zero answer", func(s *Snapshot, _ *Image) {
+			s.Evaluator = judge(func(context.Context, Question) Decision { return Decision{} })
 		}, Internal},
-		{"an answer that only claims to allow", func(s *Setup, _ *Image) {
-			s.Judge = judge(func(context.Context, Question) Decision { return Deny(Verified, "") })
+		{"an answer that only claims to allow", func(s *Snapshot, _ *Image) {
+			s.Evaluator = judge(func(context.Context, Question) Decision { return Deny(Verified, "") })
 		}, Internal},
-		{"an allow of something else", func(s *Setup, _ *Image) {
-			s.Judge = judge(func(ctx context.Context, q Question) Decision {
+		{"an allow of something else", func(s *Snapshot, _ *Image) {
+			s.Evaluator = judge(func(ctx context.Context, q Question) Decision {
 				q.Image.Config = of("another config")
 				return yes(ctx, q)
 			})
 		}, Internal},
-		{"an allow of nothing", func(s *Setup, _ *Image) {
-			s.Judge = judge(func(ctx context.Context, q Question) Decision {
+		{"an allow of nothing", func(s *Snapshot, _ *Image) {
+			s.Evaluator = judge(func(ctx context.Context, q Question) Decision {
 				d := yes(ctx, q)
 				d.Key = Key{}
 				return d
 			})
 		}, Internal},
-		{"judge panics", func(s *Setup, _ *Image) { s.Judge = panics }, Internal},
-		{"judge panics with nil", func(s *Setup, _ *Image) {
-			s.Judge = judge(func(context.Context, Question) Decision { panic(nil) })
+		{"judge panics", func(s *Snapshot, _ *Image) { s.Evaluator = panics }, Internal},
+		{"judge panics with nil", func(s *Snapshot, _ *Image) {
+			s.Evaluator = judge(func(context.Context, Question) Decision { panic(nil) })
 		}, Internal},
-		{"no judge", func(s *Setup, _ *Image) { s.Judge = nil }, Internal},
-		{"policy panics", func(s *Setup, _ *Image) { s.Policy = policy(func(Image) *Rule { panic("policy") }) }, Internal},
-		{"no policy", func(s *Setup, _ *Image) { s.Policy = nil }, Internal},
-		{"policy without rule", func(s *Setup, _ *Image) { s.Policy = policy(func(Image) *Rule { return nil }) }, PolicyInvalid},
-		{"settled", func(s *Setup, _ *Image) {
-			s.Judge, s.Policy = panics, policy(func(Image) *Rule { return &Rule{Settled: PolicyNoMatch} })
+		{"no judge", func(s *Snapshot, _ *Image) { s.Evaluator = nil }, Internal},
+		{"policy panics", func(s *Snapshot, _ *Image) { s.Policy = policy(func(Image) *Rule { panic("policy") }) }, Internal},
+		{"no policy", func(s *Snapshot, _ *Image) { s.Policy = nil }, Internal},
+		{"policy without rule", func(s *Snapshot, _ *Image) { s.Policy = policy(func(Image) *Rule { return nil }) }, PolicyInvalid},
+		{"settled", func(s *Snapshot, _ *Image) {
+			s.Evaluator, s.Policy = panics, policy(func(Image) *Rule { return &Rule{Fixed: PolicyNoMatch} })
 		}, PolicyNoMatch},
-		{"settled as an allow", func(s *Setup, _ *Image) {
-			s.Judge, s.Policy = panics, policy(func(Image) *Rule { return &Rule{Settled: Verified} })
+		{"settled as an allow", func(s *Snapshot, _ *Image) {
+			s.Evaluator, s.Policy = panics, policy(func(Image) *Rule { return &Rule{Fixed: Verified} })
 		}, Internal},
-		{"settled with a statement", func(s *Setup, _ *Image) {
-			s.Policy = policy(func(Image) *Rule { r := bound().Rule; r.Settled = PolicyInvalid; return r })
+		{"settled with a statement", func(s *Snapshot, _ *Image) {
+			s.Policy = policy(func(Image) *Rule { r := bound().Rule; r.Fixed = PolicyInvalid; return r })
 		}, PolicyInvalid},
-		{"zero wait does not forbid what is known", func(s *Setup, _ *Image) { s.Wait = 0 }, Verified},
+		{"zero wait does not forbid what is known", func(s *Snapshot, _ *Image) { s.Wait = 0 }, Verified},
 	} {
 		for _, m := range []Mode{Enforce, Audit} {
 			t.Run(tt.name+" "+m.String(), func(t *testing.T) {
@@ -102,7 +102,7 @@ func TestVerify(t *testing.T) {
 				q := with(tt.weaken)
 				s := setup(m)
 				s.Policy = policy(func(Image) *Rule { return q.Rule })
-				s.Judge = judge(func(_ context.Context, got Question) Decision { return yes(bg, bound()) })
+				s.Evaluator = judge(func(_ context.Context, got Question) Decision { return yes(bg, bound()) })
 				check(t, s, q.Image, tt.want)
 			})
 		}
@@ -111,7 +111,7 @@ func TestVerify(t *testing.T) {
 
 // check has img judged under s and looks whether the answer is what enforce says,
 // or in audit an allow that keeps it.
-func check(t *testing.T, s *Setup, img Image, want Reason) {
+func check(t *testing.T, s *Snapshot, img Image, want Reason) {
 	t.Helper()
 	d := enforcer(s).Verify(bg, img)
 	switch {
@@ -131,8 +131,8 @@ func check(t *testing.T, s *Setup, img Image, want Reason) {
 			t.Errorf("enforce would answer %v", d.Would)
 		}
 	}
-	if d.Epoch != s.Epoch {
-		t.Errorf("epoch is %v", d.Epoch)
+	if d.Revision != s.Revision {
+		t.Errorf("revision is %v", d.Revision)
 	}
 }
 
@@ -142,11 +142,11 @@ func TestAnswerIsAboutThisContainer(t *testing.T) {
 	q := with(func(q *Question) { q.Image.Binding = BoundSnapshot })
 	d := enforcer(setup(Enforce)).Verify(bg, q.Image)
 	allowed(t, d, Verified)
-	if d.Rule != "prod" || d.Key != q.Key() || d.Binding != BoundSnapshot || d.Epoch != (Epoch{7}) {
+	if d.Rule != "prod" || d.Key != q.Key() || d.Binding != BoundSnapshot || d.Revision != (Revision{7}) {
 		t.Errorf("decision is %+v", d)
 	}
 	s := setup(Enforce)
-	s.Policy = policy(func(Image) *Rule { return &Rule{Name: "none", Settled: PolicyNoMatch, Detail: "add a rule"} })
+	s.Policy = policy(func(Image) *Rule { return &Rule{Name: "none", Fixed: PolicyNoMatch, Detail: "add a rule"} })
 	d = enforcer(s).Verify(bg, q.Image)
 	denied(t, d, PolicyNoMatch)
 	if d.Rule != "none" || d.Detail != "add a rule" || d.Key.Target.Digest != q.Image.Target.Digest || d.Binding != BoundSnapshot {
@@ -164,23 +164,23 @@ func TestFloor(t *testing.T) {
 	}{
 		{"target", func(q *Question) { q.Rule.Digest = q.Image.Target.Digest }, AllowedByDigest},
 		{"manifest", func(q *Question) { q.Rule.Digest = q.Image.Manifest.Digest }, AllowedByDigest},
-		{"config", func(q *Question) { q.Rule.Digest, q.Image.Vouched = q.Image.Config, true }, AllowedByDigest},
+		{"config", func(q *Question) { q.Rule.Digest, q.Image.LayersVerified = q.Image.Config, true }, AllowedByDigest},
 		{"config, with other layers perhaps", func(q *Question) { q.Rule.Digest = q.Image.Config }, PolicyInvalid},
 		{"a volume", func(q *Question) {
-			q.Rule.Digest, q.Image.Use, q.Image.Binding, q.Image.Vouched = q.Image.Config, UseVolume, BoundSnapshot, true
+			q.Rule.Digest, q.Image.Use, q.Image.Binding, q.Image.LayersVerified = q.Image.Config, UseVolume, BoundSnapshot, true
 		}, AllowedByDigest},
 		{"other target of the config", func(q *Question) {
-			q.Image.Others = []ocispec.Descriptor{desc("other")}
+			q.Image.Related = []ocispec.Descriptor{desc("other")}
 			q.Rule.Digest = of("other")
 		}, PolicyInvalid},
-		{"another digest, where the layers are known", func(q *Question) { q.Rule.Digest, q.Image.Vouched = of("other"), true }, PolicyInvalid},
+		{"another digest, where the layers are known", func(q *Question) { q.Rule.Digest, q.Image.LayersVerified = of("other"), true }, PolicyInvalid},
 		{"a rule that settles it as a no", func(q *Question) {
-			q.Rule.Digest, q.Rule.Settled = q.Image.Target.Digest, PolicyNoMatch
+			q.Rule.Digest, q.Rule.Fixed = q.Image.Target.Digest, PolicyNoMatch
 		}, PolicyNoMatch},
 		{"pinned by the pod, not what runs", func(q *Question) { q.Image.Name.Digest, q.Rule.Digest = of("pinned"), of("pinned") }, PolicyInvalid},
 		{"none", func(q *Question) { q.Rule.Digest = "" }, PolicyInvalid},
 		{"none, and no config", func(q *Question) {
-			q.Rule.Digest, q.Image.Use, q.Image.Binding, q.Image.Config, q.Image.Vouched = "", UseQuestion, BoundDigest, "", true
+			q.Rule.Digest, q.Image.Use, q.Image.Binding, q.Image.Config, q.Image.LayersVerified = "", UseQuestion, BoundDigest, "", true
 		}, PolicyInvalid},
 		{"fault", func(q *Question) {
 			q.Rule.Digest, q.Image.Fault = q.Image.Config, &Fault{ImageMismatch, "x"}
@@ -189,12 +189,12 @@ func TestFloor(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			q := with(func(q *Question) {
-				*q.Rule = Rule{Name: "floor/k3s.txt", Settled: AllowedByDigest, Detail: "listed"}
+				*q.Rule = Rule{Name: "floor/k3s.txt", Fixed: AllowedByDigest, Detail: "listed"}
 				tt.change(q)
 			})
 			s := setup(Enforce)
 			s.Policy = policy(func(Image) *Rule { return q.Rule })
-			s.Judge = judge(func(context.Context, Question) Decision { t.Error("the judge was asked"); return Decision{} })
+			s.Evaluator = judge(func(context.Context, Question) Decision { t.Error("the judge was asked"); return Decision{} })
 			d := enforcer(s).Verify(bg, q.Image)
 			if tt.want != AllowedByDigest {
 				denied(t, d, tt.want)
@@ -208,14 +208,14 @@ func TestFloor(t *testing.T) {
 	}
 	// A signature does not stand in for a digest, nor a digest for a signature.
 	q := with(func(q *Question) {
-		*q.Rule, q.Image.Vouched = Rule{Settled: AllowedByDigest, Digest: q.Image.Config}, true
+		*q.Rule, q.Image.LayersVerified = Rule{Fixed: AllowedByDigest, Digest: q.Image.Config}, true
 	})
-	denied(t, allow(q, good(q), start), Internal)
-	denied(t, allow(q, Finding{Reason: Verified, Signed: q.Image.Config}, start), Internal)
-	denied(t, allow(q, Finding{Reason: AllowedByDigest, Signed: q.Image.Target.Digest}, start), Internal)
-	allowed(t, allow(q, Finding{Reason: AllowedByDigest, Signed: q.Image.Config}, start), AllowedByDigest)
-	denied(t, allow(bound(), Finding{Reason: AllowedByDigest, Signed: bound().Image.Config}, start), Internal)
-	denied(t, allow(bound(), Finding{Reason: AllowedByDigest, Signed: bound().Image.Target.Digest}, start), Internal)
+	denied(t, allow(q, one(good(q)), start), Internal)
+	denied(t, allow(q, one(Finding{Reason: Verified, Signed: q.Image.Config}), start), Internal)
+	denied(t, allow(q, one(Finding{Reason: AllowedByDigest, Signed: q.Image.Target.Digest}), start), Internal)
+	allowed(t, allow(q, one(Finding{Reason: AllowedByDigest, Signed: q.Image.Config}), start), AllowedByDigest)
+	denied(t, allow(bound(), one(Finding{Reason: AllowedByDigest, Signed: bound().Image.Config}), start), Internal)
+	denied(t, allow(bound(), one(Finding{Reason: AllowedByDigest, Signed: bound().Image.Target.Digest}), start), Internal)
 }
 
 // TestVolumeNames: one of the names under which the node keeps the content is
@@ -244,7 +244,7 @@ func TestVolumeNames(t *testing.T) {
 		{"beyond the bound", UseVolume, names(MaxNames, "app"), PolicyNoMatch},
 		{"another", UseVolume, names(0, "other"), PolicyNoMatch},
 		{"before others", UseVolume, append(names(0, "app"), names(3, "other")...), Verified},
-		{"behind many that no rule speaks of rightly", UseVolume, append(invalid(MaxOthers+1), names(0, "app")...), Verified},
+		{"behind many that no rule speaks of rightly", UseVolume, append(invalid(MaxRelated+1), names(0, "app")...), Verified},
 		{"too long", UseVolume, names(0, strings.Repeat("a", 1000)), PolicyNoMatch},
 		{"a container", UseContainer, names(0, "app"), PolicyNoMatch},
 	} {
@@ -258,11 +258,11 @@ func TestVolumeNames(t *testing.T) {
 				case len(i.Name.Path) > maxName:
 					t.Error("the policy was asked about a name that is too long")
 				case i.Name.Host == "weak.local":
-					return &Rule{Settled: PolicyInvalid}
+					return &Rule{Fixed: PolicyInvalid}
 				case i.Name.Host == "registry.local" && i.Name.Path != "other":
 					return bound().Rule
 				}
-				return &Rule{Settled: PolicyNoMatch}
+				return &Rule{Fixed: PolicyNoMatch}
 			})
 			d := enforcer(s).Verify(bg, img)
 			if tt.want == Verified {
@@ -284,14 +284,14 @@ func TestVolumeNamesAreBounded(t *testing.T) {
 	}
 	asked := 0
 	s := setup(Enforce)
-	s.Judge = judge(func(_ context.Context, q Question) Decision {
+	s.Evaluator = judge(func(_ context.Context, q Question) Decision {
 		if asked++; q.Image.Name.Path == "app" {
 			return Deny(SignerUntrusted, "first")
 		}
 		return Deny(SignatureMissing, "another")
 	})
 	denied(t, enforcer(s).Verify(bg, img), SignerUntrusted)
-	if asked != 1+MaxOthers {
+	if asked != 1+MaxRelated {
 		t.Errorf("asked %d times", asked)
 	}
 }
@@ -310,9 +310,9 @@ func TestAlias(t *testing.T) {
 		if i.Name.Host == "registry.local" {
 			return bound().Rule
 		}
-		return &Rule{Settled: PolicyNoMatch}
+		return &Rule{Fixed: PolicyNoMatch}
 	})
-	s.Judge = judge(func(ctx context.Context, q Question) Decision {
+	s.Evaluator = judge(func(ctx context.Context, q Question) Decision {
 		if q.Image.Name.Host != "registry.local" {
 			t.Errorf("the judge was asked about %s", q.Image.Name)
 		}
@@ -355,14 +355,14 @@ func TestWait(t *testing.T) {
 		{"audit never waits", Audit, time.Hour, UseContainer, func(d time.Duration, ends bool) bool { return ends && d <= 0 }},
 		{"a question waits for its asker", Enforce, time.Nanosecond, UseQuestion, func(_ time.Duration, ends bool) bool { return !ends }},
 		{"also in audit", Audit, 0, UseQuestion, func(_ time.Duration, ends bool) bool { return !ends }},
-		{"nobody waits ahead of time", Enforce, time.Nanosecond, UseAhead, func(_ time.Duration, ends bool) bool { return !ends }},
+		{"nobody waits ahead of time", Enforce, time.Nanosecond, UsePrefetch, func(_ time.Duration, ends bool) bool { return !ends }},
 		{"an image volume is waited for", Enforce, time.Hour, UseVolume, func(d time.Duration, ends bool) bool { return ends && d > time.Minute && d <= time.Hour }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			asked := false
 			s := setup(tt.mode)
 			s.Wait = tt.wait
-			s.Judge = judge(func(ctx context.Context, q Question) Decision {
+			s.Evaluator = judge(func(ctx context.Context, q Question) Decision {
 				asked = true
 				end, ends := ctx.Deadline()
 				if !tt.left(time.Until(end), ends) {
@@ -390,22 +390,22 @@ func TestWait(t *testing.T) {
 // in force any more does not count.
 func TestSwapDuringAnswer(t *testing.T) {
 	strict := setup(Enforce)
-	strict.Epoch = Epoch{8}
-	strict.Judge = judge(func(context.Context, Question) Decision { return Deny(SignerUntrusted, "") })
+	strict.Revision = Revision{8}
+	strict.Evaluator = judge(func(context.Context, Question) Decision { return Deny(SignerUntrusted, "") })
 	for _, tt := range []struct {
 		name  string
-		to    *Setup
+		to    *Snapshot
 		want  Reason
-		epoch Epoch
+		epoch Revision
 	}{
-		{"to one that denies", strict, Pending, Epoch{8}}, // bound under the old one
-		{"to none", nil, PolicyInvalid, Epoch{}},
-		{"to one that allows", setup(Enforce), Verified, Epoch{7}},
+		{"to one that denies", strict, Pending, Revision{8}}, // bound under the old one
+		{"to none", nil, PolicyInvalid, Revision{}},
+		{"to one that allows", setup(Enforce), Verified, Revision{7}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			e := new(Enforcer)
 			old := setup(Enforce)
-			old.Judge = judge(func(ctx context.Context, q Question) Decision {
+			old.Evaluator = judge(func(ctx context.Context, q Question) Decision {
 				if e.Swap(tt.to) != old {
 					t.Error("Swap returned another configuration")
 				}
@@ -418,15 +418,15 @@ func TestSwapDuringAnswer(t *testing.T) {
 			} else {
 				denied(t, d, tt.want)
 			}
-			if d.Epoch != tt.epoch || e.Setup() != tt.to {
-				t.Errorf("epoch is %v", d.Epoch)
+			if d.Revision != tt.epoch || e.Snapshot() != tt.to {
+				t.Errorf("revision is %v", d.Revision)
 			}
 		})
 	}
 	// Audit that is left while it answers does not let the image run.
 	e := new(Enforcer)
 	old := setup(Audit)
-	old.Judge = judge(func(context.Context, Question) Decision { e.Swap(strict); return Deny(SignatureMissing, "") })
+	old.Evaluator = judge(func(context.Context, Question) Decision { e.Swap(strict); return Deny(SignatureMissing, "") })
 	e.Swap(old)
 	denied(t, e.Verify(bg, bound().Image), Pending)
 }
@@ -437,10 +437,10 @@ func TestSwapAllTheTime(t *testing.T) {
 	for _, m := range []Mode{Enforce, Audit} {
 		e := new(Enforcer)
 		n := 0
-		var fresh func() *Setup
-		fresh = func() *Setup {
+		var fresh func() *Snapshot
+		fresh = func() *Snapshot {
 			s := setup(m)
-			s.Judge = judge(func(ctx context.Context, q Question) Decision { n++; e.Swap(fresh()); return yes(ctx, q) })
+			s.Evaluator = judge(func(ctx context.Context, q Question) Decision { n++; e.Swap(fresh()); return yes(ctx, q) })
 			return s
 		}
 		e.Swap(fresh())
@@ -456,7 +456,7 @@ func TestSwapAllTheTime(t *testing.T) {
 		} else {
 			denied(t, d, Pending)
 		}
-		if d.Detail == "" || d.Epoch != (Epoch{7}) {
+		if d.Detail == "" || d.Revision != (Revision{7}) {
 			t.Errorf("%v: decision is %+v", m, d)
 		}
 	}
@@ -464,7 +464,7 @@ func TestSwapAllTheTime(t *testing.T) {
 
 func TestPanicDetailIsBoundedInMessages(t *testing.T) {
 	s := setup(Enforce)
-	s.Judge = judge(func(context.Context, Question) Decision { panic(strings.Repeat("x\n", 1<<20)) })
+	s.Evaluator = judge(func(context.Context, Question) Decision { panic(strings.Repeat("x\n", 1<<20)) })
 	d := enforcer(s).Verify(bg, bound().Image)
 	denied(t, d, Internal)
 	if len(d.Detail) > MaxMessage || strings.Contains(d.Detail, "\n") || !strings.HasPrefix(d.Detail, "panic while deciding: x x ") {
@@ -510,7 +510,7 @@ func TestSwapConcurrently(t *testing.T) {
 // configuration that says it.
 func TestBoundUnderAnotherConfiguration(t *testing.T) {
 	img := bound().Image
-	img.Epoch = Epoch{6}
+	img.Revision = Revision{6}
 	e := enforcer(setup(Enforce))
 	denied(t, e.Verify(bg, img), Pending)
 	img.Use, img.Binding = UseQuestion, BoundDigest // asked about; nothing was bound
@@ -522,25 +522,25 @@ func TestBoundUnderAnotherConfiguration(t *testing.T) {
 // TestOtherTargetIsNotWhatRuns: an allow that rests on another target of the same
 // config is none for an image whose layers nobody checked against that.
 func TestOtherTargetIsNotWhatRuns(t *testing.T) {
-	q := with(func(q *Question) { q.Image.Others = []ocispec.Descriptor{desc("other")} })
+	q := with(func(q *Question) { q.Image.Related = []ocispec.Descriptor{desc("other")} })
 	s := setup(Enforce)
-	s.Judge = judge(func(_ context.Context, q Question) Decision {
-		q.Image.Others = []ocispec.Descriptor{desc("other")} // as when it was asked for a vouched one
-		d := allow(q, Finding{Reason: Verified, Signed: of("other"), Until: start.Add(time.Hour)}, start)
+	s.Evaluator = judge(func(_ context.Context, q Question) Decision {
+		q.Image.Related = []ocispec.Descriptor{desc("other")} // as when it was asked for a vouched one
+		d := allow(q, one(Finding{Reason: Verified, Signed: of("other"), Until: start.Add(time.Hour)}), start)
 		d.Key = q.Key()
 		return d
 	})
 	denied(t, enforcer(s).Verify(bg, q.Image), Internal)
-	q.Image.Vouched = true
+	q.Image.LayersVerified = true
 	allowed(t, enforcer(s).Verify(bg, q.Image), Verified)
 	for signed, takes := range map[digest.Digest]bool{
 		q.Image.Target.Digest: true, q.Image.Manifest.Digest: true, q.Image.Config: false, of("other"): false, "": false,
 	} {
-		if got := bound().Takes(Decision{Signed: signed}); got != takes {
+		if got := bound().Accepts(Decision{Signed: signed}); got != takes {
 			t.Errorf("an answer that rests on %s is taken: %t", signed, got)
 		}
 	}
-	if (Question{}).Takes(Decision{}) {
+	if (Question{}).Accepts(Decision{}) {
 		t.Error("an answer that rests on nothing is taken")
 	}
 }

@@ -53,7 +53,19 @@ func (h holds) Find(ctx context.Context, in Name, subject ocispec.Descriptor, b 
 
 // checks is a Checker: "good" is a signature of what is asked about, any Reason
 // is a finding of that reason, and some more below.
-type checks struct{ statement string }
+type checks struct {
+	statement string
+	anchors   func(string) []string
+}
+
+func (checks) Kind() Kind { return kind{} }
+
+func (c checks) Anchors(authority string) []string {
+	if c.anchors == nil {
+		return nil
+	}
+	return c.anchors(authority)
+}
 
 func (c checks) Check(_ context.Context, ev Evidence, want ocispec.Descriptor, statement string) Finding {
 	if c.statement != "" && statement != c.statement {
@@ -66,7 +78,7 @@ func (c checks) Check(_ context.Context, ev Evidence, want ocispec.Descriptor, s
 		return Finding{Reason: Verified, Signed: want.Digest, Signer: who, Until: start.Add(time.Hour), Warnings: []Reason{RevocationUnknown}, Detail: "fine"}
 	case "metadata":
 		m := map[string]string{"env": "prod", strings.Repeat("k", 200): "v", "long": strings.Repeat("v", 600),
-			strings.Repeat("l", maxMetadataKey): "at the bound", strings.Repeat("l", maxMetadataKey+1): "beyond", "at": strings.Repeat("v", maxMetadataValue)}
+			strings.Repeat("l", 128): "at the bound", strings.Repeat("l", 128+1): "beyond", "at": strings.Repeat("v", 512)}
 		for i := range 100 {
 			m[fmt.Sprintf("m%03d", i)] = "x"
 		}
@@ -92,7 +104,7 @@ func (c checks) Check(_ context.Context, ev Evidence, want ocispec.Descriptor, s
 }
 
 func engine(sources ...Source) *Engine {
-	return &Engine{Sources: func(Name) []Source { return sources }, Checker: checks{}, Now: now}
+	return &Engine{Sources: func(Name) []Source { return sources }, Checkers: []Checker{checks{}}, Now: now}
 }
 
 // on makes a source that holds evidence of the target.
@@ -124,8 +136,8 @@ func (p place) Find(ctx context.Context, in Name, subject ocispec.Descriptor, b 
 // The part of a source that had the evidence is named in its place, clean and cut, and
 // what was asked is what it was.
 func TestJudgeNamesThePart(t *testing.T) {
-	for from, want := range map[string]string{"": "a", "bundle site.tar": "bundle site.tar", "x\ny": "x y", strings.Repeat("x", 1<<20): strings.Repeat("x", MaxMessage-3) + "..."} {
-		d := engine(place{on("a", "SIGNER_UNTRUSTED", "good"), from}).Judge(bg, bound())
+	for from, want := range map[string]string{"": "a", "evidence archive site.tar": "evidence archive site.tar", "x\ny": "x y", strings.Repeat("x", 1<<20): strings.Repeat("x", MaxMessage-3) + "..."} {
+		d := engine(place{on("a", "SIGNER_UNTRUSTED", "good"), from}).Evaluate(bg, bound())
 		allowed(t, d, Verified)
 		if d.Source != want || len(d.Tried) != 1 || d.Tried[0].Source != "a" {
 			t.Errorf("source %.80q, tried %+v", d.Source, d.Tried)
@@ -138,20 +150,23 @@ func TestJudgeAllows(t *testing.T) {
 	a, b, c := on("a", "SIGNER_UNTRUSTED", "unreadable", "panic"), on("b", "good", "good"), on("c", "good")
 	a.asked, b.asked, c.asked = &asked, &asked, &asked
 	e := engine(a, b, c)
-	e.Checker = checks{statement: "acme"}
+	e.Checkers = []Checker{checks{statement: "acme"}}
 	q := bound()
-	d := e.Judge(bg, q)
+	d := e.Evaluate(bg, q)
 	allowed(t, d, Verified)
 	want := Decision{
 		allowed: true, Reason: Verified, Rule: "prod", Key: q.Key(), Binding: BoundRuntime,
 		Signers: []Signer{{Subject: "CN=good"}}, Signed: of("index"), Source: "b",
 		Tried: []Attempt{
-			{Source: "a", Reason: SignerUntrusted, Seen: 3, Detail: "found SIGNER_UNTRUSTED"},
-			{Source: "b", Reason: Verified, Seen: 1},
+			{Source: "a", Reason: SignerUntrusted, Seen: 3, Detail: "found SIGNER_UNTRUSTED", kind: "test"},
+			{Source: "b", Reason: Verified, Seen: 1, kind: "test"},
 		},
 		Warnings: []Reason{RevocationUnknown}, Detail: "fine", Made: start, Until: start.Add(time.Hour),
 	}
-	if !reflect.DeepEqual(d, want) {
+	if len(d.proof) != 1 || d.proof[0].finding.Reason != Verified || d.proof[0].step != nil {
+		t.Errorf("the proof is %+v", d.proof)
+	}
+	if d.proof = nil; !reflect.DeepEqual(d, want) {
 		t.Errorf("decision is\n%+v, want\n%+v", d, want)
 	}
 	short := func(s string) string { return of(s).Encoded()[:12] }
@@ -162,18 +177,18 @@ func TestJudgeAllows(t *testing.T) {
 }
 
 func TestJudgeAsksAboutEverySubject(t *testing.T) {
-	q := with(func(q *Question) { q.Image.Others = []ocispec.Descriptor{{}, desc("other")} })
+	q := with(func(q *Question) { q.Image.Related = []ocispec.Descriptor{{}, desc("other")} })
 	for _, s := range []string{"index", "manifest", "other"} {
-		d := engine(holds{name: "a", evidence: map[digest.Digest][]string{of(s): {"good"}}}).Judge(bg, q)
+		d := engine(holds{name: "a", evidence: map[digest.Digest][]string{of(s): {"good"}}}).Evaluate(bg, q)
 		allowed(t, d, Verified)
 		if d.Signed != of(s) {
 			t.Errorf("signed is %v, want %s", d.Signed, s)
 		}
 	}
 	// The empty descriptor is no subject: nothing is asked about it.
-	denied(t, engine(holds{name: "a", evidence: map[digest.Digest][]string{"": {"good"}}}).Judge(bg, q), SignatureMissing)
+	denied(t, engine(holds{name: "a", evidence: map[digest.Digest][]string{"": {"good"}}}).Evaluate(bg, q), SignatureMissing)
 	// What is not one of the image's is not asked about either.
-	denied(t, engine(holds{name: "a", evidence: map[digest.Digest][]string{of("config"): {"good"}}}).Judge(bg, q), SignatureMissing)
+	denied(t, engine(holds{name: "a", evidence: map[digest.Digest][]string{of("config"): {"good"}}}).Evaluate(bg, q), SignatureMissing)
 }
 
 func TestJudgeDenies(t *testing.T) {
@@ -185,11 +200,11 @@ func TestJudgeDenies(t *testing.T) {
 		source  string
 	}{
 		{"no source", nil, SourceUnreachable, "no source of signatures is configured for this image", ""},
-		{"nothing anywhere", []Source{on("a"), on("b"), on("c")}, SignatureMissing, "no Notary Project signature found at a, b, c", ""},
+		{"nothing anywhere", []Source{on("a"), on("b"), on("c")}, SignatureMissing, "no test signature found at a, b, c", ""},
 		{"one did not answer", []Source{on("a"), failing("b", ErrUnreachable), on("c")}, SourceUnreachable, "b: source did not answer", "b"},
 		{"one refused", []Source{failing("a", ErrUnauthorized), on("b")}, SourceUnauthorized, "a: source refused the credentials", "a"},
 		{"one cannot", []Source{failing("a", fmt.Errorf("http: %w", ErrNoReferrers))}, SourceNoReferrers, "a: http: source cannot serve referrers", "a"},
-		{"one sent too much", []Source{failing("a", ErrBudget, "SIGNATURE_INVALID")}, BudgetExceeded, "a: source sent more than the limits allow", "a"},
+		{"one sent too much", []Source{failing("a", ErrBudget, "SIGNATURE_INVALID")}, LimitExceeded, "a: source sent more than the limits allow", "a"},
 		{"some other error", []Source{failing("a", errors.New("disk"))}, SourceUnreachable, "a: disk", "a"},
 		{"the first of two that did not answer", []Source{failing("a", ErrUnreachable), failing("b", ErrUnreachable)}, SourceUnreachable, "a: source did not answer", "a"},
 		{"unreachable before unauthorized", []Source{failing("a", ErrUnauthorized), failing("b", ErrUnreachable)}, SourceUnreachable, "b: source did not answer", "b"},
@@ -204,12 +219,12 @@ func TestJudgeDenies(t *testing.T) {
 		{"a checker lies about nothing", []Source{on("a", "lie about nothing")}, Internal, "a: the checker accepted a signature of something else", "a"},
 		{"a checker says what only audit may", []Source{on("a", "AUDIT_ONLY")}, Internal, "a: found AUDIT_ONLY", "a"},
 		{"a reason nobody knows", []Source{on("a", "NEW", "REVOKED")}, "NEW", "a: found NEW", "a"},
-		{"ended", []Source{on("a", "ended")}, SignatureExpired, "what the answer rests on ended at 2026-03-01T11:59:59Z", "a"},
+		{"ended", []Source{on("a", "ended")}, SignatureExpired, "a: what the answer rests on ended at 2026-03-01T11:59:59Z", "a"},
 		{"nil source", []Source{nil}, Internal, "", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			q := bound()
-			d := engine(tt.sources...).Judge(bg, q)
+			d := engine(tt.sources...).Evaluate(bg, q)
 			denied(t, d, tt.want)
 			if tt.detail == "a" {
 				tt.detail = "a: "
@@ -240,14 +255,14 @@ func TestBadHidesNoGood(t *testing.T) {
 		"the source does not stop": {holds{name: "a", deaf: true, evidence: map[digest.Digest][]string{of("index"): append([]string{"good"}, bad...)}}},
 		"of another subject":       {holds{name: "a", evidence: map[digest.Digest][]string{of("index"): bad, of("manifest"): {"good"}}}},
 	} {
-		t.Run(name, func(t *testing.T) { allowed(t, engine(sources...).Judge(bg, bound()), Verified) })
+		t.Run(name, func(t *testing.T) { allowed(t, engine(sources...).Evaluate(bg, bound()), Verified) })
 	}
 }
 
 func TestPanicsBecomeDenials(t *testing.T) {
 	breaks := on("a")
 	breaks.before = func(ocispec.Descriptor) { panic(strings.Repeat("x\n", 1<<20)) }
-	d := engine(breaks, on("b")).Judge(bg, bound())
+	d := engine(breaks, on("b")).Evaluate(bg, bound())
 	denied(t, d, Internal)
 	if d.Source != "a" || !strings.HasPrefix(d.Detail, "a: panic while asking a source: x x ") || len(d.Tried) != 2 {
 		t.Errorf("decision is %+v", d)
@@ -256,21 +271,21 @@ func TestPanicsBecomeDenials(t *testing.T) {
 	late := failing("a", nil, "good")
 	late.deaf = true
 	e := engine(panicsAfter{late})
-	denied(t, e.Judge(bg, bound()), Internal)
+	denied(t, e.Evaluate(bg, bound()), Internal)
 
 	e = engine(on("a", "good"))
 	e.Now = nil
-	denied(t, e.Judge(bg, bound()), Internal)
+	denied(t, e.Evaluate(bg, bound()), Internal)
 	e = engine(on("a", "good"))
 	e.Sources = func(Name) []Source { panic("sources") }
-	d = e.Judge(bg, bound())
+	d = e.Evaluate(bg, bound())
 	denied(t, d, Internal)
 	if d.Detail != "panic while verifying: sources" || d.Rule != "prod" || d.Key != bound().Key() {
 		t.Errorf("decision is %+v", d)
 	}
 	e = engine(on("a", "good"))
-	e.Checker = nil
-	denied(t, e.Judge(bg, bound()), SignatureInvalid)
+	e.Checkers = nil
+	denied(t, e.Evaluate(bg, bound()), PolicyInvalid)
 }
 
 type panicsAfter struct{ holds }
@@ -288,7 +303,7 @@ func TestJudgeRefusesUnfit(t *testing.T) {
 			s := holds{name: "a", asked: &asked, evidence: map[digest.Digest][]string{
 				of("index"): {"good"}, of("manifest"): {"good"}, "": {"good"},
 			}}
-			denied(t, engine(s).Judge(bg, q), tt.want)
+			denied(t, engine(s).Evaluate(bg, q), tt.want)
 			if len(asked) > 0 {
 				t.Errorf("a source was asked: %q", asked)
 			}
@@ -304,14 +319,14 @@ func TestCutShortIsNoAnswer(t *testing.T) {
 	s.before = func(ocispec.Descriptor) { cancel() }
 	var asked []string
 	s.asked = &asked
-	denied(t, engine(s).Judge(ctx, bound()), SourceUnreachable)
+	denied(t, engine(s).Evaluate(ctx, bound()), SourceUnreachable)
 	if len(asked) != 1 {
 		t.Errorf("asked %q when time was over", asked)
 	}
 
 	e := engine(waits{})
 	e.Limits.Wall = time.Nanosecond
-	d := e.Judge(bg, bound())
+	d := e.Evaluate(bg, bound())
 	denied(t, d, SourceUnreachable)
 	if !strings.Contains(d.Detail, context.DeadlineExceeded.Error()) {
 		t.Errorf("detail is %q", d.Detail)
@@ -327,14 +342,14 @@ func (waits) Find(ctx context.Context, _ Name, _ ocispec.Descriptor, _ *Budget, 
 	return nil
 }
 
-// TestBudgetIsPerSource: each source gets the limits, for all subjects together.
-func TestBudgetIsPerSource(t *testing.T) {
+// TestBudgetIsPerSubject: each look at a source for one subject gets the limits.
+func TestBudgetIsPerSubject(t *testing.T) {
 	s := counts{seen: &[]int{}}
 	e := engine(s, s)
-	e.Limits.Pages = 3
-	d := e.Judge(bg, bound())
-	denied(t, d, BudgetExceeded)
-	if want := []int{2, 1, 2, 1}; !slices.Equal(*s.seen, want) {
+	e.Limits.Pages = 1
+	d := e.Evaluate(bg, bound())
+	denied(t, d, LimitExceeded)
+	if want := []int{1, 1, 1, 1}; !slices.Equal(*s.seen, want) {
 		t.Errorf("pages taken: %v, want %v", *s.seen, want)
 	}
 }
@@ -344,11 +359,11 @@ func TestBudgetAhead(t *testing.T) {
 	for _, tt := range []struct {
 		use     Use
 		binding Binding
-	}{{UseContainer, BoundRuntime}, {UseVolume, BoundSnapshot}, {UseAhead, BoundRecord}, {UseQuestion, BoundDigest}} {
+	}{{UseContainer, BoundRuntime}, {UseVolume, BoundSnapshot}, {UsePrefetch, BoundRecord}, {UseQuestion, BoundDigest}} {
 		var ahead []bool
 		q := with(func(q *Question) { q.Image.Use, q.Image.Binding = tt.use, tt.binding })
-		denied(t, engine(patient{seen: &ahead}).Judge(bg, q), SignatureMissing)
-		if want := tt.use == UseAhead; !slices.Equal(ahead, []bool{want, want}) {
+		denied(t, engine(patient{seen: &ahead}).Evaluate(bg, q), SignatureMissing)
+		if want := tt.use == UsePrefetch; !slices.Equal(ahead, []bool{want, want}) {
 			t.Errorf("use %d: ahead of time %v", tt.use, ahead)
 		}
 	}
@@ -359,7 +374,7 @@ type patient struct{ seen *[]bool }
 
 func (patient) Name() string { return "patient" }
 func (p patient) Find(_ context.Context, _ Name, _ ocispec.Descriptor, b *Budget, _ func(Evidence) bool) error {
-	*p.seen = append(*p.seen, b.Ahead)
+	*p.seen = append(*p.seen, b.Prefetch)
 	return nil
 }
 
@@ -381,14 +396,14 @@ func (c counts) Find(_ context.Context, _ Name, _ ocispec.Descriptor, b *Budget,
 
 func TestSignersAreBounded(t *testing.T) {
 	var many []string
-	for i := range 5 * MaxOthers {
+	for i := range 5 * MaxRelated {
 		many = append(many, fmt.Sprintf("R%d", i/2))
 	}
-	d := engine(on("a", many...)).Judge(bg, bound())
-	if len(d.Signers) != MaxOthers || d.Signers[1].Subject != "CN=R1" {
+	d := engine(on("a", many...)).Evaluate(bg, bound())
+	if len(d.Signers) != MaxRelated || d.Signers[1].Subject != "CN=R1" {
 		t.Errorf("signers are %v", d.Signers)
 	}
-	d = engine(on("a", "unreadable", "zero")).Judge(bg, bound())
+	d = engine(on("a", "unreadable", "zero")).Evaluate(bg, bound())
 	if d.Signers != nil && !slices.Equal(d.Signers, []Signer{}) {
 		t.Errorf("nobody signed, and signers are %v", d.Signers)
 	}
@@ -398,11 +413,11 @@ func TestSignersAreBounded(t *testing.T) {
 func TestTextIsBounded(t *testing.T) {
 	long := strings.Repeat("y\n", 1<<19)
 	for _, d := range []Decision{
-		engine(on("a", "huge")).Judge(bg, bound()),
-		engine(failing("b", errors.New(long))).Judge(bg, bound()),
-		engine(on(long, "huge")).Judge(bg, bound()),
-		engine(on("c", "huge", "good")).Judge(bg, bound()),
-		engine(on("d", "huge and good")).Judge(bg, bound()),
+		engine(on("a", "huge")).Evaluate(bg, bound()),
+		engine(failing("b", errors.New(long))).Evaluate(bg, bound()),
+		engine(on(long, "huge")).Evaluate(bg, bound()),
+		engine(on("c", "huge", "good")).Evaluate(bg, bound()),
+		engine(on("d", "huge and good")).Evaluate(bg, bound()),
 	} {
 		n := len(d.Detail) + len(d.Source) + 30*len(d.Warnings)
 		for _, a := range d.Tried {
@@ -411,7 +426,7 @@ func TestTextIsBounded(t *testing.T) {
 		for _, s := range d.Signers {
 			n += len(s.Subject) + len(s.Thumbprint) + len(s.Anchor)
 		}
-		if n == 0 || n > 10*MaxMessage || len(d.Warnings) > MaxOthers {
+		if n == 0 || n > 10*MaxMessage || len(d.Warnings) > MaxRelated {
 			t.Errorf("a decision holds %d bytes of text", n)
 		}
 	}
@@ -420,19 +435,19 @@ func TestTextIsBounded(t *testing.T) {
 // TestMetadataIsWhole: signed metadata is bounded, and no value of it is cut, since
 // half a value is another one.
 func TestMetadataIsWhole(t *testing.T) {
-	d := engine(on("a", "metadata")).Judge(bg, bound())
-	if _, long := d.Metadata["long"]; !d.Allowed() || long || len(d.Metadata) != maxMetadata || d.Metadata["env"] != "prod" || d.Metadata["m000"] != "x" {
+	d := engine(on("a", "metadata")).Evaluate(bg, bound())
+	if _, long := d.Metadata["long"]; !d.Allowed() || long || len(d.Metadata) != 32 || d.Metadata["env"] != "prod" || d.Metadata["m000"] != "x" {
 		t.Errorf("metadata is %v", d.Metadata)
 	}
 	for k, v := range d.Metadata {
-		if len(k) > maxMetadataKey || len(v) > maxMetadataValue {
+		if len(k) > 128 || len(v) > 512 {
 			t.Errorf("a key of %d bytes and a value of %d", len(k), len(v))
 		}
 	}
-	if d.Metadata[strings.Repeat("l", maxMetadataKey)] != "at the bound" || len(d.Metadata["at"]) != maxMetadataValue {
+	if d.Metadata[strings.Repeat("l", 128)] != "at the bound" || len(d.Metadata["at"]) != 512 {
 		t.Error("what is within the bounds is left out")
 	}
-	if d := engine(on("a", "good")).Judge(bg, bound()); d.Metadata != nil {
+	if d := engine(on("a", "good")).Evaluate(bg, bound()); d.Metadata != nil {
 		t.Errorf("metadata is %v", d.Metadata)
 	}
 }
@@ -448,13 +463,13 @@ func (w world) judge() Decision {
 	for _, s := range w.sources {
 		list = append(list, s)
 	}
-	return engine(list...).Judge(bg, w.q)
+	return engine(list...).Evaluate(bg, w.q)
 }
 
 // clone copies w, so that a change to the copy is none to w.
 func (w world) clone() world {
 	c := world{q: bound()}
-	c.q.Image.Others = slices.Clone(w.q.Image.Others)
+	c.q.Image.Related = slices.Clone(w.q.Image.Related)
 	for _, s := range w.sources {
 		m := map[digest.Digest][]string{}
 		for k, v := range s.evidence {
@@ -470,7 +485,7 @@ func (w world) clone() world {
 // good signature of a subject.
 func (w world) should() bool {
 	subjects := []digest.Digest{of("index"), of("manifest")}
-	for _, o := range w.q.Image.Others[:min(8, len(w.q.Image.Others))] {
+	for _, o := range w.q.Image.Related[:min(8, len(w.q.Image.Related))] {
 		subjects = append(subjects, o.Digest)
 	}
 	for _, s := range w.sources {
@@ -512,7 +527,7 @@ func TestMonotone(t *testing.T) {
 	for range 2000 {
 		w := world{q: bound()}
 		for i := range r.IntN(10) {
-			w.q.Image.Others = append(w.q.Image.Others, desc(fmt.Sprint("o", i)))
+			w.q.Image.Related = append(w.q.Image.Related, desc(fmt.Sprint("o", i)))
 		}
 		for i := range r.IntN(4) {
 			w.sources = append(w.sources, source(i, true))
@@ -550,7 +565,7 @@ func TestMonotone(t *testing.T) {
 		case 1: // a source without anything good, anywhere
 			c.sources = slices.Insert(c.sources, r.IntN(len(c.sources)+1), source(9, false))
 		case 2: // a record of something nobody signed
-			c.q.Image.Others = append(c.q.Image.Others, desc("unsigned"))
+			c.q.Image.Related = append(c.q.Image.Related, desc("unsigned"))
 		case 3: // other orders of what one source holds
 			for _, s := range c.sources {
 				for _, l := range s.evidence {
@@ -574,7 +589,7 @@ func TestMonotone(t *testing.T) {
 				}
 			}
 		}
-		c.q.Image.Others = c.q.Image.Others[:r.IntN(len(c.q.Image.Others)+1)]
+		c.q.Image.Related = c.q.Image.Related[:r.IntN(len(c.q.Image.Related)+1)]
 		if after := c.judge(); after.Allowed() && !d.Allowed() {
 			t.Fatalf("less evidence allows:\n%+v\n%+v", w, c)
 		}
@@ -597,7 +612,7 @@ func TestMonotone(t *testing.T) {
 func TestErrorOfOneSubjectHidesNoOther(t *testing.T) {
 	for _, err := range []error{ErrNoReferrers, ErrBudget, ErrUnreachable, ErrUnauthorized} {
 		s := holds{name: "mirror", evidence: map[digest.Digest][]string{of("manifest"): {"good"}}, err: err, errAt: of("index")}
-		if d := engine(s).Judge(bg, bound()); !d.Allowed() {
+		if d := engine(s).Evaluate(bg, bound()); !d.Allowed() {
 			t.Errorf("%v at the index: %s: %s", err, d.Reason, d.Detail)
 		}
 		s.evidence = map[digest.Digest][]string{of("manifest"): {string(SignerUntrusted)}}
@@ -605,7 +620,7 @@ func TestErrorOfOneSubjectHidesNoOther(t *testing.T) {
 		if err == ErrNoReferrers {
 			want = SignerUntrusted // it does serve signatures
 		}
-		if d := engine(s).Judge(bg, bound()); d.Allowed() || d.Reason != want {
+		if d := engine(s).Evaluate(bg, bound()); d.Allowed() || d.Reason != want {
 			t.Errorf("%v at the index: %s, want %s", err, d.Reason, want)
 		}
 	}
@@ -621,7 +636,7 @@ func TestWorstErrorIsSaid(t *testing.T) {
 	}{
 		{ErrUnreachable, ErrNoReferrers, SourceUnreachable, "a: index: source did not answer"},
 		{ErrNoReferrers, ErrUnreachable, SourceUnreachable, "a: manifest: source did not answer"},
-		{ErrBudget, ErrBudget, BudgetExceeded, "a: index: source sent more than the limits allow"},
+		{ErrBudget, ErrBudget, LimitExceeded, "a: index: source sent more than the limits allow"},
 		{nil, ErrUnauthorized, SourceUnauthorized, "a: manifest: source refused the credentials"},
 	} {
 		errs := map[digest.Digest]error{}
@@ -631,10 +646,83 @@ func TestWorstErrorIsSaid(t *testing.T) {
 		if tt.manifest != nil {
 			errs[of("manifest")] = fmt.Errorf("manifest: %w", tt.manifest)
 		}
-		d := engine(fails(errs)).Judge(bg, bound())
+		d := engine(fails(errs)).Evaluate(bg, bound())
 		denied(t, d, tt.want)
 		if d.Detail != tt.detail {
 			t.Errorf("detail is %q, want %q", d.Detail, tt.detail)
+		}
+	}
+}
+
+// registry is a Holder.
+type registry struct {
+	holds
+	image  error // what Holds says
+	looked *[]bool
+}
+
+func (r registry) Holds(_ context.Context, _ Name, image ocispec.Descriptor, listed bool, _ *Budget) error {
+	if image.Digest != of("index") {
+		panic("asked for " + image.Digest)
+	}
+	if r.looked != nil {
+		*r.looked = append(*r.looked, listed)
+	}
+	return r.image
+}
+
+// The answer is that of the source that has the image. Only one that says that it has
+// not is passed over, and only beside one that has.
+func TestWhoHasTheImageAnswers(t *testing.T) {
+	gone := fmt.Errorf("%w: 404", ErrAbsent)
+	cannot := fmt.Errorf("no tag: %w", ErrNoReferrers)
+	has := registry{holds: on("has")}
+	absent := registry{holds: failing("absent", cannot), image: gone}
+	for _, tt := range []struct {
+		name    string
+		sources []Source
+		want    Reason
+		detail  string
+	}{
+		{"the second has it", []Source{absent, has}, SignatureMissing, "no test signature found at has"},
+		{"the first has it", []Source{has, absent}, SignatureMissing, "no test signature found at has"},
+		{"none has it", []Source{absent}, SourceNoReferrers, "absent: source does not have the image: 404"},
+		{"an empty list, and none has it", []Source{registry{holds: on("a"), image: gone}}, SourceNoReferrers, "a: source does not have the image: 404"},
+		{"an empty list of whom none can tell", []Source{registry{holds: on("a"), image: ErrUnreachable}}, SourceUnreachable, "a: source did not answer"},
+		{"a layout beside it tells nothing of the registry", []Source{on("layout"), absent}, SourceNoReferrers, "absent: source does not have the image: 404"},
+		{"the first has it and cannot list", []Source{registry{holds: failing("a", cannot)}, has}, SourceNoReferrers, "a: no tag: source cannot serve referrers"},
+		{"the first cannot list, and cannot tell", []Source{registry{holds: failing("a", cannot), image: ErrUnreachable}, has}, SourceNoReferrers, "a: no tag: source cannot serve referrers"},
+		{"the first did not answer", []Source{registry{holds: failing("a", ErrUnreachable), image: gone}, has}, SourceUnreachable, "a: source did not answer"},
+		{"the first was cut short", []Source{registry{holds: failing("a", ErrBudget), image: gone}, has}, LimitExceeded, "a: source sent more than the limits allow"},
+		{"the second has a bad one", []Source{absent, registry{holds: on("b", "SIGNER_UNTRUSTED")}}, SignerUntrusted, "b: found SIGNER_UNTRUSTED"},
+	} {
+		d := engine(tt.sources...).Evaluate(bg, bound())
+		denied(t, d, tt.want)
+		if d.Detail != tt.detail || len(d.Tried) != len(tt.sources) {
+			t.Errorf("%s: %q, want %q; tried %v", tt.name, d.Detail, tt.detail, d.Tried)
+		}
+	}
+	var looked []bool
+	allowed(t, engine(registry{holds: on("a", "good"), looked: &looked}).Evaluate(bg, bound()), Verified)
+	denied(t, engine(registry{holds: on("a", "REVOKED"), looked: &looked}).Evaluate(bg, bound()), Revoked)
+	if len(looked) != 0 {
+		t.Error("asked for the image although there are signatures")
+	}
+	engine(registry{holds: on("a"), looked: &looked}, registry{holds: failing("b", ErrNoReferrers), looked: &looked}).Evaluate(bg, bound())
+	if !slices.Equal(looked, []bool{true, false}) {
+		t.Errorf("listed: %v", looked)
+	}
+}
+
+// A source that listed what refers to the index, and had no signature in it, is not
+// one that cannot list: it has no tag for the manifest since nothing refers to that.
+func TestOthersAtOneSubject(t *testing.T) {
+	for _, at := range []string{"index", "manifest"} {
+		s := holds{name: "a", err: fmt.Errorf("no tag: %w", ErrNoReferrers), errAt: of(at)}
+		d := engine(s).Evaluate(bg, bound())
+		denied(t, d, SignatureMissing)
+		if d.Detail != "no test signature found at a" {
+			t.Errorf("no tag for the %s: %s", at, d.Detail)
 		}
 	}
 }

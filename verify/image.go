@@ -3,37 +3,12 @@ package verify
 import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/tidewaiter/tidewaiter/verify/oci"
 )
 
-// A Name is an image name in canonical form, split where policy matches it:
-// host and path are compared apart, never as one string. The zero Name matches
-// no rule.
-type Name struct {
-	Host   string        // "docker.io", "registry.acme.internal:5000", "[2001:db8::1]:5000"
-	Path   string        // "library/nginx"
-	Tag    string        // for messages only: never matched, never resolved
-	Digest digest.Digest // what the pod pinned, or empty
-}
-
-// Repository is the part of the name that policies speak of: host and path.
-func (n Name) Repository() string {
-	if n.Host == "" {
-		return n.Path
-	}
-	return n.Host + "/" + n.Path
-}
-
-// String is for messages.
-func (n Name) String() string {
-	s := n.Repository()
-	if n.Tag != "" {
-		s += ":" + n.Tag
-	}
-	if n.Digest != "" {
-		s += "@" + n.Digest.String()
-	}
-	return s
-}
+// A Name is an image name in canonical form.
+type Name = oci.Name
 
 // A Use says what an image is for. The zero Use is denied.
 type Use uint8
@@ -42,7 +17,7 @@ const (
 	_            Use = iota
 	UseContainer     // a container is about to be created from it
 	UseVolume        // it is mounted into a container as an image volume (KEP-4639)
-	UseAhead         // the node has it or runs it already; nobody waits and nothing starts
+	UsePrefetch      // the node has it or runs it already; nobody waits and nothing starts
 	UseQuestion      // somebody asks (the CLI); nothing starts
 )
 
@@ -58,7 +33,7 @@ const (
 	BoundRuntime          // the runtime handed over target and config digest
 	BoundSnapshot         // the chain ID equals the Parent of the container's snapshot
 	BoundDigest           // the asker named the digest; only with UseQuestion
-	BoundRecord           // an image record of this node leads to it; only with UseAhead
+	BoundRecord           // an image record of this node leads to it; only with UsePrefetch
 )
 
 // String names the binding as reports show it.
@@ -79,11 +54,11 @@ func (b Binding) String() string {
 // MarshalText writes String.
 func (b Binding) MarshalText() ([]byte, error) { return []byte(b.String()), nil }
 
-// MaxOthers bounds Image.Others, and MaxNames Image.Names: any pod author can add
+// MaxRelated bounds Image.Related, and MaxNames Image.Names: any pod author can add
 // image records.
 const (
-	MaxOthers = 8
-	MaxNames  = 64
+	MaxRelated = 8
+	MaxNames   = 64
 )
 
 // An Image is what a runtime is about to run, as the runtime itself told it, and
@@ -100,18 +75,18 @@ type Image struct {
 	Target   ocispec.Descriptor   // what the image record points to: an index or a manifest
 	Manifest ocispec.Descriptor   // the manifest selected from Target; Target itself if that is one
 	Config   digest.Digest        // digest of the image config that runs: the CRI image ID
-	Others   []ocispec.Descriptor // at most MaxOthers further targets that lead to Config
+	Related  []ocispec.Descriptor // at most MaxRelated further targets that lead to Config
 
-	// Vouched says that what runs has the layers that Config lists, whichever Target
+	// LayersVerified says that what runs has the layers that Config lists, whichever Target
 	// lists: containerd checked them when it unpacked. Only then does a signature of
 	// another target of the same config count, or that Config itself is listed.
-	Vouched bool
+	LayersVerified bool
 
-	Use     Use
-	Binding Binding
-	Epoch   Epoch // of the configuration under which it was bound; not with UseQuestion
-	Pod     Pod
-	Fault   *Fault
+	Use      Use
+	Binding  Binding
+	Revision Revision // of the configuration under which it was bound; not with UseQuestion
+	Pod      Pod
+	Fault    *Fault
 
 	links []ocispec.Descriptor // that lead to Config; set by the Engine, which has seen that they do
 }
@@ -124,16 +99,16 @@ const (
 	maxPart = 255
 )
 
-// unfit says why no container may run from i whatever signatures there are, or
+// validate says why no container may run from i whatever signatures there are, or
 // returns nil where they decide.
-func (i Image) unfit() *Fault {
+func (i Image) validate() *Fault {
 	bound := false
 	switch i.Use {
 	case UseContainer:
 		bound = i.Config != "" && (i.Binding == BoundRuntime || i.Binding == BoundSnapshot)
 	case UseVolume:
 		bound = i.Config != "" && i.Binding == BoundSnapshot
-	case UseAhead:
+	case UsePrefetch:
 		bound = i.Config != "" && (i.Binding == BoundRuntime || i.Binding == BoundSnapshot || i.Binding == BoundRecord)
 	case UseQuestion:
 		bound = i.Binding == BoundDigest
@@ -162,7 +137,7 @@ func (i Image) subjects() []ocispec.Descriptor {
 			list = append(list, link)
 		}
 	}
-	return append(list, i.Others[:min(len(i.Others), MaxOthers)]...)
+	return append(list, i.Related[:min(len(i.Related), MaxRelated)]...)
 }
 
 // A Pod says for whom an image starts. It identifies and does not authorise:

@@ -55,9 +55,9 @@ func TestSubjects(t *testing.T) {
 		t.Errorf("subjects are %v, want %v", got, want)
 	}
 	want := list(i)
-	for n := range 3 * MaxOthers {
-		i.Others = append(i.Others, desc(fmt.Sprint(n)))
-		if n < MaxOthers {
+	for n := range 3 * MaxRelated {
+		i.Related = append(i.Related, desc(fmt.Sprint(n)))
+		if n < MaxRelated {
 			want = append(want, of(fmt.Sprint(n)))
 		}
 	}
@@ -66,14 +66,14 @@ func TestSubjects(t *testing.T) {
 	}
 	// What the store leads to comes before other records, and nothing twice.
 	i = bound().Image
-	i.Others, i.links = []ocispec.Descriptor{desc("other")}, []ocispec.Descriptor{desc("above"), i.Target, i.Manifest, desc("same config")}
+	i.Related, i.links = []ocispec.Descriptor{desc("other")}, []ocispec.Descriptor{desc("above"), i.Target, i.Manifest, desc("same config")}
 	if got, want := list(i), []digest.Digest{of("index"), of("manifest"), of("above"), of("same config"), of("other")}; fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("subjects are %v, want %v", got, want)
 	}
 	i = bound().Image
 	// The list is the caller's: what is appended does not end up in Others.
 	room := make([]ocispec.Descriptor, 1, 10)
-	i.Others = room
+	i.Related = room
 	_ = append(i.subjects(), desc("more"))
 	if room[:2][1].Digest != "" {
 		t.Error("subjects shares memory with Others")

@@ -17,13 +17,14 @@ const (
 	RevocationUnknown     Reason = "REVOCATION_UNKNOWN"
 	CriticalAttribute     Reason = "CRITICAL_ATTRIBUTE"
 	PluginUnsupported     Reason = "PLUGIN_UNSUPPORTED"
-	SignedObject          Reason = "SIGNED_OBJECT"
+	ThresholdNotMet       Reason = "THRESHOLD_NOT_MET"
+	NotAnImage            Reason = "NOT_AN_IMAGE"
 	SourceUnreachable     Reason = "SOURCE_UNREACHABLE"
 	SourceUnauthorized    Reason = "SOURCE_UNAUTHORIZED"
 	SourceNoReferrers     Reason = "SOURCE_NO_REFERRERS"
 	Pending               Reason = "PENDING"
 	Overloaded            Reason = "OVERLOADED"
-	BudgetExceeded        Reason = "BUDGET_EXCEEDED"
+	LimitExceeded         Reason = "LIMIT_EXCEEDED"
 	PolicyNoMatch         Reason = "POLICY_NO_MATCH"
 	PolicyInvalid         Reason = "POLICY_INVALID"
 	ImageUnresolved       Reason = "IMAGE_UNRESOLVED"
@@ -62,11 +63,11 @@ func (r Reason) denial() Reason {
 	return r
 }
 
-// Unsettled reports whether r says that the answer could not be found out,
+// Inconclusive reports whether r says that the answer could not be found out,
 // rather than that it is no. The CLI ends with exit status 2 for these.
-func (r Reason) Unsettled() bool {
+func (r Reason) Inconclusive() bool {
 	switch r {
-	case SourceUnreachable, SourceUnauthorized, SourceNoReferrers, Pending, Overloaded,
+	case SourceUnreachable, SourceUnauthorized, SourceNoReferrers, LimitExceeded, Pending, Overloaded,
 		PolicyInvalid, Internal, "", ImageUnresolved, RevocationUnknown:
 		return true
 	}
@@ -75,9 +76,7 @@ func (r Reason) Unsettled() bool {
 
 // Transient reports whether r may be different a moment later although nothing
 // on the node changed: what a cache must not hold.
-func (r Reason) Transient() bool {
-	return r.Unsettled() || r == BudgetExceeded
-}
+func (r Reason) Transient() bool { return r.Inconclusive() }
 
 // rank orders reasons from the one that says most (0) to the one that says
 // least: first sources that were not conclusively asked, then the envelope that
@@ -86,9 +85,9 @@ func (r Reason) Transient() bool {
 func (r Reason) rank() int {
 	for i, o := range [...]Reason{
 		Internal,
-		SourceUnreachable, SourceUnauthorized, SourceNoReferrers, BudgetExceeded, Pending,
+		SourceUnreachable, SourceUnauthorized, SourceNoReferrers, LimitExceeded, Pending,
 		Revoked, RevocationUnknown, CertificateExpired, TimestampInvalid, SignatureExpired,
-		SignedObject, IdentityMismatch, CriticalAttribute, PluginUnsupported,
+		NotAnImage, IdentityMismatch, CriticalAttribute, PluginUnsupported, ThresholdNotMet,
 		SignerUntrusted, SignatureInvalid, SignatureMissing,
 	} {
 		if o == r {

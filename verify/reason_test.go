@@ -14,9 +14,9 @@ var unranked = []Reason{
 }
 
 var ranked = []Reason{
-	SourceUnreachable, SourceUnauthorized, SourceNoReferrers, BudgetExceeded, Pending,
+	SourceUnreachable, SourceUnauthorized, SourceNoReferrers, LimitExceeded, Pending,
 	Revoked, RevocationUnknown, CertificateExpired, TimestampInvalid, SignatureExpired,
-	SignedObject, IdentityMismatch, CriticalAttribute, PluginUnsupported,
+	NotAnImage, IdentityMismatch, CriticalAttribute, PluginUnsupported, ThresholdNotMet,
 	SignerUntrusted, SignatureInvalid, SignatureMissing,
 }
 
@@ -35,14 +35,14 @@ func TestRank(t *testing.T) {
 
 func TestReasons(t *testing.T) {
 	unsettled := []Reason{ // exit status 2, DESIGN.md "Files and contract"
-		"", SourceUnreachable, SourceUnauthorized, SourceNoReferrers, Pending, Overloaded,
+		"", SourceUnreachable, SourceUnauthorized, SourceNoReferrers, LimitExceeded, Pending, Overloaded,
 		PolicyInvalid, Internal, ImageUnresolved, RevocationUnknown,
 	}
 	for _, r := range append(slices.Concat(unranked, ranked), Verified, AllowedByDigest, AuditOnly) {
-		if got, want := r.Unsettled(), slices.Contains(unsettled, r); got != want {
+		if got, want := r.Inconclusive(), slices.Contains(unsettled, r); got != want {
 			t.Errorf("%q: unsettled %t, want %t", string(r), got, want)
 		}
-		if got, want := r.Transient(), r.Unsettled() || r == BudgetExceeded; got != want {
+		if got, want := r.Transient(), r.Inconclusive(); got != want {
 			t.Errorf("%q: transient %t, want %t", string(r), got, want)
 		}
 		want := r

@@ -17,9 +17,9 @@ func BenchmarkRefusal(b *testing.B) {
 		Name: Name{Host: "registry.example", Path: "team/app", Tag: "1"}, Asked: "registry.example/team/app:1", Target: d, Manifest: d, Config: d.Digest,
 		Use: UseContainer, Binding: BoundRuntime, Pod: Pod{"ns", "pod", "uid", "main"},
 	}
-	no := refuse(nil, []Attempt{{Source: "http://127.0.0.1:5000", Reason: SignatureMissing}}, time.Unix(1e9, 0))
+	no := (&trace{require: by("x")}).refuse([]Attempt{{Source: "http://127.0.0.1:5000", Reason: SignatureMissing}}, time.Unix(1e9, 0))
 	no.Rule, no.Binding = "all", BoundRuntime
-	no.Key = Question{Image: img, Rule: &Rule{Name: "all", Requirement: [32]byte{1}}}.Key()
+	no.Key = Question{Image: img, Rule: &Rule{Name: "all", Require: by("x")}}.Key()
 	b.Run("Message", func(b *testing.B) {
 		b.ReportAllocs()
 		for b.Loop() {

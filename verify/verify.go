@@ -2,7 +2,7 @@
 //
 // An [Image] is what the runtime says it is about to run, bound to content. A
 // [Policy] selects the one [Rule] that speaks of it; that step is pure. A
-// [Judge] answers the [Question] that the two make: the cache where it knows,
+// [Evaluator] answers the [Question] that the two make: the cache where it knows,
 // else the [Engine], from [Evidence] that each [Source] finds and a [Checker]
 // checks. An [Enforcer] puts them together and is what the gate asks.
 //
@@ -13,8 +13,8 @@
 // only where the configuration says so. Errors and panics become denials with a
 // [Reason]. Nothing here reads a clock, a file or a network of its own.
 //
-// The package imports the standard library, go-digest and image-spec, and
-// nothing else; its children import it and it imports none of them.
+// The package imports the standard library, go-digest, image-spec, and of its children
+// verify/oci and verify/text, which import nothing of this module.
 package verify
 
 import (
@@ -22,6 +22,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -36,16 +37,18 @@ type Verifier interface {
 	Verify(ctx context.Context, img Image) Decision
 }
 
-// A Judge answers questions. The cache and the Engine behind it are Judges. The
+// An Evaluator answers questions. The cache and the Engine behind it are Evaluators. The
 // contract is Verifier's.
-type Judge interface {
-	Judge(ctx context.Context, q Question) Decision
+type Evaluator interface {
+	Evaluate(ctx context.Context, q Question) Decision
 }
 
 // A Question is an image together with what the policy in force asks of it.
 type Question struct {
 	Image Image
 	Rule  *Rule
+	Tried []Attempt // at sources that another Engine asked already; a denial counts them
+	found []proof   // by that; see After
 }
 
 // Key names the question: questions with equal keys have the same answer until
@@ -54,19 +57,19 @@ type Question struct {
 func (q Question) Key() Key {
 	k := Key{Target: plain(q.Image.Target), Manifest: q.Image.Manifest.Digest, Config: q.Image.Config}
 	if q.Rule != nil {
-		k.Requirement = q.Rule.Requirement
+		k.Requirement = q.Rule.Require.Hash()
 	}
 	return k
 }
 
-// Unfit says why the answer is no whatever signatures there are, or returns nil
-// where they decide. Every Judge that remembers answers asks this first, since
+// Validate says why the answer is no whatever signatures there are, or returns nil
+// where they decide. Every Evaluator that remembers answers asks this first, since
 // Key leaves out what it looks at.
-func (q Question) Unfit() *Fault {
-	if f := q.Image.unfit(); f != nil {
+func (q Question) Validate() *Fault {
+	if f := q.Image.validate(); f != nil {
 		return f
 	}
-	if r := q.Rule; r == nil || r.Settled != "" || r.Statement == "" || r.Requirement == [32]byte{} {
+	if r := q.Rule; r == nil || r.Fixed != "" || r.Require.Hash() == [32]byte{} {
 		return &Fault{PolicyInvalid, "the rule asks for no signature"}
 	}
 	return nil
@@ -76,34 +79,42 @@ func (q Question) Unfit() *Fault {
 // needs no signature then. Other targets of the same config do not count.
 func (q Question) listed() bool {
 	r, i := q.Rule, q.Image
-	return r != nil && r.Settled == AllowedByDigest && r.Digest != "" &&
-		(r.Digest == i.Target.Digest || r.Digest == i.Manifest.Digest || i.Vouched && r.Digest == i.Config)
+	return r != nil && r.Fixed == AllowedByDigest && r.Digest != "" &&
+		(r.Digest == i.Target.Digest || r.Digest == i.Manifest.Digest || i.LayersVerified && r.Digest == i.Config)
 }
 
-// Takes reports whether d, an allow that answers a question of the same Key, also
+// Accepts reports whether d, an allow that answers a question of the same Key, also
 // answers q: Key leaves out whether other targets of the same config count.
-func (q Question) Takes(d Decision) bool {
+func (q Question) Accepts(d Decision) bool {
 	i := q.Image
-	return i.Vouched || d.Signed != "" && (d.Signed == i.Target.Digest || d.Signed == i.Manifest.Digest)
+	own := func(s digest.Digest) bool { return s != "" && (s == i.Target.Digest || s == i.Manifest.Digest) }
+	return i.LayersVerified || own(d.Signed) && !slices.ContainsFunc(d.proof, func(p proof) bool { return !own(p.finding.Signed) })
 }
 
-// Bare copies what answering q takes and nothing else: no pod, no tag, none of
+// name says in d which question it answers.
+func (q Question) name(d *Decision) {
+	if d.Key, d.Binding = q.Key(), q.Image.Binding; q.Rule != nil {
+		d.Rule = q.Rule.Name
+	}
+}
+
+// Minimal copies what answering q takes and nothing else: no pod, no tag, none of
 // what a registry can put into a descriptor besides the three parts that are
 // signed. It shares no memory that can be changed with q. Rule must not be nil.
-func (q Question) Bare() Question {
+func (q Question) Minimal() Question {
 	i, rule := q.Image, *q.Rule
 	img := Image{
 		Name:   Name{Host: strings.Clone(i.Name.Host), Path: strings.Clone(i.Name.Path)},
-		Target: bare(i.Target), Manifest: bare(i.Manifest), Config: i.Config,
-		Use: i.Use, Binding: i.Binding, Vouched: i.Vouched,
+		Target: minimal(i.Target), Manifest: minimal(i.Manifest), Config: i.Config,
+		Use: i.Use, Binding: i.Binding, LayersVerified: i.LayersVerified,
 	}
-	for _, o := range i.Others[:min(len(i.Others), MaxOthers)] {
-		img.Others = append(img.Others, bare(o))
+	for _, o := range i.Related[:min(len(i.Related), MaxRelated)] {
+		img.Related = append(img.Related, minimal(o))
 	}
-	return Question{img, &rule}
+	return Question{Image: img, Rule: &rule}
 }
 
-func bare(d ocispec.Descriptor) ocispec.Descriptor {
+func minimal(d ocispec.Descriptor) ocispec.Descriptor {
 	return ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
 }
 
@@ -112,7 +123,7 @@ type Key struct {
 	Target      Target
 	Manifest    digest.Digest
 	Config      digest.Digest
-	Requirement [32]byte // Rule.Requirement
+	Requirement [32]byte // its hash
 }
 
 // A Target is the part of a descriptor that a signature covers.
@@ -135,19 +146,19 @@ func (k Key) bytes() []byte {
 	return append(b, k.Requirement[:]...)
 }
 
-// An Epoch is the digest of every file that can change an answer. The zero
-// Epoch is that of no configuration.
-type Epoch [16]byte
+// A Revision is the digest of every file that can change an answer. The zero
+// Revision is that of no configuration.
+type Revision [16]byte
 
 // EpochOf hashes parts that the caller has made unambiguous.
-func EpochOf(b []byte) (e Epoch) {
+func RevisionOf(b []byte) (e Revision) {
 	h := sha256.Sum256(b)
 	copy(e[:], h[:])
 	return e
 }
 
-// String is the epoch in hex.
-func (e Epoch) String() string { return hex.EncodeToString(e[:]) }
+// String is the revision in hex.
+func (e Revision) String() string { return hex.EncodeToString(e[:]) }
 
 // A Mode says what becomes of a denial. The zero Mode enforces.
 type Mode uint8
@@ -172,24 +183,11 @@ type Policy interface {
 }
 
 // A Rule is what a policy asks of the images that it matches. Exactly one of
-// Settled and Statement is set; the zero Rule denies with POLICY_INVALID.
+// Fixed and Require is set; the zero Rule denies with POLICY_INVALID.
 type Rule struct {
-	Name        string
-	Settled     Reason        // asks for no evidence: POLICY_NO_MATCH, POLICY_INVALID or ALLOWED_BY_DIGEST
-	Detail      string        // with Settled: one clause that says what to do
-	Digest      digest.Digest // with ALLOWED_BY_DIGEST: the target, manifest or config that is listed
-	Statement   string        // name of the trust policy statement that a signature must meet
-	Requirement [32]byte      // hash of that statement with its trust stores; zero is denied
-}
-
-// A Statement is one statement of a Notary Project trust policy as its author
-// wrote it (trust-store-trust-policy.md, "OCI Trust Policy").
-type Statement struct {
-	Name              string
-	Scopes            []string
-	Level             string            // strict, permissive, audit or skip
-	Override          map[string]string // check to action: enforce, log or skip
-	VerifyTimestamp   string            // "", always or afterCertExpiry
-	TrustStores       []string          // "ca:acme"
-	TrustedIdentities []string          // "*" or "x509.subject: C=US, ..."
+	Name    string
+	Fixed   Reason        // asks for no evidence: POLICY_NO_MATCH, POLICY_INVALID or ALLOWED_BY_DIGEST
+	Detail  string        // with Fixed: one clause that says what to do
+	Digest  digest.Digest // with ALLOWED_BY_DIGEST: the target, manifest or config that is listed
+	Require *Requirement  // what evidence must show; nil is denied
 }

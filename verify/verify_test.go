@@ -15,6 +15,28 @@ import (
 
 var start = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
+// kind is that of the evidence here.
+type kind struct {
+	Kind
+	suffixes []string
+}
+
+func (kind) Name() string            { return "test" }
+func (k kind) TagSuffixes() []string { return k.suffixes }
+
+// by is the requirement of one authority.
+func by(authority string) *Requirement {
+	r, err := SignedBy(leaf(authority))
+	if err != nil {
+		panic(err)
+	}
+	return r
+}
+
+func leaf(authority string) Leaf {
+	return Leaf{Kind: "test", Authority: authority, Hash: sha256.Sum256([]byte(authority))}
+}
+
 func now() time.Time { return start }
 
 func of(s string) digest.Digest { return digest.FromString(s) }
@@ -32,10 +54,10 @@ func bound() Question {
 			Name:   Name{Host: "registry.local", Path: "app", Tag: "1.2"},
 			Asked:  "registry.local/app:1.2",
 			Target: index, Manifest: desc("manifest"), Config: of("config"),
-			Use: UseContainer, Binding: BoundRuntime, Epoch: Epoch{7},
+			Use: UseContainer, Binding: BoundRuntime, Revision: Revision{7},
 			Pod: Pod{Namespace: "shop", Name: "web-0", UID: "u-1", Container: "web"},
 		},
-		Rule: &Rule{Name: "prod", Statement: "acme", Requirement: sha256.Sum256([]byte("acme"))},
+		Rule: &Rule{Name: "prod", Require: by("acme")},
 	}
 }
 
@@ -68,9 +90,9 @@ var weakened = []struct {
 	{"a volume without config", func(q *Question) {
 		q.Image.Use, q.Image.Binding, q.Image.Config = UseVolume, BoundSnapshot, ""
 	}, ImageUnresolved},
-	{"ahead, bound by what somebody asked", func(q *Question) { q.Image.Use, q.Image.Binding = UseAhead, BoundDigest }, ImageUnresolved},
+	{"ahead, bound by what somebody asked", func(q *Question) { q.Image.Use, q.Image.Binding = UsePrefetch, BoundDigest }, ImageUnresolved},
 	{"ahead, without config", func(q *Question) {
-		q.Image.Use, q.Image.Binding, q.Image.Config = UseAhead, BoundRecord, ""
+		q.Image.Use, q.Image.Binding, q.Image.Config = UsePrefetch, BoundRecord, ""
 	}, ImageUnresolved},
 	{"a container bound by what somebody asked", func(q *Question) { q.Image.Binding = BoundDigest }, ImageUnresolved},
 	{"a question bound by the runtime", func(q *Question) { q.Image.Use = UseQuestion }, ImageUnresolved},
@@ -87,11 +109,11 @@ var weakened = []struct {
 	{"long digest", func(q *Question) { q.Image.Config = digest.Digest(strings.Repeat("a", 1000)) }, ImageUnresolved},
 	{"no rule", func(q *Question) { q.Rule = nil }, PolicyInvalid},
 	{"zero rule", func(q *Question) { q.Rule = &Rule{} }, PolicyInvalid},
-	{"no statement", func(q *Question) { q.Rule.Statement = "" }, PolicyInvalid},
-	{"no requirement", func(q *Question) { q.Rule.Requirement = [32]byte{} }, PolicyInvalid},
-	{"settled as well", func(q *Question) { q.Rule.Settled = PolicyInvalid }, PolicyInvalid},
-	{"a digest that is not listed", func(q *Question) { q.Rule.Settled, q.Rule.Digest = AllowedByDigest, of("another") }, PolicyInvalid},
-	{"no digest listed", func(q *Question) { q.Rule.Settled = AllowedByDigest }, PolicyInvalid},
+	{"no requirement", func(q *Question) { q.Rule.Require = nil }, PolicyInvalid},
+	{"zero requirement", func(q *Question) { q.Rule.Require = new(Requirement) }, PolicyInvalid},
+	{"settled as well", func(q *Question) { q.Rule.Fixed = PolicyInvalid }, PolicyInvalid},
+	{"a digest that is not listed", func(q *Question) { q.Rule.Fixed, q.Rule.Digest = AllowedByDigest, of("another") }, PolicyInvalid},
+	{"no digest listed", func(q *Question) { q.Rule.Fixed = AllowedByDigest }, PolicyInvalid},
 }
 
 func denied(t *testing.T, d Decision, want Reason) {
@@ -115,16 +137,16 @@ func TestZeroValuesDeny(t *testing.T) {
 	denied(t, *new(Decision), Internal)
 	denied(t, Deny("", ""), Internal)
 	denied(t, new(Enforcer).Verify(ctx, bound().Image), PolicyInvalid)
-	denied(t, new(Engine).Judge(ctx, bound()), Internal)
-	denied(t, new(Engine).Judge(ctx, Question{}), ImageUnresolved)
-	denied(t, allow(Question{}, Finding{}, time.Time{}), ImageUnresolved)
-	denied(t, allow(bound(), Finding{}, start), Internal)
-	denied(t, refuse(nil, nil, start), SourceUnreachable)
+	denied(t, new(Engine).Evaluate(ctx, bound()), PolicyInvalid)
+	denied(t, new(Engine).Evaluate(ctx, Question{}), ImageUnresolved)
+	denied(t, allow(Question{}, nil, time.Time{}), ImageUnresolved)
+	denied(t, allow(bound(), []proof{{}}, start), Internal)
+	denied(t, (&trace{require: by("acme")}).refuse(nil, start), SourceUnreachable)
 	denied(t, audit(Decision{}, 0), Internal)
 	var e Enforcer
-	e.Swap(&Setup{})
+	e.Swap(&Snapshot{})
 	under := bound().Image
-	under.Epoch = Epoch{}
+	under.Revision = Revision{}
 	denied(t, e.Verify(ctx, under), Internal) // a nil Policy panics
 	denied(t, e.Verify(ctx, Image{}), ImageUnresolved)
 	if (&Budget{}).Page() == nil || (&Budget{}).Referrer() == nil || (&Budget{}).Signature() == nil ||
@@ -136,7 +158,7 @@ func TestZeroValuesDeny(t *testing.T) {
 func TestUnfit(t *testing.T) {
 	for _, tt := range weakened {
 		t.Run(tt.name, func(t *testing.T) {
-			f := with(tt.weaken).Unfit()
+			f := with(tt.weaken).Validate()
 			if f == nil {
 				t.Fatal("the question counts as fit")
 			}
@@ -150,13 +172,13 @@ func TestUnfit(t *testing.T) {
 		with(func(q *Question) { q.Image.Use, q.Image.Binding, q.Image.Config = UseQuestion, BoundDigest, "" }),
 		with(func(q *Question) { q.Image.Target.Digest = digest.SHA512.FromString("index") }),
 		with(func(q *Question) { q.Image.Use, q.Image.Binding = UseVolume, BoundSnapshot }),
-		with(func(q *Question) { q.Image.Use = UseAhead }),
-		with(func(q *Question) { q.Image.Use, q.Image.Binding = UseAhead, BoundSnapshot }),
-		with(func(q *Question) { q.Image.Use, q.Image.Binding = UseAhead, BoundRecord }),
+		with(func(q *Question) { q.Image.Use = UsePrefetch }),
+		with(func(q *Question) { q.Image.Use, q.Image.Binding = UsePrefetch, BoundSnapshot }),
+		with(func(q *Question) { q.Image.Use, q.Image.Binding = UsePrefetch, BoundRecord }),
 		with(func(q *Question) { q.Image.Name.Path = strings.Repeat("a", maxName-len(q.Image.Name.Host)) }),
 		with(func(q *Question) { q.Image.Target.MediaType = strings.Repeat("a", maxPart) }),
 	} {
-		if f := q.Unfit(); f != nil {
+		if f := q.Validate(); f != nil {
 			t.Errorf("%v %v: %v", q.Image.Use, q.Image.Binding, f)
 		}
 	}
@@ -181,19 +203,18 @@ func TestKey(t *testing.T) {
 		{"Image.Target.Size", true, func(q *Question) { q.Image.Target.Size++ }},
 		{"Image.Manifest", true, func(q *Question) { q.Image.Manifest.Digest = of("other") }},
 		{"Image.Config", true, func(q *Question) { q.Image.Config = of("other") }},
-		{"Image.Others", false, func(q *Question) { q.Image.Others = []ocispec.Descriptor{desc("other")} }},
-		{"Image.Vouched", false, func(q *Question) { q.Image.Vouched = !q.Image.Vouched }},
+		{"Image.Related", false, func(q *Question) { q.Image.Related = []ocispec.Descriptor{desc("other")} }},
+		{"Image.LayersVerified", false, func(q *Question) { q.Image.LayersVerified = !q.Image.LayersVerified }},
 		{"Image.Use", false, func(q *Question) { q.Image.Use = UseQuestion }},
 		{"Image.Binding", false, func(q *Question) { q.Image.Binding = BoundSnapshot }},
-		{"Image.Epoch", false, func(q *Question) { q.Image.Epoch = Epoch{9} }},
+		{"Image.Revision", false, func(q *Question) { q.Image.Revision = Revision{9} }},
 		{"Image.Pod", false, func(q *Question) { q.Image.Pod = Pod{"a", "b", "c", "d"} }},
 		{"Image.Fault", false, func(q *Question) { q.Image.Fault = &Fault{} }},
 		{"Rule.Name", false, func(q *Question) { q.Rule.Name = "other" }},
-		{"Rule.Settled", false, func(q *Question) { q.Rule.Settled = PolicyInvalid }},
+		{"Rule.Fixed", false, func(q *Question) { q.Rule.Fixed = PolicyInvalid }},
 		{"Rule.Digest", false, func(q *Question) { q.Rule.Digest = of("other") }},
 		{"Rule.Detail", false, func(q *Question) { q.Rule.Detail = "other" }},
-		{"Rule.Statement", false, func(q *Question) { q.Rule.Statement = "other" }},
-		{"Rule.Requirement", true, func(q *Question) { q.Rule.Requirement[31]++ }},
+		{"Rule.Require", true, func(q *Question) { q.Rule.Require = by("other") }},
 	} {
 		k := with(tt.change).Key()
 		if (k != base) != tt.in {
@@ -203,7 +224,7 @@ func TestKey(t *testing.T) {
 			t.Errorf("%s: in the key's bytes otherwise than in the key", tt.field)
 		}
 	}
-	if n, m := reflect.TypeFor[Image]().NumField(), reflect.TypeFor[Rule]().NumField(); n != 14 || m != 6 { // links follow from Manifest, Config and the store
+	if n, m := reflect.TypeFor[Image]().NumField(), reflect.TypeFor[Rule]().NumField(); n != 14 || m != 5 { // links follow from Manifest, Config and the store
 		t.Errorf("Image has %d fields and Rule %d: extend the table above", n, m)
 	}
 	if (Question{}).Key() != (Key{}) {
@@ -226,35 +247,35 @@ func TestBare(t *testing.T) {
 	}
 	junk(&q.Image.Target)
 	junk(&q.Image.Manifest)
-	for i := range MaxOthers + 3 {
+	for i := range MaxRelated + 3 {
 		d := desc(fmt.Sprint("other", i))
 		junk(&d)
-		q.Image.Others = append(q.Image.Others, d)
+		q.Image.Related = append(q.Image.Related, d)
 	}
-	b := q.Bare()
+	b := q.Minimal()
 	want := bound()
-	want.Image.Name.Tag, want.Image.Asked, want.Image.Pod, want.Image.Epoch = "", "", Pod{}, Epoch{}
-	for i := range MaxOthers {
-		want.Image.Others = append(want.Image.Others, desc(fmt.Sprint("other", i)))
+	want.Image.Name.Tag, want.Image.Asked, want.Image.Pod, want.Image.Revision = "", "", Pod{}, Revision{}
+	for i := range MaxRelated {
+		want.Image.Related = append(want.Image.Related, desc(fmt.Sprint("other", i)))
 	}
 	if !reflect.DeepEqual(b, want) {
 		t.Errorf("Bare is\n%+v, want\n%+v", b, want)
 	}
-	if b.Key() != q.Key() || b.Unfit() != nil {
+	if b.Key() != q.Key() || b.Validate() != nil {
 		t.Error("Bare is another question")
 	}
-	q.Rule.Statement, q.Image.Others[0].Size = "changed", 99
+	q.Rule.Name, q.Image.Related[0].Size = "changed", 99
 	if !reflect.DeepEqual(b, want) {
 		t.Error("Bare shares memory with the question")
 	}
 }
 
 func TestEpoch(t *testing.T) {
-	if got := (Epoch{}).String(); got != strings.Repeat("0", 32) {
-		t.Errorf("zero epoch is %s", got)
+	if got := (Revision{}).String(); got != strings.Repeat("0", 32) {
+		t.Errorf("zero revision is %s", got)
 	}
-	if got := EpochOf([]byte("abc")).String(); got != "ba7816bf8f01cfea414140de5dae2223" { // FIPS 180-4, example for SHA-256
-		t.Errorf("epoch of abc is %s", got)
+	if got := RevisionOf([]byte("abc")).String(); got != "ba7816bf8f01cfea414140de5dae2223" { // FIPS 180-4, example for SHA-256
+		t.Errorf("revision of abc is %s", got)
 	}
 }
 

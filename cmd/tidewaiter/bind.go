@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,10 +12,13 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/tidewaiter/tidewaiter/nri/node"
+	"github.com/tidewaiter/tidewaiter/nri/containerd"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/oci"
 	"github.com/tidewaiter/tidewaiter/verify/source/layout"
-	"github.com/tidewaiter/tidewaiter/verify/source/mirror"
+	"github.com/tidewaiter/tidewaiter/verify/source/registry"
+	"github.com/tidewaiter/tidewaiter/verify/source/store"
 )
 
 // A binder completes an image of which somebody named the digest. Signatures
@@ -28,25 +30,40 @@ type binder struct {
 	name    verify.Name
 	limits  verify.Limits
 	holders []*holder
+
+	// check judges evidence as the rule of the image does.
+	check func(context.Context, verify.Evidence, ocispec.Descriptor) verify.Finding
 }
 
 // A holder is a source that holds images besides signatures.
 type holder struct {
 	verify.Source
 	manifest func(context.Context, verify.Name, digest.Digest) (ocispec.Descriptor, []byte, error)
+	blob     blobOf
 	failed   error // why it did not answer; it is not waited for again
 }
 
-func newBinder(name verify.Name, sources []verify.Source, limits verify.Limits) *binder {
-	b := &binder{name: name, limits: limits.Or(verify.DefaultLimits)}
+// A blobOf returns the blob d of the manifest in, after take, told its size, has agreed.
+type blobOf func(ctx context.Context, in digest.Digest, d ocispec.Descriptor, take func(int64) error) ([]byte, error)
+
+func newBinder(name verify.Name, sources []verify.Source, limits verify.Limits, check func(context.Context, verify.Evidence, ocispec.Descriptor) verify.Finding) *binder {
+	b := &binder{name: name, limits: limits.Or(verify.DefaultLimits), check: check}
 	for _, s := range sources {
 		switch s := s.(type) {
 		case *layout.Source:
 			b.holders = append(b.holders, &holder{Source: s, manifest: func(ctx context.Context, _ verify.Name, d digest.Digest) (ocispec.Descriptor, []byte, error) {
 				return s.Manifest(ctx, d)
+			}, blob: func(ctx context.Context, _ digest.Digest, d ocispec.Descriptor, take func(int64) error) ([]byte, error) {
+				return s.Blob(ctx, d, take)
 			}})
-		case *mirror.Source:
-			b.holders = append(b.holders, &holder{Source: s, manifest: s.Manifest})
+		case *store.Reader:
+			b.holders = append(b.holders, &holder{Source: s, manifest: func(ctx context.Context, _ verify.Name, d digest.Digest) (ocispec.Descriptor, []byte, error) {
+				return s.Manifest(ctx, d)
+			}, blob: s.Blob})
+		case *registry.Source:
+			b.holders = append(b.holders, &holder{Source: s, manifest: s.Manifest, blob: func(ctx context.Context, _ digest.Digest, d ocispec.Descriptor, take func(int64) error) ([]byte, error) {
+				return s.Fetch(ctx, name, d, false, take)
+			}})
 		}
 	}
 	return b
@@ -65,12 +82,12 @@ func (b *binder) bind(ctx context.Context, img *verify.Image) (tried []verify.At
 			img.Target, img.Fault = ocispec.Descriptor{}, b.fault(tried)
 			return tried, false
 		}
-		img.Target, img.Manifest, img.Others, img.Binding = claims[0], claims[0], claims[1:], verify.BoundDigest
+		img.Target, img.Manifest, img.Related, img.Binding = claims[0], claims[0], claims[1:], verify.BoundDigest
 		return nil, false
 	}
 	img.Target, img.Manifest, img.Binding = target, target, verify.BoundDigest
 	var last ocispec.Descriptor // that was asked for
-	manifest, m, err := node.Select(ctx, func(ctx context.Context, d ocispec.Descriptor) ([]byte, error) {
+	manifest, m, err := containerd.Select(ctx, func(ctx context.Context, d ocispec.Descriptor) ([]byte, error) {
 		if last = d; !images.IsManifestType(d.MediaType) && !images.IsIndexType(d.MediaType) {
 			// The config, which says the platform where the index does not.
 			return nil, errors.New("only manifests are read")
@@ -83,9 +100,8 @@ func (b *binder) bind(ctx context.Context, img *verify.Image) (tried []verify.At
 			return raw, nil
 		}
 		for _, err := range errs {
-			var fault *verify.Fault
-			if errors.As(err, &fault) {
-				return nil, fault
+			if errors.Is(err, oci.ErrAmbiguous) {
+				return nil, &verify.Fault{Reason: verify.ImageAmbiguous, Detail: err.Error()}
 			}
 		}
 		return nil, errs[0]
@@ -97,7 +113,7 @@ func (b *binder) bind(ctx context.Context, img *verify.Image) (tried []verify.At
 	case errors.As(err, &fault):
 		img.Fault = fault
 	case images.IsManifestType(last.MediaType) && last.Platform != nil:
-		// The index is here and its manifest is not, as in a bundle of signatures:
+		// The index is here and its manifest is not, as in an archive of signatures:
 		// what to look for, the index says.
 		img.Manifest = last
 	default:
@@ -140,17 +156,20 @@ func (b *binder) ask(ctx context.Context, h *holder, d digest.Digest) (ocispec.D
 }
 
 // claims returns what the signatures of asked that the sources hold say it is:
-// a bundle may hold signatures and no image. Each is only a question for the
+// an archive may hold signatures and no image. Each is only a question for the
 // verification, which wants a signature over exactly that media type, digest
-// and size. errs are why there is no image, one for each source; tried is that
-// and what came of looking for signatures.
+// and size. Anybody can make manifests that claim anything, and few claims are asked
+// about: those come first of which the envelope meets the rule, then those of which it
+// signs exactly what the manifest claims. errs are why there is no image, one for each
+// source; tried is that and what came of looking for signatures.
 func (b *binder) claims(ctx context.Context, asked digest.Digest, errs []error) (list []ocispec.Descriptor, tried []verify.Attempt) {
+	var all []claimed
 	for i, h := range b.holders {
 		a := verify.Attempt{Source: h.Name(), Reason: reasonOf(errs[i]), Detail: errs[i].Error()}
 		if a.Reason == verify.ImageUnresolved {
 			a.Detail = "it holds neither the image nor a signature of it"
 			found, seen, err := b.claimsAt(ctx, h, asked)
-			list, a.Seen = unique(append(list, found...)), seen
+			all, a.Seen = append(all, found...), seen
 			if seen > 0 {
 				a.Detail = "it does not hold the image, and its signatures do not say what they are of"
 			}
@@ -161,38 +180,74 @@ func (b *binder) claims(ctx context.Context, asked digest.Digest, errs []error) 
 		}
 		tried = append(tried, a)
 	}
-	return list[:min(len(list), 1+verify.MaxOthers)], tried
+	slices.SortStableFunc(all, func(x, y claimed) int { return x.support - y.support })
+	for _, c := range all {
+		list = append(list, c.Descriptor)
+	}
+	list = unique(list)
+	return list[:min(len(list), 1+verify.MaxRelated)], tried
 }
 
+// A claimed descriptor is what the manifest of a signature says that it is of.
+type claimed struct {
+	ocispec.Descriptor
+	support int
+}
+
+// What supports a claim, best first.
+const (
+	meets  = iota // the envelope signs exactly that, and meets the rule
+	signs         // the envelope signs exactly that
+	claims        // the manifest says so
+)
+
 // claimsAt is claims at one source; seen counts signatures.
-func (b *binder) claimsAt(ctx context.Context, h *holder, asked digest.Digest) (list []ocispec.Descriptor, seen int, err error) {
+func (b *binder) claimsAt(ctx context.Context, h *holder, asked digest.Digest) (list []claimed, seen int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, b.limits.Wall)
 	defer cancel()
+	budget := verify.NewBudget(notary.Kind, b.limits)
 	// Asked with the digest alone a source hands over every signature as one of
 	// something else, with the digest of its manifest.
-	err = h.Find(ctx, b.name, ocispec.Descriptor{Digest: asked}, verify.NewBudget(b.limits), func(ev verify.Evidence) bool {
+	err = h.Find(ctx, b.name, ocispec.Descriptor{Digest: asked}, verify.NewBudget(notary.Kind, b.limits), func(ev verify.Evidence) bool {
 		seen++
-		if _, raw, err := h.manifest(ctx, b.name, ev.Manifest.Digest); err == nil {
-			if d, ok := claim(raw, asked); ok {
-				list = unique(append(list, d))
-			}
+		_, raw, err := h.manifest(ctx, b.name, ev.Manifest.Digest)
+		if err != nil {
+			return true
 		}
-		return len(list) <= verify.MaxOthers
+		d, ok := claim(raw, asked)
+		if !ok {
+			return true
+		}
+		c := claimed{d, claims}
+		whole := verify.Evidence{Manifest: ev.Manifest}
+		if whole.Fill(notary.Kind, raw, d, func(part ocispec.Descriptor) ([]byte, error) {
+			return h.blob(ctx, ev.Manifest.Digest, part, budget.Envelope)
+		}) == nil {
+			c.support = b.support(ctx, whole, d)
+		}
+		list = append(list, c)
+		return c.support != meets
 	})
 	return list, seen, err
+}
+
+// support says how an envelope supports the claim that it is over d.
+func (b *binder) support(ctx context.Context, ev verify.Evidence, d ocispec.Descriptor) int {
+	if f := b.check(ctx, ev, d); f.Reason == verify.Verified && f.Signed == d.Digest {
+		return meets
+	}
+	of, _ := notary.Describe(ev, b.limits)
+	if t := of.Target; t.Digest == d.Digest && t.MediaType == d.MediaType && t.Size == d.Size {
+		return signs
+	}
+	return claims
 }
 
 // claim reads what the manifest of a signature says that asked is.
 func claim(raw []byte, asked digest.Digest) (ocispec.Descriptor, bool) {
 	var none ocispec.Descriptor
-	var m struct {
-		Subject struct {
-			MediaType string        `json:"mediaType"`
-			Digest    digest.Digest `json:"digest"`
-			Size      int64         `json:"size"`
-		} `json:"subject"`
-	}
-	if err := json.Unmarshal(raw, &m); err != nil {
+	m, err := oci.ReadHead(raw)
+	if err != nil || m.Subject == nil {
 		return none, false
 	}
 	s := m.Subject
@@ -233,12 +288,11 @@ func (b *binder) fault(tried []verify.Attempt) *verify.Fault {
 
 // reasonOf translates why a source did not hand over a manifest.
 func reasonOf(err error) verify.Reason {
-	var fault *verify.Fault
 	switch {
-	case errors.As(err, &fault):
-		return fault.Reason
+	case errors.Is(err, oci.ErrAmbiguous):
+		return verify.ImageAmbiguous
 	case errors.Is(err, verify.ErrBudget):
-		return verify.BudgetExceeded
+		return verify.LimitExceeded
 	case errors.Is(err, verify.ErrUnauthorized):
 		return verify.SourceUnauthorized
 	case errors.Is(err, verify.ErrUnreachable), !errors.Is(err, fs.ErrNotExist):

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -10,15 +9,16 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/tidewaiter/tidewaiter/cmd/internal/decisions"
-	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
+	"github.com/tidewaiter/tidewaiter/deploy/control"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 type decisionsOptions struct {
 	runDir string
 	follow bool
 	since  time.Duration
-	filter decisions.Filter
+	filter control.Filter
 	output string
 }
 
@@ -39,11 +39,11 @@ With --output json each line is a JSON object. Exit status: 0, also where there 
 nothing to list; 2 where no gate answers.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := checkOutput(o.output); err != nil {
+			if err := cli.CheckOutput(o.output); err != nil {
 				return err
 			}
 			if o.since < 0 {
-				return unknown(errors.New("--since: is in the future"), "for example --since 1h")
+				return cli.Inconclusive(errors.New("--since: is in the future"), "for example --since 1h")
 			}
 			if o.since > 0 {
 				o.filter.Since = time.Now().Add(-o.since)
@@ -51,8 +51,8 @@ nothing to list; 2 where no gate answers.`,
 			return listDecisions(cmd.Context(), stdout, o)
 		},
 	}
-	runDir(cmd, &o.runDir)
-	outputFlag(cmd, &o.output)
+	cli.RunDir(cmd, &o.runDir)
+	cli.Output(cmd, &o.output)
 	cmd.Flags().BoolVarP(&o.follow, "follow", "f", false, "go on with what comes, until interrupted")
 	cmd.Flags().BoolVar(&o.filter.Denied, "denied", false, "only what enforce refuses or would refuse, without PENDING, which the next try settles")
 	cmd.Flags().DurationVar(&o.since, "since", 0, "only what is not older than `DURATION`, such as 1h")
@@ -68,18 +68,18 @@ const (
 func listDecisions(ctx context.Context, stdout io.Writer, o decisionsOptions) error {
 	var answered time.Time
 	for {
-		p, err := decisions.Ask(ctx, o.runDir, o.filter)
+		p, err := control.AskDecisions(ctx, o.runDir, o.filter)
 		switch {
 		case ctx.Err() != nil && o.follow:
 			return nil
 		case err != nil && (answered.IsZero() || time.Since(answered) > followLost):
-			return unknown(err, gateHint(o.runDir))
+			return cli.Inconclusive(err, cli.GateHint(o.runDir))
 		case err == nil:
 			answered = time.Now()
 		}
-		for _, l := range p.Decisions {
+		for _, l := range p.Lines {
 			if err := printLine(stdout, o.output, l); err != nil {
-				return unknown(err, "")
+				return cli.Inconclusive(err, "")
 			}
 		}
 		if err == nil {
@@ -99,15 +99,10 @@ func listDecisions(ctx context.Context, stdout io.Writer, o decisionsOptions) er
 	}
 }
 
-// gateHint is what to do where no gate answers.
-func gateHint(dir string) string {
-	return "is tidewaiter run running, with --run-dir " + dir + "? Its log says why it cannot be asked; only root may ask"
-}
-
 // printLine writes one line. All that is not ours is cleaned.
-func printLine(w io.Writer, output string, l decisions.Line) error {
+func printLine(w io.Writer, output string, l control.Line) error {
 	if output == "json" {
-		return plainJSON(w, l)
+		return cli.JSON(w, l)
 	}
 	s, err := l.Said()
 	if err != nil {
@@ -126,20 +121,13 @@ func printLine(w io.Writer, output string, l decisions.Line) error {
 	}
 	pod := "-"
 	if s.Pod != nil {
-		pod = verify.Clean(s.Pod.Namespace+"/"+s.Pod.Name, 120) + " " + verify.Clean(s.Pod.Container, 63)
+		pod = text.Clean(s.Pod.Namespace+"/"+s.Pod.Name, 120) + " " + text.Clean(s.Pod.Container, 63)
 	}
 	again := ""
 	if l.Repeats > 0 {
 		again = fmt.Sprintf(" (and %d times before)", l.Repeats)
 	}
 	_, err = fmt.Fprintf(w, "%s  %-6s  %-7s  %-23s  %s  %s  %s%s\n", l.At.UTC().Format(time.RFC3339), what, answer,
-		verify.Clean(s.Enforced(), 32), verify.Clean(s.ID, 12), verify.Clean(s.Image, 256), pod, again)
+		text.Clean(s.Enforced(), 32), text.Clean(s.ID, 12), text.Clean(s.Image, 256), pod, again)
 	return err
-}
-
-// plainJSON writes v on one line, with < and > as they are.
-func plainJSON(w io.Writer, v any) error {
-	e := json.NewEncoder(w)
-	e.SetEscapeHTML(false)
-	return e.Encode(v)
 }

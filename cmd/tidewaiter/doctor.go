@@ -13,7 +13,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/tidewaiter/tidewaiter/cmd/internal/doctor"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
+	"github.com/tidewaiter/tidewaiter/deploy/doctor"
 )
 
 func doctorCommand(stdout io.Writer) *cobra.Command {
@@ -21,7 +22,7 @@ func doctorCommand(stdout io.Writer) *cobra.Command {
 	var output string
 	cmd := &cobra.Command{
 		Use:   "doctor",
-		Short: "Say whether the gate of this node is in place, and what to do where it is not",
+		Short: "Check whether the gate of this node is in place, and what to do if it is not",
 		Long: `Doctor looks at everything that the gate needs, and changes nothing: what containerd
 is configured with by its own account, whether the containerd that runs has read
 that, the gate, its configuration, the sources of signatures, the disk and the clock.
@@ -32,13 +33,13 @@ Exit status: 0 there is no fail; 1 there is one; 2 what failed could only not be
 found out. tidewaiter selftest tries what doctor concludes.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := checkOutput(output); err != nil {
+			if err := cli.CheckOutput(output); err != nil {
 				return err
 			}
 			o.Now, o.Built = time.Now, builtAt()
 			o.Host.Socket = cmp.Or(o.Host.Socket, os.Getenv("TIDEWAITER_CONTAINERD_SOCKET"))
 			if err := absolute(&o); err != nil {
-				return unknown(err, "")
+				return cli.Inconclusive(err, "")
 			}
 			f, err := doctor.Gather(cmd.Context(), o)
 			if err != nil {
@@ -53,21 +54,21 @@ found out. tidewaiter selftest tries what doctor concludes.`,
 				_, err = io.WriteString(stdout, diagnosis(r))
 			}
 			if err != nil {
-				return unknown(err, "")
+				return cli.Inconclusive(err, "")
 			}
 			switch r.Result {
 			case "ok":
 				return nil
 			case "fail":
-				return &failure{status: exitNo}
+				return cli.Exit(cli.ExitNo)
 			}
-			return &failure{status: exitUnknown}
+			return cli.Exit(cli.ExitInconclusive)
 		},
 	}
-	configDir(cmd, &o.ConfigDir)
-	stateDir(cmd, &o.StateDir)
-	runDir(cmd, &o.RunDir)
-	outputFlag(cmd, &output)
+	cli.ConfigDir(cmd, &o.ConfigDir)
+	cli.StateDir(cmd, &o.StateDir)
+	cli.RunDir(cmd, &o.RunDir)
+	cli.Output(cmd, &output)
 	runtimeFlags(cmd, &o.Host)
 	cmd.Flags().BoolVar(&o.Offline, "offline", false, "ask no mirror and no registry")
 	return cmd

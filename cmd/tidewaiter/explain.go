@@ -10,11 +10,12 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/decisions"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/explain"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/inspect"
+	"github.com/tidewaiter/tidewaiter/deploy/control"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 func explainCommand(stdout io.Writer) *cobra.Command {
@@ -37,57 +38,57 @@ worst. In audit it is what enforce would answer.`,
   tidewaiter explain registry.example/app:1.2`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
-				return unknown(fmt.Errorf("%d things are named, not one", len(args)), "tidewaiter decisions and tidewaiter images list what can be explained")
+				return cli.Inconclusive(fmt.Errorf("%d things are named, not one", len(args)), "tidewaiter decisions and tidewaiter images list what can be explained")
 			}
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := checkOutput(output); err != nil {
+			if err := cli.CheckOutput(output); err != nil {
 				return err
 			}
 			return explainOne(cmd.Context(), stdout, dir, output, args[0])
 		},
 	}
-	runDir(cmd, &dir)
-	outputFlag(cmd, &output)
+	cli.RunDir(cmd, &dir)
+	cli.Output(cmd, &output)
 	return cmd
 }
 
 func explainOne(ctx context.Context, stdout io.Writer, dir, output, what string) error {
-	e, err := explain.Ask(ctx, dir, what)
+	e, err := inspect.Ask(ctx, dir, what)
 	if errors.Is(err, control.ErrRefused) {
-		return unknown(err, "tidewaiter decisions and tidewaiter images list what can be explained")
+		return cli.Inconclusive(err, "tidewaiter decisions and tidewaiter images list what can be explained")
 	}
 	if err != nil {
-		return unknown(err, gateHint(dir))
+		return cli.Inconclusive(err, cli.GateHint(dir))
 	}
 	if output == "json" {
-		err = plainJSON(stdout, e)
+		err = cli.JSON(stdout, e)
 	} else {
 		_, err = io.WriteString(stdout, explanation(e))
 	}
 	if err != nil {
-		return unknown(err, "")
+		return cli.Inconclusive(err, "")
 	}
-	status := exitYes
+	status := cli.ExitYes
 	for _, a := range e.About {
 		switch r := aboutReason(a); {
-		case explain.Allows(r):
-		case r.Unsettled():
-			status = max(status, exitUnknown)
+		case inspect.Allows(r):
+		case r.Inconclusive():
+			status = max(status, cli.ExitInconclusive)
 		default:
-			status = max(status, exitNo)
+			status = max(status, cli.ExitNo)
 		}
 	}
-	if status != exitYes {
-		return &failure{status: status}
+	if status != cli.ExitYes {
+		return cli.Exit(status)
 	}
 	return nil
 }
 
 // aboutReason is what enforce answers, or what it answered where nothing is there to
 // ask about any more.
-func aboutReason(a explain.About) verify.Reason {
+func aboutReason(a inspect.About) verify.Reason {
 	if a.Now != nil {
 		return enforced(a.Now.Reason, a.Now.Would)
 	}
@@ -107,7 +108,7 @@ func enforced(reason, would verify.Reason) verify.Reason {
 }
 
 // explanation is e for a person. What the gate has from elsewhere is cleaned.
-func explanation(e explain.Explanation) string {
+func explanation(e inspect.Explanation) string {
 	var b strings.Builder
 	for i, a := range e.About {
 		if i > 0 {
@@ -118,11 +119,11 @@ func explanation(e explain.Explanation) string {
 	return b.String()
 }
 
-func explainAbout(b *strings.Builder, a explain.About) {
+func explainAbout(b *strings.Builder, a inspect.About) {
 	line := func(name, format string, args ...any) {
-		fmt.Fprintf(b, "  %-10s %s\n", name, verify.Clean(fmt.Sprintf(format, args...), 1200))
+		fmt.Fprintf(b, "  %-10s %s\n", name, text.Clean(fmt.Sprintf(format, args...), 1200))
 	}
-	var then decisions.Said
+	var then control.Said
 	if a.Then != nil {
 		then, _ = a.Then.Said()
 	}
@@ -137,7 +138,7 @@ func explainAbout(b *strings.Builder, a explain.About) {
 	if title == "" {
 		title = "an image without a name"
 	}
-	fmt.Fprintln(b, verify.Clean(title, 600))
+	fmt.Fprintln(b, text.Clean(title, 600))
 	if c := a.Container; c != nil {
 		state := "is not there or does not run"
 		if c.Running {
@@ -168,7 +169,7 @@ func explainAbout(b *strings.Builder, a explain.About) {
 	}
 }
 
-func explainNow(line func(name, format string, args ...any), a explain.About, r explain.Answer) {
+func explainNow(line func(name, format string, args ...any), a inspect.About, r inspect.Answer) {
 	from := "remembered, found out at " + r.Made.UTC().Format(time.RFC3339)
 	if a.Fresh {
 		from = "found out just now"
@@ -235,7 +236,7 @@ func endText(until time.Time, ends string) string {
 	return at
 }
 
-func explainSignature(b *strings.Builder, line func(name, format string, args ...any), s explain.Signature) {
+func explainSignature(b *strings.Builder, line func(name, format string, args ...any), s inspect.Signature) {
 	line("signature", "%s at %s: %s", s.Manifest, s.Source, s.Reason)
 	if s.Detail != "" {
 		line("", "%s", s.Detail)
@@ -250,8 +251,8 @@ func explainSignature(b *strings.Builder, line func(name, format string, args ..
 			trust = ", trusted: " + c.Anchor
 		}
 		// Not through line, whose cleaning is for one text of one source.
-		fmt.Fprintf(b, "  %-10s %s%s\n", "", branch, verify.Clean(c.Subject+trust, 400))
-		fmt.Fprintf(b, "  %-10s %s%s to %s, SHA-256 %s\n", "", strings.Repeat("   ", i), date(c.NotBefore), date(c.NotAfter), verify.Clean(c.Thumbprint, 64))
+		fmt.Fprintf(b, "  %-10s %s%s\n", "", branch, text.Clean(c.Subject+trust, 400))
+		fmt.Fprintf(b, "  %-10s %s%s to %s, SHA-256 %s\n", "", strings.Repeat("   ", i), date(c.NotBefore), date(c.NotAfter), text.Clean(c.Thumbprint, 64))
 	}
 }
 

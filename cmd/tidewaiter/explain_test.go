@@ -6,29 +6,32 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 
-	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/decisions"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/explain"
-	"github.com/tidewaiter/tidewaiter/nri/node"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/decisionlog"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/inspect"
+	"github.com/tidewaiter/tidewaiter/deploy/config"
+	"github.com/tidewaiter/tidewaiter/deploy/control"
+	"github.com/tidewaiter/tidewaiter/nri/containerd"
 	"github.com/tidewaiter/tidewaiter/verify"
 )
 
-// A shelf is a node of which the images and containers are known. What the gate has
+// A importer is a node of which the images and containers are known. What the gate has
 // from a real one, test/e2e asks.
-type shelf struct {
+type importer struct {
 	images  []verify.Image
 	running map[string]verify.Image // by container
+	long    map[string]string       // why a container is too long
 	gone    map[string]bool
 	err     error
 }
 
-func (s *shelf) Listed(_ context.Context, yield func(verify.Image) bool) error {
+func (s *importer) Listed(_ context.Context, yield func(verify.Image) bool) error {
 	for _, i := range s.images {
 		if s.err != nil || !yield(i) {
 			break
@@ -38,23 +41,23 @@ func (s *shelf) Listed(_ context.Context, yield func(verify.Image) bool) error {
 }
 
 // Read binds what Listed could not.
-func (s *shelf) Read(_ context.Context, img verify.Image) verify.Image {
+func (s *importer) Read(_ context.Context, img verify.Image) verify.Image {
 	img.Fault, img.Manifest, img.Config = nil, img.Target, img.Target.Digest
 	return img
 }
 
-func (s *shelf) Running(_ context.Context, c node.Container) ([]verify.Image, error) {
+func (s *importer) Running(_ context.Context, c containerd.Container) ([]verify.Image, error) {
 	if s.gone[c.ID] {
-		return []verify.Image{{Asked: c.Image}}, node.ErrGone
+		return []verify.Image{{Asked: c.Image}}, containerd.ErrGone
 	}
 	return []verify.Image{s.running[c.ID]}, nil
 }
 
-type containers struct{ *shelf }
+type containers struct{ *importer }
 
-func (c containers) Running(_ context.Context, yield func(node.Container) bool) error {
+func (c containers) Running(_ context.Context, yield func(containerd.Container) bool) error {
 	for id, img := range c.running {
-		if c.err != nil || !yield(node.Container{ID: id, Kind: node.KindContainer, Image: img.Asked, Pod: img.Pod}) {
+		if c.err != nil || !yield(containerd.Container{ID: id, Kind: containerd.KindContainer, Image: img.Asked, Pod: img.Pod, Long: c.long[id]}) {
 			break
 		}
 	}
@@ -65,30 +68,30 @@ func (c containers) Running(_ context.Context, yield func(node.Container) bool) 
 func onNode(d *daemon, tag string) verify.Image {
 	target := world().images[tag].target
 	img := verify.Image{Name: verify.Name{Host: "registry.test", Path: "team/app", Tag: tag}, Asked: "registry.test/team/app:" + tag,
-		Target: target, Manifest: target, Config: target.Digest, Use: verify.UseAhead, Binding: verify.BoundRecord}
-	if s := d.enforcer.Setup(); s != nil {
-		img.Epoch = s.Epoch
+		Target: target, Manifest: target, Config: target.Digest, Use: verify.UsePrefetch, Binding: verify.BoundRecord}
+	if s := d.enforcer.Snapshot(); s != nil {
+		img.Revision = s.Revision
 	}
 	return img
 }
 
-func newExplainer(t *testing.T, mode string) (*explain.Explainer, *shelf, *daemon) {
+func newExplainer(t *testing.T, mode string) (*inspect.Explainer, *importer, *daemon) {
 	t.Helper()
 	d, _ := newDaemon(t)
 	dir := t.TempDir()
 	layout, etc := filepath.Join(dir, "usb"), filepath.Join(dir, "etc")
 	serveLayout(t, layout, "signed", "unsigned", "foreign")
 	write(t, etc, "version: 1\nmode: "+mode+"\nsources:\n  network: never\n  layouts: ["+layout+"]\n")
-	d.ring = decisions.Open("", d.log)
+	d.ring = decisionlog.Open("", d.log)
 	d.apply(config.Load(etc))
-	if d.enforcer.Setup() == nil {
+	if d.enforcer.Snapshot() == nil {
 		t.Fatal(d.stands().rejected.Error)
 	}
-	s := &shelf{running: map[string]verify.Image{}, gone: map[string]bool{}}
+	s := &importer{running: map[string]verify.Image{}, gone: map[string]bool{}}
 	for _, tag := range []string{"foreign", "signed", "unsigned"} {
 		s.images = append(s.images, onNode(d, tag))
 	}
-	return &explain.Explainer{Images: s, Containers: containers{s}, Enforcer: &d.enforcer, Force: d.force, Ring: d.ring, Node: "edge-17",
+	return &inspect.Explainer{Images: s, Containers: containers{s}, Enforcer: &d.enforcer, Force: d.force, Ring: d.ring, Node: "edge-17",
 		Now: time.Now, Assurance: func() string { return "full" }}, s, d
 }
 
@@ -107,7 +110,7 @@ func TestExplainReads(t *testing.T) {
 	}
 }
 
-func one(t *testing.T, x *explain.Explainer, what string) explain.About {
+func one(t *testing.T, x *inspect.Explainer, what string) inspect.About {
 	t.Helper()
 	e, err := x.Explain(t.Context(), what)
 	if err != nil {
@@ -118,7 +121,7 @@ func one(t *testing.T, x *explain.Explainer, what string) explain.About {
 	}
 	// It has to come back as it went, and to be printable.
 	raw, err := json.Marshal(e)
-	var back explain.Explanation
+	var back inspect.Explanation
 	if err == nil {
 		err = json.Unmarshal(raw, &back)
 	}
@@ -158,17 +161,17 @@ func TestExplain(t *testing.T) {
 				}
 			}
 			// By ID: as it is remembered, and after the node forgot.
-			if a := one(t, x, id); a.Then == nil || a.Then.Kind != decisions.Verification || a.Now.ID != id {
+			if a := one(t, x, id); a.Then == nil || a.Then.Kind != control.VerificationLine || a.Now.ID != id {
 				t.Errorf("by ID: %+v", a)
 			}
 			full := x.Ring
-			x.Ring = decisions.Open("", d.log)
+			x.Ring = decisionlog.Open("", d.log)
 			if a := one(t, x, id); a.Then != nil || a.Now.ID != id || a.Now.Target != signed.String() {
 				t.Errorf("by ID, forgotten: %+v", a)
 			}
 			x.Ring = full
 			a := one(t, x, "registry.test/team/app:foreign")
-			if len(a.Signatures) != 1 || a.Signatures[0].Reason != "SIGNER_UNTRUSTED" || a.Signatures[0].Anchor != "" || a.Next != explain.Next(verify.SignerUntrusted) {
+			if len(a.Signatures) != 1 || a.Signatures[0].Reason != "SIGNER_UNTRUSTED" || a.Signatures[0].Anchor != "" || a.Next != control.Next(verify.SignerUntrusted) {
 				t.Errorf("foreign: %+v", a)
 			}
 			for _, c := range a.Signatures[0].Chain {
@@ -184,7 +187,7 @@ func TestExplain(t *testing.T) {
 			if mode == "audit" {
 				want = "allowed by audit; enforce denies [SIGNATURE_MISSING]"
 			}
-			if text := explanation(explain.Explanation{About: []explain.About{a}}); !strings.Contains(text, "  now        "+want+" (") {
+			if text := explanation(inspect.Explanation{About: []inspect.About{a}}); !strings.Contains(text, "  now        "+want+" (") {
 				t.Errorf("no %s in\n%s", want, text)
 			}
 			// A repository is all that is in it.
@@ -213,7 +216,7 @@ func TestExplain(t *testing.T) {
 			refused := s.images[2]
 			refused.Pod, refused.Use, refused.Binding = verify.Pod{Namespace: "shop", Name: "evil", UID: "u"}, verify.UseContainer, verify.BoundSnapshot
 			dec := d.enforcer.Verify(t.Context(), refused)
-			d.ring.Add(decisions.Entry{At: time.Now(), Kind: decisions.Answer, Container: "cccc" + strings.Repeat("1", 60), Mode: mode, Decision: dec.Report(refused, "edge-17")})
+			d.ring.Add(decisionlog.Entry{At: time.Now(), Kind: control.AnswerLine, Container: "cccc" + strings.Repeat("1", 60), Mode: mode, Decision: dec.Report(refused, "edge-17")})
 			for _, what := range []string{"cccc11", dec.ID()} {
 				if a := one(t, x, what); a.Then == nil || a.Now == nil || a.Now.ID != dec.ID() || a.Container.Running || a.Container.Pod.Name != "evil" {
 					t.Errorf("%s: %+v", what, a)
@@ -246,7 +249,7 @@ func TestImages(t *testing.T) {
 		t.Fatalf("%+v %v", l, err)
 	}
 	got := ""
-	for _, i := range l.Images {
+	for _, i := range l.List {
 		got += fmt.Sprintln(i.Image[:min(len(i.Image), 34)], i.Reason, i.Allowed, i.Until != nil, i.Ends)
 	}
 	if want := "registry.test/team/app:foreign SIGNER_UNTRUSTED false false \n" +
@@ -256,16 +259,39 @@ func TestImages(t *testing.T) {
 		"registry.test/team/app:unread PENDING false false \n"; got != want {
 		t.Errorf("got\n%swant\n%s", got, want)
 	}
+	// An import looks for images whose evidence would go by these, see archive.Replaced.
+	if i, is := l.List[1], s.images[1]; i.Manifest != is.Manifest.Digest.String() || i.Config != is.Config.String() || i.Config == "" && i.Manifest == "" {
+		t.Errorf("%+v is not of %+v", i, is)
+	}
+	// Where an image runs is looked up by what runs, and not by a name.
+	web := s.images[2]
+	web.Name.Tag, web.Pod = "moved", verify.Pod{Namespace: "shop"}
+	old := web
+	old.Pod.Namespace = "tidewaiter-system"
+	s.running["aaaa"], s.running["bbbb"], s.running["cccc"] = web, old, verify.Image{Name: unread.Name, Pod: verify.Pod{Namespace: "late"}}
+	s.images[0].Fault = &verify.Fault{Reason: verify.NotAnImage, Detail: "the manifest's config has another media type"}
+	s.long = map[string]string{"aaaa": "longer than 300 KiB"}
+	if l, err = x.List(t.Context()); err != nil || l.Unseen != "" || !slices.Equal(l.TooLong, []string{"shop/ : longer than 300 KiB"}) {
+		t.Fatalf("%+v %v", l, err)
+	}
+	if text := (&imagesOptions{}).table(*l); !strings.Contains(text, "denied   POD_TOO_LARGE            shop/ : longer than 300 KiB\n") {
+		t.Errorf("a container that is too long is not listed:\n%s", text)
+	}
+	for k, want := range []string{"[]true", "[]false", "[shop tidewaiter-system]false", "[shop tidewaiter-system]false", "[late]false"} {
+		if got := fmt.Sprint(l.List[k].Runs, l.List[k].NotImage); strings.ReplaceAll(got, "] ", "]") != want {
+			t.Errorf("%s runs in %s, want %s", l.List[k].Image, got, want)
+		}
+	}
 	for range 5000 {
 		s.images = append(s.images, unread)
 	}
-	if l, err := x.List(t.Context()); err != nil || !l.More || len(l.Images) > 4096 {
-		t.Errorf("%d are listed, more is %v: %v", len(l.Images), l.More, err)
+	if l, err := x.List(t.Context()); err != nil || !l.More || len(l.List) > 4096 {
+		t.Errorf("%d are listed, more is %v: %v", len(l.List), l.More, err)
 	}
 	// A question that is not answered in time is not waited for.
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	if l, err := x.List(ended); err != nil || l.Images[0].Reason != "PENDING" {
+	if l, err := x.List(ended); err != nil || l.List[0].Reason != "PENDING" {
 		t.Errorf("%v", err)
 	}
 	d.enforcer.Swap(nil)

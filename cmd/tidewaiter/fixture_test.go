@@ -22,8 +22,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/rogpeppe/go-internal/testscript"
 
-	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
 )
 
@@ -77,7 +77,7 @@ func (i *image) index(manifests ...ocispec.Descriptor) ocispec.Descriptor {
 
 // sign attaches a signature by s over payload to subject.
 func (i *image) sign(s *notarytest.Signer, subject, payload ocispec.Descriptor, o notarytest.SignOptions) {
-	i.signed = append(i.signed, signature{subject, notarytest.Manifest(notarytest.MustSign(s, payload, o), verify.MediaTypeJWS, subject, notarytest.ArtifactType)})
+	i.signed = append(i.signed, signature{subject, notarytest.Manifest(notarytest.MustSign(s, payload, o), notary.MediaTypeJWS, subject, notarytest.ArtifactType)})
 }
 
 // attach attaches an artifact of one layer to subject.

@@ -18,16 +18,20 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
 
-	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/explain"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/inspect"
+	"github.com/tidewaiter/tidewaiter/deploy/config"
+	"github.com/tidewaiter/tidewaiter/deploy/control"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
-	"github.com/tidewaiter/tidewaiter/verify/source/mirror"
+	"github.com/tidewaiter/tidewaiter/verify/source/registry"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 type imagesOptions struct {
 	configDir  string
 	runDir     string
+	stateDir   string // with file
 	file       string
 	before     time.Duration
 	digests    bool
@@ -49,13 +53,18 @@ With --before only images are listed whose answer ends within that time, and the
 status is 1 where there are any.
 
 With --digests it prints lines of a floor file (floor: in config.yaml) for the images
-that no signature allows: these digests then run in the namespaces of --namespace
-without one. Name the images that are meant; what is listed is trusted for good.
+that no signature allows: these digests then run without one, each in the namespaces
+in which it runs now (kube-system if it does not run), or in those of --namespace.
+Name the images that are meant; what is listed is trusted for good. Lines of images
+that are denied for another reason than that nobody whom a rule names has signed them
+are commented out. Exit status: 0 each image is allowed or has a line; 1 a line is
+commented out; 2 the answer to an image could not be found out, so that it has none.
 
 With --file it judges a list of images before they are on the node, such as that of
-the next k3s release: with the configuration directory and its sources, and with no
-gate. A tag is looked up at the mirrors, which is only a look ahead: the node itself
-never asks a registry what a tag means. Exit status 1 where one would be denied.`,
+the next k3s release: with the configuration directory, its sources and what this node
+keeps in its state directory, and with no gate. A tag is looked up at the mirrors, which is only a look ahead: the node itself
+never asks a registry what a tag means. With --digests a tag is an error, since a
+mirror could answer any digest. Exit status 1 if one would be denied.`,
 		Example: `  tidewaiter images --before 720h
   tidewaiter images --digests docker.io/rancher >/etc/tidewaiter/floor/k3s
   tidewaiter images --file k3s-images.txt`,
@@ -71,13 +80,14 @@ never asks a registry what a tag means. Exit status 1 where one would be denied.
 			return o.print(stdout, l)
 		},
 	}
-	configDir(cmd, &o.configDir)
-	runDir(cmd, &o.runDir)
-	outputFlag(cmd, &o.output)
+	cli.ConfigDir(cmd, &o.configDir)
+	cli.RunDir(cmd, &o.runDir)
+	cli.StateDir(cmd, &o.stateDir)
+	cli.Output(cmd, &o.output)
 	cmd.Flags().StringVar(&o.file, "file", "", "judge the images that `FILE` lists, one a line, instead of those of this node; - is standard input")
 	cmd.Flags().DurationVar(&o.before, "before", 0, "list only what is allowed and will not be any more within `DURATION`, such as 720h")
 	cmd.Flags().BoolVar(&o.digests, "digests", false, "print lines of a floor file for what no signature allows")
-	cmd.Flags().StringSliceVar(&o.namespaces, "namespace", []string{policy.DefaultNamespace}, "`NAMES` of the namespaces in lines of a floor file")
+	cmd.Flags().StringSliceVar(&o.namespaces, "namespace", nil, "`NAMES` of the namespaces in lines of a floor file, instead of those in which the images run")
 	return cmd
 }
 
@@ -85,53 +95,53 @@ var isNamespace = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 
 func (o *imagesOptions) check(changed func(string) bool) error {
 	const help = "run tidewaiter images --help"
-	if err := checkOutput(o.output); err != nil {
+	if err := cli.CheckOutput(o.output); err != nil {
 		return err
 	}
 	switch {
 	case changed("before") && o.before <= 0:
-		return unknown(errors.New("--before: is not a time ahead"), "for example --before 720h, which is 30 days")
+		return cli.Inconclusive(errors.New("--before: is not a time ahead"), "for example --before 720h, which is 30 days")
 	case o.before > 0 && o.digests:
-		return unknown(errors.New("--before and --digests: one of them"), help)
+		return cli.Inconclusive(errors.New("--before and --digests: one of them"), help)
 	case o.digests && o.output == "json":
-		return unknown(errors.New("--digests prints lines of a floor file and no JSON"), help)
+		return cli.Inconclusive(errors.New("--digests prints lines of a floor file and no JSON"), help)
 	case changed("namespace") && !o.digests:
-		return unknown(errors.New("--namespace is for --digests"), help)
+		return cli.Inconclusive(errors.New("--namespace is for --digests"), help)
 	}
 	for _, n := range o.namespaces {
 		if !isNamespace.MatchString(n) {
-			return unknown(fmt.Errorf("--namespace: %s is not the name of a namespace", verify.Quote(n, 80)), help)
+			return cli.Inconclusive(fmt.Errorf("--namespace: %s is not the name of a namespace", text.Quote(n, 80)), help)
 		}
 	}
 	return nil
 }
 
 // list is what the gate says, or what is in the file.
-func (o *imagesOptions) list(ctx context.Context) (explain.List, error) {
-	var l explain.List
+func (o *imagesOptions) list(ctx context.Context) (control.Images, error) {
+	var l control.Images
 	var err error
 	if o.file != "" {
 		l, err = o.ahead(ctx)
 	} else {
-		l, err = explain.AskImages(ctx, o.runDir)
+		l, err = control.AskImages(ctx, o.runDir)
 		if errors.Is(err, control.ErrRefused) {
-			return l, unknown(err, "run tidewaiter status")
+			return l, cli.Inconclusive(err, "run tidewaiter status")
 		}
 		if err != nil {
-			return l, unknown(err, gateHint(o.runDir)+"; tidewaiter images --file and tidewaiter verify need no gate")
+			return l, cli.Inconclusive(err, cli.GateHint(o.runDir)+"; tidewaiter images --file and tidewaiter verify need no gate")
 		}
 	}
 	if err != nil {
 		return l, err
 	}
 	if len(o.only) > 0 {
-		l.Images = slices.DeleteFunc(l.Images, func(i explain.Image) bool {
+		l.List = slices.DeleteFunc(l.List, func(i control.Image) bool {
 			return !slices.ContainsFunc(o.only, func(name string) bool { return below(i.Image, name) || below(i.Image, canonical(name)) })
 		})
 	}
 	if o.before > 0 {
 		end := time.Now().Add(o.before)
-		l.Images = slices.DeleteFunc(l.Images, func(i explain.Image) bool {
+		l.List = slices.DeleteFunc(l.List, func(i control.Image) bool {
 			return !i.Allowed || i.Until == nil || i.Ends == "nothing" || !i.Until.Before(end)
 		})
 	}
@@ -157,85 +167,84 @@ func below(name, prefix string) bool {
 	return found && (rest == "" || strings.ContainsRune("/:@", rune(rest[0])))
 }
 
-func (o *imagesOptions) print(w io.Writer, l explain.List) error {
+func (o *imagesOptions) print(w io.Writer, l control.Images) error {
 	var err error
+	status := cli.ExitYes
 	switch {
 	case o.digests:
-		_, err = io.WriteString(w, floorLines(l, o.namespaces))
+		if o.file != "" && len(o.namespaces) == 0 {
+			o.namespaces = []string{policy.DefaultNamespace}
+		}
+		var lines string
+		if lines, status, err = digestLines(l, o.namespaces); err != nil {
+			return err
+		}
+		_, err = io.WriteString(w, lines)
 	case o.output == "json":
-		err = plainJSON(w, l)
+		err = cli.JSON(w, l)
 	default:
 		_, err = io.WriteString(w, o.table(l))
 	}
 	if err != nil {
-		return said(err)
+		return cli.Written(err)
 	}
 	switch {
 	case o.before > 0:
-		if len(l.Images) > 0 {
-			return &failure{status: exitNo}
+		if len(l.List) > 0 {
+			return cli.Exit(cli.ExitNo)
 		}
 	case o.file != "" && !o.digests:
-		status := exitYes
-		for _, i := range l.Images {
-			if i.Allowed || len(i.Namespaces) > 0 {
-				continue
-			}
-			if !verify.Reason(i.Reason).Unsettled() {
-				return &failure{status: exitNo}
-			}
-			status = exitUnknown
+		has := func(answers ...string) bool {
+			return slices.ContainsFunc(l.List, func(i control.Image) bool { return slices.Contains(answers, i.Answer()) })
 		}
-		if status != exitYes {
-			return &failure{status: status}
+		switch {
+		case has(control.Denied, control.NotImage):
+			status = cli.ExitNo
+		case has(control.Unknown):
+			status = cli.ExitInconclusive
 		}
+	}
+	if status != cli.ExitYes {
+		return cli.Exit(status)
 	}
 	return nil
 }
 
 // table is l for a person. What the gate has from elsewhere is cleaned.
-func (o *imagesOptions) table(l explain.List) string {
+func (o *imagesOptions) table(l control.Images) string {
 	var b strings.Builder
-	allowed, denied, unsettled := 0, 0, 0
-	for _, i := range l.Images {
-		answer := "allowed"
-		switch {
-		case i.Allowed:
-			allowed++
-		case len(i.Namespaces) > 0:
-			answer = "listed"
-			allowed++
-		case verify.Reason(i.Reason).Unsettled():
-			answer = "unknown"
-			unsettled++
-		default:
-			answer = "denied"
-			denied++
-		}
+	count := map[string]int{}
+	for _, i := range l.List {
+		answer := i.Answer()
+		count[answer]++
 		ends := "-"
 		if i.Allowed && i.Until != nil && i.Ends != "nothing" {
 			ends = date(*i.Until) + " " + i.Ends
 		}
-		fmt.Fprintf(&b, "%-7s  %-23s  %-22s  %s", answer, verify.Clean(i.Reason, 32), verify.Clean(ends, 32), verify.Clean(i.Image, 400))
+		fmt.Fprintf(&b, "%-7s  %-23s  %-22s  %s", answer, text.Clean(i.Reason, 32), text.Clean(ends, 32), text.Clean(i.Image, 400))
 		if o.file != "" && i.Target != "" && !strings.Contains(i.Image, "@") {
-			fmt.Fprintf(&b, "@%s", verify.Clean(i.Target, 144))
+			fmt.Fprintf(&b, "@%s", text.Clean(i.Target, 144))
 		}
 		if len(i.Namespaces) > 0 {
-			fmt.Fprintf(&b, "  listed in %s", verify.Clean(strings.Join(i.Namespaces, ","), 200))
+			fmt.Fprintf(&b, "  listed in %s", text.Clean(strings.Join(i.Namespaces, ","), 200))
+			if answer == control.Denied || answer == control.Unknown {
+				fmt.Fprintf(&b, ", runs in %s", places(i.Runs))
+			}
 		}
 		if i.Resolved != "" {
-			fmt.Fprintf(&b, "  by %s", verify.Clean(i.Resolved, 200))
+			fmt.Fprintf(&b, "  by %s", text.Clean(i.Resolved, 200))
 		}
 		b.WriteByte('\n')
 		if o.file != "" && !i.Allowed && i.Detail != "" {
-			fmt.Fprintf(&b, "%9s%s\n", "", verify.Clean(i.Detail, 300))
+			fmt.Fprintf(&b, "%9s%s\n", "", text.Clean(i.Detail, 300))
 		}
 	}
 	if o.before > 0 {
-		fmt.Fprintf(&b, "%d images that are allowed now will not be within %s\n", len(l.Images), o.before)
+		fmt.Fprintf(&b, "%d images that are allowed now will not be within %s\n", len(l.List), o.before)
 		return b.String()
 	}
-	fmt.Fprintf(&b, "%d images: %d allowed, %d denied, %d unknown", len(l.Images), allowed, denied, unsettled)
+	others := count[control.NotImage]
+	fmt.Fprintf(&b, "%d images: %d allowed, %d denied, %d unknown", len(l.List)-others, count[control.Allowed]+count[control.Listed], count[control.Denied], count[control.Unknown])
 	if l.Mode == verify.Audit.String() {
 		b.WriteString(" if the node enforced")
 	}
@@ -243,24 +252,21 @@ func (o *imagesOptions) table(l explain.List) string {
 		b.WriteString("; there are more, which are not listed")
 	}
 	b.WriteByte('\n')
-	if slices.ContainsFunc(l.Images, func(i explain.Image) bool { return i.Resolved != "" }) {
-		b.WriteString("tags were looked up at the mirrors now; when the images are pulled, they may lead elsewhere\n")
+	if others > 0 {
+		fmt.Fprintf(&b, "%d of the records are of no image, such as signatures that were imported; nothing runs from them\n", others)
 	}
-	return b.String()
-}
-
-// floorLines are lines of a floor file (policy.ParseFloor) for what no signature allows.
-func floorLines(l explain.List, namespaces []string) string {
-	var b strings.Builder
-	seen := map[string]bool{}
-	for _, i := range l.Images {
-		if verify.Reason(i.Reason) == verify.Verified || seen[i.Target] || digest.Digest(i.Target).Validate() != nil {
-			continue
+	for i, long := range l.TooLong {
+		if i == shown {
+			fmt.Fprintf(&b, "and %d more that are too long: --output json\n", len(l.TooLong)-shown)
+			break
 		}
-		seen[i.Target] = true
-		name, _, _ := strings.Cut(i.Image, "@")
-		// A line that is too long would not be read.
-		fmt.Fprintf(&b, "%s  %s  # %s\n", i.Target, strings.Join(namespaces, ","), verify.Clean(name, 300))
+		fmt.Fprintf(&b, "%-7s  %-23s  %s\n", control.Denied, verify.PodTooLarge, text.Clean(long, 400))
+	}
+	if l.Unseen != "" {
+		fmt.Fprintf(&b, "it is not known of all containers which images they run: %s\n", text.Clean(l.Unseen, 300))
+	}
+	if slices.ContainsFunc(l.List, func(i control.Image) bool { return i.Resolved != "" }) {
+		b.WriteString("tags were looked up at the mirrors now; when the images are pulled, they may lead elsewhere\n")
 	}
 	return b.String()
 }
@@ -273,27 +279,28 @@ const (
 )
 
 // ahead judges the images of a file, with no gate.
-func (o *imagesOptions) ahead(ctx context.Context) (l explain.List, err error) {
+func (o *imagesOptions) ahead(ctx context.Context) (l control.Images, err error) {
 	refs, err := o.read()
 	if err != nil {
 		return l, err
 	}
-	c, err := loadConfig(o.configDir)
+	c, err := cli.LoadConfig(o.configDir)
 	if err != nil {
 		return l, err
 	}
-	j, err := newJudging(c)
+	j, err := newJudging(ctx, c, o.stateDir)
 	if err != nil {
 		return l, err
 	}
+	defer j.close()
 	ctx, cancel := context.WithTimeout(ctx, aheadTimeout)
 	defer cancel()
-	l = explain.List{Schema: explain.ImagesSchema, Mode: c.Mode.String(), Epoch: c.Epoch.String(), Images: []explain.Image{}}
-	floor := explain.FloorOf(c)
+	l = control.Images{Schema: control.ImagesSchema, Mode: c.Mode.String(), Epoch: c.Revision.String(), List: []control.Image{}}
+	floor := inspect.FloorOf(c)
 	for _, ref := range refs {
-		l.Images = append(l.Images, j.row(ctx, ref, floor))
+		l.List = append(l.List, j.row(ctx, ref, floor))
 		if errors.Is(ctx.Err(), context.Canceled) {
-			return l, unknown(errors.New("interrupted before there was an answer"), "")
+			return l, cli.Inconclusive(errors.New("interrupted before there was an answer"), "")
 		}
 	}
 	return l, nil
@@ -305,7 +312,7 @@ func (o *imagesOptions) read() ([]string, error) {
 	if o.file != "-" {
 		f, err := os.Open(o.file)
 		if err != nil {
-			return nil, unknown(fmt.Errorf("--file: %w", err), "")
+			return nil, cli.Inconclusive(fmt.Errorf("--file: %w", err), "")
 		}
 		defer f.Close()
 		in = f
@@ -314,49 +321,57 @@ func (o *imagesOptions) read() ([]string, error) {
 	if err == nil && len(raw) > maxList {
 		err = fmt.Errorf("larger than %d bytes", maxList)
 	}
+	if err == nil {
+		raw, err = config.Text(raw)
+	}
 	if err != nil {
-		return nil, unknown(fmt.Errorf("--file: %s: %w", o.file, err), "")
+		return nil, cli.Inconclusive(fmt.Errorf("--file: %s: %w", o.file, err), "")
 	}
 	var refs []string
 	s := bufio.NewScanner(bytes.NewReader(raw))
 	s.Buffer(nil, maxList)
 	for n := 1; s.Scan(); n++ {
-		text, _, _ := strings.Cut(s.Text(), "#")
-		ref := strings.TrimSpace(text)
+		line, _, _ := strings.Cut(s.Text(), "#")
+		ref := strings.TrimSpace(line)
 		if ref == "" {
 			continue
 		}
-		if _, err := policy.ParseName(ref); err != nil {
-			return nil, unknown(fmt.Errorf("--file: %s:%d: %w", o.file, n, err), "a line is the name of an image, as in k3s-images.txt")
+		name, err := policy.ParseName(ref)
+		if err != nil {
+			return nil, cli.Inconclusive(fmt.Errorf("--file: %s:%d: %w", o.file, n, err), "a line is the name of an image, as in k3s-images.txt")
+		}
+		if o.digests && name.Digest == "" {
+			return nil, cli.Inconclusive(fmt.Errorf("--digests: %s:%d: %s is a tag, for which a mirror could answer any digest", o.file, n, text.Quote(ref, 160)),
+				"take the digest from who publishes the image and write NAME@sha256:..., or import the release's archive on a node and run tidewaiter images --digests there")
 		}
 		if refs = append(refs, ref); len(refs) > maxListed {
-			return nil, unknown(fmt.Errorf("--file: %s:%d: more than %d images", o.file, n, maxListed), "")
+			return nil, cli.Inconclusive(fmt.Errorf("--file: %s:%d: more than %d images", o.file, n, maxListed), "")
 		}
 	}
 	if len(refs) == 0 {
-		return nil, unknown(fmt.Errorf("--file: %s names no image", o.file), "")
+		return nil, cli.Inconclusive(fmt.Errorf("--file: %s names no image", o.file), "")
 	}
 	return refs, nil
 }
 
 // row judges one image, of which ref is the name.
-func (j *judging) row(ctx context.Context, ref string, floor explain.Floor) explain.Image {
+func (j *judging) row(ctx context.Context, ref string, floor inspect.Floor) control.Image {
 	ctx, cancel := context.WithTimeout(ctx, verifyTimeout)
 	defer cancel()
 	name, err := policy.ParseName(ref)
 	if err != nil {
-		return explain.Image{Image: verify.Clean(ref, 300), Reason: verify.ImageUnresolved.String(), Detail: verify.Clean(err.Error(), 300)}
+		return control.Image{Image: text.Clean(ref, 300), Reason: verify.ImageUnresolved.String(), Detail: text.Clean(err.Error(), 300)}
 	}
 	at := ""
 	if name.Digest == "" {
 		d, source, fault := j.resolve(ctx, name)
 		if fault != nil {
-			return explain.Row(verify.Image{Name: name, Asked: ref}, verify.Deny(fault.Reason, fault.Detail), floor)
+			return inspect.Row(verify.Image{Name: name, Asked: ref}, verify.Deny(fault.Reason, fault.Detail), floor)
 		}
 		name.Digest, at = d, source
 	}
 	d, img := j.judge(ctx, name, ref, "")
-	row := explain.Row(img, d, floor)
+	row := inspect.Row(img, d, floor)
 	row.Resolved = at
 	return row
 }
@@ -368,7 +383,7 @@ func (j *judging) resolve(ctx context.Context, name verify.Name) (digest.Digest,
 	tag := cmp.Or(name.Tag, "latest")
 	fault := &verify.Fault{Reason: verify.ImageUnresolved, Detail: "no mirror of " + known.Host + " is configured that could say what the tag leads to; name a digest"}
 	for _, s := range j.sources(known) {
-		m, is := s.(*mirror.Source)
+		m, is := s.(*registry.Source)
 		if !is {
 			continue
 		}
@@ -382,7 +397,7 @@ func (j *judging) resolve(ctx context.Context, name verify.Name) (digest.Digest,
 		if errors.Is(err, fs.ErrNotExist) && fault.Reason != verify.ImageUnresolved {
 			continue // another one could not be asked, which says more
 		}
-		fault = &verify.Fault{Reason: reason, Detail: verify.Clean(m.Name()+": "+err.Error(), verify.MaxMessage)}
+		fault = &verify.Fault{Reason: reason, Detail: text.Clean(m.Name()+": "+err.Error(), verify.MaxMessage)}
 	}
 	return "", "", fault
 }

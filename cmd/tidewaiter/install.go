@@ -17,25 +17,29 @@ import (
 	"github.com/distribution/reference"
 	"github.com/spf13/cobra"
 
-	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/host"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/trial"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
+	"github.com/tidewaiter/tidewaiter/deploy/config"
+	"github.com/tidewaiter/tidewaiter/deploy/control"
+	"github.com/tidewaiter/tidewaiter/deploy/doctor"
+	"github.com/tidewaiter/tidewaiter/deploy/install"
+	"github.com/tidewaiter/tidewaiter/deploy/node"
+	"github.com/tidewaiter/tidewaiter/deploy/selftest"
 	"github.com/tidewaiter/tidewaiter/nri"
-	"github.com/tidewaiter/tidewaiter/nri/node"
+	"github.com/tidewaiter/tidewaiter/nri/containerd"
 )
 
 // installSchema is of what install and uninstall print as JSON.
 const installSchema = "tidewaiter.dev/install/v1"
 
 type hostOptions struct {
-	host.Options
-	host.Gate
-	output                                string
-	patience                              time.Duration
-	from                                  string
-	follow                                bool
-	enforce, force, print, restart, purge bool
+	node.Options
+	install.Gate
+	output                                 string
+	patience                               time.Duration
+	from                                   string
+	watch                                  bool
+	enforce, force, dryRun, restart, purge bool
+	audit                                  bool
 }
 
 func installCommand(stdout io.Writer) *cobra.Command {
@@ -44,11 +48,14 @@ func installCommand(stdout io.Writer) *cobra.Command {
 		Use:   "install",
 		Short: "Install the gate on this host, to audit or to enforce",
 		Long: `Install copies this program to the host, makes it a service of systemd or OpenRC,
-and starts it. Where there is no configuration it writes one that audits. Nothing of
+and starts it. If there is no configuration it writes one that audits. Nothing of
 containerd is touched. What an operator wrote is never overwritten; a newer program
-replaces an older one, which comes back when the new one does not come up.
+replaces an older one, which comes back if the new one does not come up.
 
-With --enforce, a second act, it refuses where a container that runs would be
+A node that enforces goes on enforcing. Only --audit, or mode: audit in what
+--config-from names, has it audit; that is printed and logged.
+
+With --enforce, a second act, it refuses if a container that runs would be
 refused; otherwise it changes the line mode: audit, waits until the gate enforces,
 and has containerd refuse containers while the gate is away (a drop-in, checked by
 containerd's own program). That counts when containerd is restarted: by you, or with
@@ -58,28 +65,30 @@ Exit status: 0 done, or there was nothing to do; 1 it was refused or taken back;
 could not be done.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return onHost(cmd, stdout, o, (*host.Installation).Install)
+			return onHost(cmd, stdout, o, (*install.Installation).Install)
 		},
 	}
 	hostFlags(cmd, &o)
 	cmd.Flags().BoolVar(&o.enforce, "enforce", false, "refuse containers, and have containerd require the gate")
+	cmd.Flags().BoolVar(&o.audit, "audit", false, "have the node audit, also if it enforces: everything starts")
+	cmd.MarkFlagsMutuallyExclusive("audit", "enforce")
 	cmd.Flags().BoolVar(&o.force, "force", false, "enforce though something that runs would be refused, or nobody can say")
 	cmd.Flags().BoolVar(&o.restart, "restart", false, "restart containerd, so that --enforce counts at once")
 	cmd.Flags().StringVar(&o.from, "config-from", "", "`DIR` whose configuration the host gets, if it is valid there")
-	cmd.Flags().BoolVar(&o.follow, "follow", false, "go on until SIGTERM: bring what changes to the host")
+	cmd.Flags().BoolVar(&o.watch, "watch", false, "go on until SIGTERM: bring what changes to the host")
 	cmd.Flags().DurationVar(&o.patience, "wait", time.Minute, "`TIME` that the gate has to come up and to register")
 	return cmd
 }
 
 // hostFlags adds the flags that install and uninstall have.
 func hostFlags(cmd *cobra.Command, o *hostOptions) {
-	configDir(cmd, &o.ConfigDir)
-	stateDir(cmd, &o.StateDir)
-	runDir(cmd, &o.RunDir)
-	outputFlag(cmd, &o.output)
+	cli.ConfigDir(cmd, &o.ConfigDir)
+	cli.StateDir(cmd, &o.StateDir)
+	cli.RunDir(cmd, &o.RunDir)
+	cli.Output(cmd, &o.output)
 	f := cmd.Flags()
-	f.BoolVar(&o.print, "print", false, "say what would be done, every file and byte, and do nothing")
-	f.StringVar(&o.Program, "program", host.GateBinary, "`FILE` that the program is installed as")
+	f.BoolVar(&o.dryRun, "dry-run", false, "print the plan, every file and byte, and do nothing")
+	f.StringVar(&o.Program, "program", node.GateBinary, "`FILE` that the program is installed as")
 	runtimeFlags(cmd, &o.Options)
 	f.StringVar(&o.NRI, "nri-socket", "", "containerd's NRI `SOCKET`")
 	f.StringVar(&o.Restart, "restart-command", "", "`COMMAND` that restarts containerd, split at spaces")
@@ -87,10 +96,10 @@ func hostFlags(cmd *cobra.Command, o *hostOptions) {
 }
 
 // runtimeFlags adds the flags of verbs that find the node's containerd by themselves.
-func runtimeFlags(cmd *cobra.Command, o *host.Options) {
+func runtimeFlags(cmd *cobra.Command, o *node.Options) {
 	f := cmd.Flags()
 	f.StringVar(&o.Root, "root", "/", "`DIR` where the host is mounted; its programs are run with it as their root")
-	f.StringVar(&o.Runtime, "runtime", "", "`NAME` of what runs pods here: k3s, rke2, microk8s, containerd (as with kubeadm)")
+	f.StringVar(&o.Runtime, "runtime", "", "`NAME` of what runs pods here: k3s, rke2, microk8s, kubeadm or containerd")
 	f.StringVar(&o.Config, "containerd-config", "", "`FILE` that containerd is started with")
 	f.StringVar(&o.Binary, "containerd-binary", "", "containerd's program `FILE`")
 	f.StringVar(&o.Socket, "containerd-socket", "", "containerd's `SOCKET`")
@@ -98,61 +107,73 @@ func runtimeFlags(cmd *cobra.Command, o *host.Options) {
 }
 
 // onHost does what is to be done, and prints how it went.
-func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*host.Installation, context.Context) (host.Result, error)) error {
-	if err := checkOutput(o.output); err != nil {
+func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*install.Installation, context.Context) (install.Result, error)) error {
+	if err := cli.CheckOutput(o.output); err != nil {
 		return err
 	}
-	if !o.print {
+	if !o.dryRun {
 		defer outlive()()
 	}
 	ctx := cmd.Context()
-	h, err := host.Detect(o.Options)
+	h, err := node.Detect(o.Options)
 	if err != nil {
 		return explained(err)
 	}
 	self, err := os.ReadFile("/proc/self/exe")
 	if err != nil {
-		return unknown(err, "")
+		return cli.Inconclusive(err, "")
 	}
 	r := &hostReport{out: stdout, json: o.output == "json", Schema: installSchema, Runtime: h.Name, Steps: []hostStep{}}
-	i := &host.Installation{
+	i := &install.Installation{
 		Host: h, Gate: o.Gate, Self: self,
-		Follow: o.follow, Release: version, From: o.from, Patience: o.patience, Enforce: o.enforce, Force: o.force, Print: o.print, Restart: o.restart, Purge: o.purge,
-		Ask: func(ctx context.Context) (*control.Status, error) { return control.Ask(ctx, h.Path(o.RunDir)) },
-		Look: func(ctx context.Context) (*control.Status, error) {
-			var s control.Status
-			err := control.Get(ctx, h.Path(o.RunDir), control.Question{Path: "/v1/sweep", Schema: control.StatusSchema, Longest: lookTime + 5*time.Second}, &s)
-			return &s, err
+		Options: install.Options{
+			From: o.from, Watching: o.watch, Release: version, Patience: o.patience,
+			Enforce: o.enforce, Audit: o.audit, Force: o.force, DryRun: o.dryRun, Restart: o.restart, Purge: o.purge,
 		},
-		Gates: func() (int, error) { return gatesOf(h.Path(o.RunDir)) },
-		Pause: byDigest,
-		Say:   r.say,
-		Log:   toSyslog,
-		Now:   time.Now,
-		Sleep: func(ctx context.Context, d time.Duration) {
-			select {
-			case <-ctx.Done():
-			case <-time.After(d):
-			}
+		World: install.World{
+			Ask: func(ctx context.Context) (*control.Status, error) { return control.Ask(ctx, h.Path(o.RunDir)) },
+			Look: func(ctx context.Context) (*control.Status, error) {
+				var s control.Status
+				err := control.Get(ctx, h.Path(o.RunDir), control.Question{Path: "/v1/sweep", Schema: control.StatusSchema, Longest: lookTime + 5*time.Second}, &s)
+				return &s, err
+			},
+			Gates: func() (int, error) { return gatesOf(h.Path(o.RunDir)) },
+			Pause: byDigest,
+			Say:   r.say,
+			Log:   toSyslog,
+			Now:   time.Now,
+			Sleep: func(ctx context.Context, d time.Duration) {
+				select {
+				case <-ctx.Done():
+				case <-time.After(d):
+				}
+			},
 		},
 	}
-	i.Load = func(_ context.Context, dir string) (string, error) { return modeOf(h.Path(dir)) }
-	if h.Root != "/" && h.Manager.Name != "none" { // a host that is up, mounted here
+	i.Load = func(_ context.Context, dir string) (install.Configured, error) { return configured(h.Path(dir)) }
+	up := h.Manager.Name != "none" // else what is mounted here may be an image of another machine
+	if h.Root != "/" && up {
 		i.Load = i.CheckOnHost
 	}
-	if o.follow {
-		return follow(ctx, i, func() *hostReport {
+	if h.Root == "/" || up {
+		i.LoadOld = i.CheckInstalled
+	}
+	if o.watch {
+		return watch(ctx, i, func() *hostReport {
 			return &hostReport{out: stdout, json: o.output == "json", held: true, Schema: installSchema, Runtime: h.Name, Steps: []hostStep{}}
 		})
 	}
 	result, err := do(i, ctx)
-	if err == nil && result == host.Enforces {
+	if err == nil && cmd.Name() == "install" && h.Root == "/" && !o.dryRun {
+		mirrors(ctx, h, o, r)
+	}
+	if err == nil && result == install.Enforces {
 		err = prove(ctx, h, o, r)
 	}
-	refused := (*host.Hint)(nil)
-	if errors.As(err, &refused) && refused.No {
+	refused := (*node.Hint)(nil)
+	if errors.As(err, &refused) && refused.Refused {
 		r.end("refused", err.Error(), refused.Next)
-		return &failure{status: exitNo}
+		return cli.Exit(cli.ExitNo)
 	}
 	if err != nil {
 		return explained(err)
@@ -171,16 +192,16 @@ func outlive() (stop func()) {
 	return func() { signal.Stop(c) }
 }
 
-// follow brings the host what is new until ctx ends, and prints the rounds that changed
+// watch brings the host what is new until ctx ends, and prints the rounds that changed
 // something, or that say other than the one before.
-func follow(ctx context.Context, i *host.Installation, report func() *hostReport) error {
+func watch(ctx context.Context, i *install.Installation, report func() *hostReport) error {
 	round, last := report(), ""
 	i.Say = func(kind, format string, args ...any) { round.say(kind, format, args...) }
-	err := i.Bring(ctx, func(result host.Result, err error) {
+	err := i.Watch(ctx, func(result install.Result, err error) {
 		problem, next := "", ""
 		if err != nil {
 			result, problem = "refused", err.Error()
-			if h := (*host.Hint)(nil); errors.As(err, &h) {
+			if h := (*node.Hint)(nil); errors.As(err, &h) {
 				next = h.Next
 			}
 		}
@@ -190,7 +211,7 @@ func follow(ctx context.Context, i *host.Installation, report func() *hostReport
 				said += "\n" + s.Text
 			}
 		}
-		if said != last || err == nil && result != host.Nothing {
+		if said != last || err == nil && result != install.Nothing {
 			round.end(string(result), problem, next)
 		}
 		round, last = report(), said
@@ -201,10 +222,28 @@ func follow(ctx context.Context, i *host.Installation, report func() *hostReport
 	return nil
 }
 
+// mirrors says where containerd pulls from other places than those that the gate asks.
+func mirrors(ctx context.Context, h *node.Host, o hostOptions, r *hostReport) {
+	e, err := h.Effective(ctx)
+	if err != nil {
+		return // which install has said
+	}
+	c, err := config.Load(o.ConfigDir)
+	if err != nil {
+		return
+	}
+	for _, f := range doctor.Mirrors(h, e, c) {
+		if f.Level != doctor.OK {
+			r.say("warn", "%s", f.Text)
+			r.say("next", "%s", f.Next)
+		}
+	}
+}
+
 // prove tests what was installed. A node on which that cannot be tried stays as it is.
-func prove(ctx context.Context, h *host.Host, o hostOptions, r *hostReport) error {
+func prove(ctx context.Context, h *node.Host, o hostOptions, r *hostReport) error {
 	run := h.Path(o.RunDir)
-	found, err := trial.Run(ctx, trial.Options{
+	found, err := selftest.Run(ctx, selftest.Options{
 		Socket: h.Path(h.Socket), RunDir: run, Now: time.Now,
 		Policy: func(ctx context.Context) (config.Summary, error) { return inForce(ctx, run, h.Path(o.ConfigDir)) },
 	})
@@ -216,9 +255,9 @@ func prove(ctx context.Context, h *host.Host, o hostOptions, r *hostReport) erro
 	}
 	r.say("did", "tidewaiter selftest:\n%s", strings.TrimSuffix(trials(found), "\n"))
 	switch found.Result {
-	case trial.NotEnforced:
-		return &host.Hint{Err: errors.New("the gate is installed and registered, and its test failed"), Next: next, No: true}
-	case trial.Unknown:
+	case selftest.NotEnforced:
+		return &node.Hint{Err: errors.New("the gate is installed and registered, and its test failed"), Next: next, Refused: true}
+	case selftest.Unknown:
 		r.say("next", next)
 	}
 	return nil
@@ -226,10 +265,10 @@ func prove(ctx context.Context, h *host.Host, o hostOptions, r *hostReport) erro
 
 func explained(err error) error {
 	next := ""
-	if h := (*host.Hint)(nil); errors.As(err, &h) {
+	if h := (*node.Hint)(nil); errors.As(err, &h) {
 		next = h.Next
 	}
-	return unknown(err, next)
+	return cli.Inconclusive(err, next)
 }
 
 // gatesOf counts the gates that share a run directory.
@@ -243,13 +282,13 @@ func gatesOf(dir string) (int, error) {
 	return n - 1, err
 }
 
-// modeOf is the mode that a gate with this configuration directory would be in.
-func modeOf(dir string) (string, error) {
+// configured is what this configuration directory would mean to a gate.
+func configured(dir string) (install.Configured, error) {
 	c, err := config.Load(dir)
 	if err != nil {
-		return "", err
+		return install.Configured{}, err
 	}
-	return c.Mode.String(), nil
+	return install.Configured{Mode: c.Mode.String(), Epoch: c.Revision.String()}, nil
 }
 
 // byDigest is the name with its digest that an image has on the node besides name.
@@ -259,7 +298,7 @@ func byDigest(ctx context.Context, socket, name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	records, err := node.Dial(socket)
+	records, err := containerd.Dial(socket)
 	if err != nil {
 		return "", err
 	}
@@ -334,7 +373,7 @@ func (s hostStep) print(out io.Writer) {
 
 // endings are the last lines.
 var endings = map[string]string{
-	"printed":   "nothing was changed",
+	"planned":   "nothing was changed",
 	"nothing":   "nothing to do",
 	"installed": "installed",
 	"enforces":  "installed: the gate enforces, and containerd refuses containers while it is away",

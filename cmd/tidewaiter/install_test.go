@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
 )
 
 // TestOutlives: an installation whose terminal or reader goes away is taken back as any
@@ -36,7 +38,7 @@ func TestOutlives(t *testing.T) {
 				cmd.Stdout, cmd.Stderr = w, w
 			}
 			err := cmd.Run()
-			if _, ran := os.Stat(did); ran != nil || cmd.ProcessState.ExitCode() != exitNo {
+			if _, ran := os.Stat(did); ran != nil || cmd.ProcessState.ExitCode() != cli.ExitNo {
 				t.Errorf("it ended with %v; the gate was started: %v", err, ran)
 			}
 			for _, left := range []string{program, filepath.Join(dir, "etc", "config.yaml")} {

@@ -5,16 +5,19 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
+	"github.com/tidewaiter/tidewaiter/deploy/config"
+	"github.com/tidewaiter/tidewaiter/deploy/control"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 // policyPath is where the control socket answers with what is in force.
@@ -26,10 +29,10 @@ func policyCommand(stdout io.Writer) *cobra.Command {
 		Short: "Check, show and try the configuration",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			return unknown(errors.New("policy: no verb given"), "there is policy check, policy show and policy test")
+			return cli.Inconclusive(errors.New("policy: no verb given"), "there is policy check, policy init, policy show and policy test")
 		},
 	}
-	cmd.AddCommand(policyCheckCommand(stdout), policyShowCommand(stdout), policyTestCommand(stdout))
+	cmd.AddCommand(policyCheckCommand(stdout), policyInitCommand(stdout), policyShowCommand(stdout), policyTestCommand(stdout))
 	return cmd
 }
 
@@ -43,16 +46,17 @@ what its author may not mean. Exit status: 0 it would be put in force; 2 it woul
 and what is wrong is said with its file and line.`,
 		Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			if err := checkOutput(output); err != nil {
+			if err := cli.CheckOutput(output); err != nil {
 				return err
 			}
-			c, err := loadConfig(dir)
+			c, err := cli.LoadConfig(dir)
 			if err != nil {
 				return err
 			}
+			c.Proxied(os.Environ())
 			s := c.Summary()
 			if output == "json" {
-				return said(plainJSON(stdout, struct {
+				return cli.Written(cli.JSON(stdout, struct {
 					Schema   string   `json:"schema"`
 					Valid    bool     `json:"valid"`
 					Dir      string   `json:"dir"`
@@ -63,37 +67,17 @@ and what is wrong is said with its file and line.`,
 			}
 			var b strings.Builder
 			fmt.Fprintf(&b, "%s is valid: mode %s, epoch %s, %d statements, %d certificates, %d warnings\n",
-				verify.Clean(s.Dir, 300), s.Mode, s.Epoch, len(s.Statements), len(s.Stores), len(s.Warnings))
+				text.Clean(s.Dir, 300), s.Mode, s.Epoch, len(s.Statements), len(s.Stores), len(s.Warnings))
 			for _, w := range s.Warnings {
-				fmt.Fprintf(&b, "  warning  %s\n", verify.Clean(w, 600))
+				fmt.Fprintf(&b, "  warning  %s\n", text.Clean(w, 600))
 			}
 			_, err = io.WriteString(stdout, b.String())
-			return said(err)
+			return cli.Written(err)
 		},
 	}
-	configDir(cmd, &dir)
-	outputFlag(cmd, &output)
+	cli.ConfigDir(cmd, &dir)
+	cli.Output(cmd, &output)
 	return cmd
-}
-
-// said is a failure to write an answer.
-func said(err error) error {
-	if err != nil {
-		return unknown(fmt.Errorf("write the answer: %w", err), "")
-	}
-	return nil
-}
-
-// loadConfig is config.Load for a verb.
-func loadConfig(dir string) (*config.Config, error) {
-	c, err := config.Load(dir)
-	if errors.Is(err, config.ErrNone) {
-		return nil, unknown(err, "write trustpolicy.json and truststore there, or name their directory with --config-dir")
-	}
-	if err != nil {
-		return nil, unknown(err, "correct it, or name another directory with --config-dir")
-	}
-	return c, nil
 }
 
 func policyShowCommand(stdout io.Writer) *cobra.Command {
@@ -107,12 +91,12 @@ too), aliases, and digests that are listed. With --config-dir it reads that dire
 instead and asks nobody. Secrets are not shown.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := checkOutput(output); err != nil {
+			if err := cli.CheckOutput(output); err != nil {
 				return err
 			}
 			var s config.Summary
 			if cmd.Flags().Changed("config-dir") {
-				c, err := loadConfig(dir)
+				c, err := cli.LoadConfig(dir)
 				if err != nil {
 					return err
 				}
@@ -120,22 +104,22 @@ instead and asks nobody. Secrets are not shown.`,
 			} else {
 				err := control.Get(cmd.Context(), run, control.Question{Path: policyPath, Schema: config.SummarySchema, Bytes: 16 << 20}, &s)
 				if errors.Is(err, control.ErrRefused) {
-					return unknown(err, "run tidewaiter status")
+					return cli.Inconclusive(err, "run tidewaiter status")
 				}
 				if err != nil {
-					return unknown(err, gateHint(run)+"; --config-dir shows a directory")
+					return cli.Inconclusive(err, cli.GateHint(run)+"; --config-dir shows a directory")
 				}
 			}
 			if output == "json" {
-				return said(plainJSON(stdout, s))
+				return cli.Written(cli.JSON(stdout, s))
 			}
 			_, err := io.WriteString(stdout, summary(s))
-			return said(err)
+			return cli.Written(err)
 		},
 	}
-	configDir(cmd, &dir)
-	runDir(cmd, &run)
-	outputFlag(cmd, &output)
+	cli.ConfigDir(cmd, &dir)
+	cli.RunDir(cmd, &run)
+	cli.Output(cmd, &output)
 	return cmd
 }
 
@@ -143,9 +127,9 @@ instead and asks nobody. Secrets are not shown.`,
 func summary(s config.Summary) string {
 	var b strings.Builder
 	line := func(name, format string, args ...any) {
-		fmt.Fprintf(&b, "  %-13s %s\n", name, verify.Clean(fmt.Sprintf(format, args...), 1000))
+		fmt.Fprintf(&b, "  %-13s %s\n", name, text.Clean(fmt.Sprintf(format, args...), 1000))
 	}
-	fmt.Fprintf(&b, "%s: mode %s, epoch %s\n", verify.Clean(s.Dir, 300), s.Mode, s.Epoch)
+	fmt.Fprintf(&b, "%s: mode %s, epoch %s\n", text.Clean(s.Dir, 300), s.Mode, s.Epoch)
 	for _, st := range s.Statements {
 		printStatement(line, st)
 	}
@@ -203,20 +187,20 @@ signatures, or a floor file lists the digest; 1 the answer is no whatever signat
 there are; 2 it could not be found out.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
-				return unknown(fmt.Errorf("%d images are named, not one", len(args)), "name an image as a pod does")
+				return cli.Inconclusive(fmt.Errorf("%d images are named, not one", len(args)), "name an image as a pod does")
 			}
 			return nil
 		},
 		RunE: func(_ *cobra.Command, args []string) error {
-			if err := checkOutput(output); err != nil {
+			if err := cli.CheckOutput(output); err != nil {
 				return err
 			}
 			return testPolicy(stdout, dir, namespace, output, args[0])
 		},
 	}
-	configDir(cmd, &dir)
+	cli.ConfigDir(cmd, &dir)
 	cmd.Flags().StringVar(&namespace, "namespace", "", "`NAME` of the pod's namespace, for floor files")
-	outputFlag(cmd, &output)
+	cli.Output(cmd, &output)
 	return cmd
 }
 
@@ -235,44 +219,44 @@ type tried struct {
 func testPolicy(stdout io.Writer, dir, namespace, output, ref string) error {
 	name, err := policy.ParseName(ref)
 	if err != nil {
-		return unknown(err, "name an image as a pod does")
+		return cli.Inconclusive(err, "name an image as a pod does")
 	}
-	c, err := loadConfig(dir)
+	c, err := cli.LoadConfig(dir)
 	if err != nil {
 		return err
 	}
-	setup, err := c.Setup(func(e *verify.Engine) verify.Judge { return e }, time.Now)
+	setup, err := c.Snapshot(func(e *verify.Engine) verify.Evaluator { return e }, time.Now)
 	if err != nil {
-		return unknown(err, "")
+		return cli.Inconclusive(err, "")
 	}
 	img := verify.Image{Name: setup.Known(name), Pod: verify.Pod{Namespace: namespace}}
 	img.Target.Digest, img.Manifest.Digest = name.Digest, name.Digest
 	rule := setup.Policy.Select(img)
 	t := tried{Schema: "tidewaiter.dev/policy-test/v1", Image: name.String(), Known: img.Name.Repository(), Rule: rule.Name, Detail: rule.Detail, Sources: []string{}}
-	if rule.Settled != "" {
-		t.Settled = rule.Settled.String()
+	if rule.Fixed != "" {
+		t.Settled = rule.Fixed.String()
 	}
 	for _, s := range c.Statements {
-		if s.Name == rule.Name && rule.Settled != verify.AllowedByDigest {
+		if s.Name == rule.Name && rule.Fixed != verify.AllowedByDigest {
 			st := config.Describe(s)
 			t.Statement = &st
 		}
 	}
-	if rule.Settled == "" {
+	if rule.Fixed == "" {
 		for _, s := range c.Sources()(img.Name) {
 			t.Sources = append(t.Sources, s.Name())
 		}
 	}
 	if output == "json" {
-		err = plainJSON(stdout, t)
+		err = cli.JSON(stdout, t)
 	} else {
 		_, err = io.WriteString(stdout, testText(t))
 	}
 	if err != nil {
-		return said(err)
+		return cli.Written(err)
 	}
-	if rule.Settled != "" && rule.Settled != verify.AllowedByDigest {
-		return &failure{status: exitNo}
+	if rule.Fixed != "" && rule.Fixed != verify.AllowedByDigest {
+		return cli.Exit(cli.ExitNo)
 	}
 	return nil
 }
@@ -280,9 +264,9 @@ func testPolicy(stdout io.Writer, dir, namespace, output, ref string) error {
 func testText(t tried) string {
 	var b strings.Builder
 	line := func(name, format string, args ...any) {
-		fmt.Fprintf(&b, "  %-13s %s\n", name, verify.Clean(fmt.Sprintf(format, args...), 1000))
+		fmt.Fprintf(&b, "  %-13s %s\n", name, text.Clean(fmt.Sprintf(format, args...), 1000))
 	}
-	fmt.Fprintln(&b, verify.Clean(t.Image, 600))
+	fmt.Fprintln(&b, text.Clean(t.Image, 600))
 	if !strings.HasPrefix(t.Image, t.Known) {
 		line("known as", "%s", t.Known)
 	}
@@ -294,6 +278,9 @@ func testText(t tried) string {
 	}
 	for _, s := range t.Sources {
 		line("source", "%s", s)
+	}
+	if t.Settled == "" && len(t.Sources) == 0 {
+		line("source", "none: nobody is asked, and only signatures count that the node has already")
 	}
 	return b.String()
 }

@@ -1,26 +1,29 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
-	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
-	"github.com/tidewaiter/tidewaiter/nri/node"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
+	"github.com/tidewaiter/tidewaiter/deploy/config"
+	"github.com/tidewaiter/tidewaiter/deploy/control"
+	"github.com/tidewaiter/tidewaiter/nri/reconcile"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
 	"github.com/tidewaiter/tidewaiter/verify/source/store"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 func refreshCommand(stdout io.Writer) *cobra.Command {
@@ -30,15 +33,16 @@ func refreshCommand(stdout io.Writer) *cobra.Command {
 		Short: "Look for new signatures of the node's images now",
 		Long: `Refresh has the gate that runs on this node ask its sources for all signatures of
 these images, or without any of all images of the node, and keep those that meet the
-policy in force and that it did not have. Nothing that is kept goes. It waits for the
-end, which takes a while where there are many images: mirrors are asked at a
+policy in force and that it did not have. Of signatures by one signer over one image
+that differ in their time alone, the one that can count longest and the newest are kept;
+one that counts less than both gives way to them. It waits for the end, which takes a while where there are many images: mirrors are asked at a
 moderate pace.
 
 An IMAGE is a name as pods say it; the node must have the image. Exit status 0: all
 sources answered, whether there was something new or not; 1: a source failed; 2: the
 gate could not be asked, or there is no such image.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := checkOutput(output); err != nil {
+			if err := cli.CheckOutput(output); err != nil {
 				return err
 			}
 			list := []control.Refreshed{}
@@ -51,7 +55,7 @@ gate could not be asked, or there is no such image.`,
 				}
 			})
 			if err != nil {
-				return unknown(err, "is tidewaiter run running, with --run-dir "+dir+"? tidewaiter status says how it is; only root may ask")
+				return cli.Inconclusive(err, "is tidewaiter run running, with --run-dir "+dir+"? tidewaiter status says how it is; only root may ask")
 			}
 			if output == "json" {
 				printed = json.NewEncoder(stdout).Encode(struct {
@@ -61,49 +65,47 @@ gate could not be asked, or there is no such image.`,
 					Failed int                 `json:"failed"`
 				}{control.RefreshSchema, list, sum.New, sum.Failed})
 			} else if printed == nil {
-				_, printed = fmt.Fprintf(stdout, "%s, %s, %d failed\n", several(sum.Images, "image"), several(sum.New, "new signature"), sum.Failed)
+				_, printed = fmt.Fprintf(stdout, "%s, %s, %d failed\n", cli.Count(sum.Images, "image"), cli.Count(sum.New, "new signature"), sum.Failed)
 			}
 			if printed != nil {
-				return unknown(printed, "")
+				return cli.Inconclusive(printed, "")
 			}
 			if sum.Failed > 0 {
-				return &failure{status: exitNo}
+				return cli.Exit(cli.ExitNo)
 			}
 			return nil
 		},
 	}
-	runDir(cmd, &dir)
-	outputFlag(cmd, &output)
+	cli.RunDir(cmd, &dir)
+	cli.Output(cmd, &output)
 	return cmd
 }
 
 // refreshed is one line for a person.
 func refreshed(one control.Refreshed) string {
 	var b strings.Builder
-	b.WriteString(verify.Clean(one.Image, 512) + ": ")
+	b.WriteString(text.Clean(one.Image, 512) + ": ")
 	switch {
 	case one.Skipped != "":
-		fmt.Fprintf(&b, "not asked about [%s] %s", verify.Clean(one.Skipped, 32), verify.Clean(one.Detail, 300))
+		fmt.Fprintf(&b, "not asked about [%s] %s", text.Clean(one.Skipped, 32), text.Clean(one.Detail, 300))
 	case one.Failed:
-		fmt.Fprintf(&b, "FAILED, %s", several(one.New, "new signature"))
+		fmt.Fprintf(&b, "FAILED, %s", cli.Count(one.New, "new signature"))
 	default:
-		b.WriteString(several(one.New, "new signature"))
+		b.WriteString(cli.Count(one.New, "new signature"))
+	}
+	if one.Spare > 0 {
+		fmt.Fprintf(&b, ", %d more not kept: those that are kept count as long", one.Spare)
+	}
+	if one.Unkept > 0 {
+		fmt.Fprintf(&b, ", %d NOT KEPT: see tidewaiter status", one.Unkept)
 	}
 	for _, a := range one.Tried {
-		fmt.Fprintf(&b, "; %s: [%s] of %s", verify.Clean(a.Source, 300), verify.Clean(a.Reason.String(), 32), several(a.Seen, "signature"))
+		fmt.Fprintf(&b, "; %s: [%s] of %s", text.Clean(a.Source, 300), text.Clean(a.Reason.String(), 32), cli.Count(a.Seen, "signature"))
 		if a.Reason != verify.Verified && a.Detail != "" {
-			b.WriteString(": " + verify.Clean(a.Detail, 300))
+			b.WriteString(": " + text.Clean(a.Detail, 300))
 		}
 	}
 	return b.String() + "\n"
-}
-
-// several counts things.
-func several(n int, thing string) string {
-	if n == 1 {
-		return "1 " + thing
-	}
-	return fmt.Sprintf("%d %ss", n, thing)
 }
 
 // refresh answers POST /v1/refresh.
@@ -115,123 +117,190 @@ func (d *daemon) refresh(ctx context.Context, images []string, yield func(contro
 	for _, s := range images {
 		n, err := policy.ParseName(s)
 		if err != nil {
-			return &control.Refusal{Status: http.StatusBadRequest, Err: fmt.Errorf("%s: %w", verify.Quote(s, 200), err)}
+			return &control.Refusal{Status: http.StatusBadRequest, Err: fmt.Errorf("%s: %w", text.Quote(s, 200), err)}
 		}
 		if n.Tag == "" && n.Digest == "" {
 			n.Tag = "latest" // as the runtime reads it
 		}
 		names = append(names, n)
 	}
-	err := d.refresher.Refresh(ctx, names, func(r node.Refreshed) error {
+	err := d.refresher.Refresh(ctx, names, func(r reconcile.Refreshed) error {
 		one := control.Refreshed{
-			Image: verify.Clean(r.Name.String(), 512), Target: r.Target.String(), New: r.Fresh,
+			Image: text.Clean(r.Name.String(), 512), Target: r.Target.String(), New: r.Fresh, Spare: r.Spare, Unkept: r.Unkept,
 			Failed: r.Failed() != nil, Tried: append([]verify.Attempt{}, r.Tried...),
 		}
 		if r.Name.Digest == "" {
 			one.Image += "@" + one.Target
 		}
 		if r.Skipped != nil {
-			one.Skipped, one.Detail = r.Skipped.Reason.String(), verify.Clean(r.Skipped.Detail, verify.MaxMessage)
+			one.Skipped, one.Detail = r.Skipped.Reason.String(), text.Clean(r.Skipped.Detail, verify.MaxMessage)
 		}
 		return yield(one)
 	})
 	switch {
-	case errors.Is(err, node.ErrNoImage):
+	case errors.Is(err, reconcile.ErrNoImage):
 		return &control.Refusal{Status: http.StatusNotFound, Err: err}
-	case errors.Is(err, node.ErrRefreshing):
+	case errors.Is(err, reconcile.ErrRefreshing):
 		return &control.Refusal{Status: http.StatusConflict, Err: err}
 	}
 	return err
 }
 
 // plan is what a configuration says about looking for signatures again.
-func plan(c *config.Config, setup *verify.Setup, engine *verify.Engine, s *store.Store) *node.RefreshPlan {
-	return &node.RefreshPlan{Setup: setup, Sources: engine.Sources, Every: c.Refresh,
-		Ask: func(ctx context.Context, q verify.Question) (int, []verify.Attempt) {
-			k := &newcomers{Store: s, Checker: engine.Checker, ctx: ctx, in: q.Image.Name, statement: q.Rule.Statement, limits: engine.Limits,
-				looked: map[digest.Digest]bool{}, worths: map[digest.Digest]worth{}}
-			again := *engine
-			again.Store, again.Checker = k, watched{k}
-			_, tried := again.Refresh(ctx, q)
-			return k.n, tried
+func plan(c *config.Config, setup *verify.Snapshot, engine *verify.Engine, s *store.Store) *reconcile.RefreshPlan {
+	return &reconcile.RefreshPlan{Setup: setup, Sources: engine.Sources, Every: c.Refresh,
+		Ask: func(ctx context.Context, q verify.Question) (reconcile.Gain, []verify.Attempt) {
+			k := &newcomers{Store: s, engine: engine, ctx: ctx, question: q, worths: map[digest.Digest]worth{},
+				gone: map[digest.Digest]bool{}, spare: map[digest.Digest]bool{}, unkept: map[digest.Digest]bool{}}
+			tried := k.ask()
+			return reconcile.Gain{Fresh: k.fresh(), Spare: len(k.spare), Unkept: len(k.unkept)}, tried
 		}}
 }
 
-// alike is how many signatures of an image are kept that are worth the same.
+// alike is how many signatures of one class are kept: the one that can count longest,
+// and the newest.
 const alike = 2
 
-// A worth is what a signature that meets the rule is good for. Whoever has one can make
-// any number of it that do, with other annotations in the manifest or more spaces in the
-// envelope, and a mirror could fill the store with them. But they are by the same
-// certificate, reach the same root and end at the same time.
-type worth struct {
+// A class are signatures of which each counts whenever another one does, except for
+// their time. Anyone who has a signature can make any number that meet the rule, with
+// other annotations in the manifest or more spaces in the envelope, and a mirror could
+// fill the store with them. The signer can make any number that differ in their expiry.
+type class struct {
 	subject digest.Digest
 	signer  verify.Signer
-	until   time.Time // zero: it does not end
+	leaf    string // whose authority it has
+	kind    [32]byte
 }
 
-// newcomers is the store, for one image, and counts the signatures that it had not. It
-// takes few of those that are worth the same. It is not safe for concurrent use.
+// A worth is what a signature that meets the rule is good for.
+type worth struct {
+	class
+	notary.Worth
+}
+
+// A weigher says how long signatures can count. *notary.Checker is one.
+type weigher interface {
+	verify.Checker
+	Worth(ev verify.Evidence, statement string) (notary.Worth, error)
+}
+
+// newcomers is the store, for one image, and counts the signatures that it had not. Of
+// each class it keeps the one that can count longest, the newest, and no others. It is
+// not safe for concurrent use.
 type newcomers struct {
 	*store.Store
-	verify.Checker
-	ctx       context.Context
-	in        verify.Name
-	statement string
-	limits    verify.Limits
-	n         int
-	looked    map[digest.Digest]bool  // subjects of which worths has what the store has
-	worths    map[digest.Digest]worth // by the manifest of the signature
+	engine   *verify.Engine
+	ctx      context.Context
+	question verify.Question
+	looked   bool                    // worths has what the store has
+	worths   map[digest.Digest]worth // by the manifest of the signature
+	kept     []digest.Digest         // manifests that were not in the store before
+	gone     map[digest.Digest]bool  // manifests that gave way to others
+	spare    map[digest.Digest]bool  // manifests that were not kept, since others count longer
+	unkept   map[digest.Digest]bool  // manifests that the store did not take
 }
 
-// Keep implements verify.Keeper.
-func (k *newcomers) Keep(img verify.Image, subject ocispec.Descriptor, ev verify.Evidence) {
-	if k.Has(ev.Manifest.Digest) {
-		return
-	}
-	if !k.looked[subject.Digest] {
-		k.looked[subject.Digest] = true
-		_ = k.Find(k.ctx, k.in, subject, verify.NewBudget(k.limits), func(ev verify.Evidence) bool {
-			k.weigh(ev, subject)
-			return true
-		})
-	}
-	same := 0
-	for manifest, w := range k.worths {
-		if w == k.worths[ev.Manifest.Digest] && k.Has(manifest) {
-			same++
+// fresh is how many signatures are kept that were not before.
+func (k *newcomers) fresh() (n int) {
+	for _, d := range k.kept {
+		if !k.gone[d] {
+			n++
 		}
 	}
-	if same >= alike {
+	return n
+}
+
+// ask asks every source but the store for all signatures of the image.
+func (k *newcomers) ask() (tried []verify.Attempt) {
+	defer func() { _ = recover() }() // the engine has its own: this is for Sources
+	for _, src := range k.engine.Sources(k.question.Image.Name) {
+		tried = append(tried, k.engine.Ask(k.ctx, src, k.question, func(s verify.Step) {
+			defer func() { _ = recover() }() // whatever becomes of it, the source has answered
+			if k.weigh(s) {
+				k.keep(k.question.Image, s.Subject, s.Evidence)
+			}
+		})...)
+	}
+	return tried
+}
+
+// keep gives the store a signature that meets the rule, unless others make it spare.
+func (k *newcomers) keep(img verify.Image, subject ocispec.Descriptor, ev verify.Evidence) {
+	me := ev.Manifest.Digest
+	if k.Has(me) || k.gone[me] {
+		return
+	}
+	if !k.looked {
+		k.looked = true
+		k.engine.Ask(k.ctx, k.Store, k.question, func(s verify.Step) {
+			if s.Evidence.From == "" { // what an archive has goes with the archive
+				k.weigh(s)
+			}
+		})
+	}
+	var rivals []digest.Digest // those that count least first
+	mine := k.worths[me]
+	for d, w := range k.worths {
+		if w.class == mine.class && d != me && !k.gone[d] && k.Has(d) {
+			rivals = append(rivals, d)
+		}
+	}
+	longer := func(a, b digest.Digest) bool { return k.worths[a].Longer(k.worths[b].Worth) }
+	newer := func(a, b digest.Digest) bool {
+		x, y := k.worths[a].Signed, k.worths[b].Signed
+		return x.After(y) || x.Equal(y) && longer(a, b)
+	}
+	slices.SortFunc(rivals, func(a, b digest.Digest) int {
+		switch {
+		case longer(b, a) || !longer(a, b) && newer(b, a):
+			return -1
+		case longer(a, b) || newer(a, b):
+			return 1
+		}
+		return cmp.Compare(a, b)
+	})
+	longest, newest := me, me
+	for _, d := range rivals {
+		if !longer(longest, d) {
+			longest = d
+		}
+		if !newer(newest, d) {
+			newest = d
+		}
+	}
+	if len(rivals) >= alike && longest != me && newest != me {
+		k.spare[me] = true
 		return
 	}
 	k.Store.Keep(img, subject, ev)
-	if k.Has(ev.Manifest.Digest) {
-		k.n++
+	if !k.Has(me) {
+		k.unkept[me] = true
+		return
 	}
-}
-
-// weigh notes what a signature that the store has is worth, if it meets the rule. A
-// panic in a parser costs only that.
-func (k *newcomers) weigh(ev verify.Evidence, subject ocispec.Descriptor) {
-	defer func() { _ = recover() }()
-	if ev.Err == nil {
-		_ = watched{k}.Check(k.ctx, ev, subject, k.statement)
-	}
-}
-
-// watched is the Checker of newcomers, and notes what signatures are worth.
-type watched struct{ *newcomers }
-
-// Check implements verify.Checker.
-func (k watched) Check(ctx context.Context, ev verify.Evidence, want ocispec.Descriptor, statement string) verify.Finding {
-	f := k.Checker.Check(ctx, ev, want, statement)
-	if f.Reason == verify.Verified {
-		w := worth{want.Digest, f.Signer, f.Until.UTC()}
-		if f.Ends == notary.EndsNothing {
-			w.until = time.Time{}
+	k.kept = append(k.kept, me)
+	left := len(rivals) + 1
+	for _, d := range rivals {
+		if left > alike && d != longest && d != newest {
+			k.Store.Supersede(d, me)
+			k.gone[d] = true
+			left--
 		}
-		k.worths[ev.Manifest.Digest] = w
 	}
-	return f
+}
+
+// weigh notes what a signature is worth, and reports whether it meets the rule.
+func (k *newcomers) weigh(s verify.Step) bool {
+	if s.Finding.Reason != verify.Verified {
+		return false
+	}
+	w := worth{class: class{subject: s.Subject.Digest, signer: s.Finding.Signer, leaf: s.Leaf.Authority}, Worth: notary.Worth{Lasts: s.Finding.Until}}
+	for _, c := range k.engine.Checkers {
+		if c, ok := c.(weigher); ok && c.Kind().Name() == s.Leaf.Kind {
+			if known, err := c.Worth(s.Evidence, s.Leaf.Authority); err == nil {
+				w.Worth, w.kind = known, known.Kind
+			}
+		}
+	}
+	k.worths[s.Evidence.Manifest.Digest] = w
+	return true
 }

@@ -35,7 +35,7 @@ func TestRepeats(t *testing.T) {
 	}
 	for what, one := range map[string]verify.Report{
 		"another reason": said("a", "2"), "another pod": said("b", "1"), "no pod": {ID: "1"},
-		"another configuration": {ID: "1", Epoch: "2", Pod: &verify.Pod{UID: "a", Container: "c"}},
+		"another configuration": {ID: "1", Revision: "2", Pod: &verify.Pod{UID: "a", Container: "c"}},
 		"another namespace":     {ID: "1", Pod: &verify.Pod{UID: "a", Namespace: "n", Container: "c"}},
 	} {
 		if write, n := r.news("answer", "h", one, now); !write || n != 0 {

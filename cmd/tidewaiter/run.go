@@ -20,17 +20,22 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/tidewaiter/tidewaiter/cache"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/decisions"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/explain"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/decisionlog"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/inspect"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/metrics"
+	"github.com/tidewaiter/tidewaiter/deploy/config"
+	"github.com/tidewaiter/tidewaiter/deploy/control"
 	"github.com/tidewaiter/tidewaiter/nri"
-	"github.com/tidewaiter/tidewaiter/nri/node"
-	"github.com/tidewaiter/tidewaiter/nri/sweep"
+	"github.com/tidewaiter/tidewaiter/nri/containerd"
+	"github.com/tidewaiter/tidewaiter/nri/reconcile"
+	"github.com/tidewaiter/tidewaiter/nri/tally"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
+	"github.com/tidewaiter/tidewaiter/verify/source/archives"
 	"github.com/tidewaiter/tidewaiter/verify/source/store"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 type runOptions struct {
@@ -59,7 +64,7 @@ how things stand through a socket in the run directory (tidewaiter status).`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var level slog.Level
 			if err := level.UnmarshalText([]byte(o.logLevel)); err != nil {
-				return unknown(fmt.Errorf("--log-level: %s is not debug, info, warn or error", verify.Quote(o.logLevel, 40)), "run tidewaiter run --help")
+				return cli.Inconclusive(fmt.Errorf("--log-level: %s is not debug, info, warn or error", text.Quote(o.logLevel, 40)), "run tidewaiter run --help")
 			}
 			log := slog.New(slog.NewJSONHandler(toJournal(stderr), &slog.HandlerOptions{Level: level}))
 			slog.SetDefault(log)    // what libraries log is JSON lines too
@@ -68,28 +73,28 @@ how things stand through a socket in the run directory (tidewaiter status).`,
 			return run(cmd.Context(), o, log)
 		},
 	}
-	configDir(cmd, &o.configDir)
-	runDir(cmd, &o.runDir)
-	stateDir(cmd, &o.stateDir)
+	cli.ConfigDir(cmd, &o.configDir)
+	cli.RunDir(cmd, &o.runDir)
+	cli.StateDir(cmd, &o.stateDir)
 	host, _ := os.Hostname()
-	cmd.Flags().StringVar(&o.containerd, "containerd-socket", env("TIDEWAITER_CONTAINERD_SOCKET", "/run/containerd/containerd.sock"), "containerd's `SOCKET` (TIDEWAITER_CONTAINERD_SOCKET)")
-	cmd.Flags().StringVar(&o.nri, "nri-socket", env("TIDEWAITER_NRI_SOCKET", "/var/run/nri/nri.sock"), "containerd's NRI `SOCKET` (TIDEWAITER_NRI_SOCKET)")
-	cmd.Flags().StringVar(&o.node, "node", env("TIDEWAITER_NODE", host), "`NAME` of this node in messages (TIDEWAITER_NODE)")
+	cmd.Flags().StringVar(&o.containerd, "containerd-socket", cli.Env("TIDEWAITER_CONTAINERD_SOCKET", "/run/containerd/containerd.sock"), "containerd's `SOCKET` (TIDEWAITER_CONTAINERD_SOCKET)")
+	cmd.Flags().StringVar(&o.nri, "nri-socket", cli.Env("TIDEWAITER_NRI_SOCKET", "/var/run/nri/nri.sock"), "containerd's NRI `SOCKET` (TIDEWAITER_NRI_SOCKET)")
+	cmd.Flags().StringVar(&o.node, "node", cli.Env("TIDEWAITER_NODE", host), "`NAME` of this node in messages (TIDEWAITER_NODE)")
 	cmd.Flags().BoolVar(&o.awaitConfig, "await-config", false, "do not register with containerd before there is a valid configuration, instead of denying everything until then; for nodes where nothing depends on the gate")
 	cmd.Flags().StringVar(&o.logLevel, "log-level", "info", "`LEVEL` of the log: debug, info, warn or error")
 	return cmd
 }
 
 func run(ctx context.Context, o runOptions, log *slog.Logger) error {
-	records, err := node.Dial(o.containerd)
+	records, err := containerd.Dial(o.containerd)
 	if err != nil {
-		return unknown(err, "")
+		return cli.Inconclusive(err, "")
 	}
 	defer records.Close()
 	d := &daemon{
 		options:  o,
 		log:      log,
-		resolver: node.NewResolver(records, resolverOptions(nil)),
+		resolver: containerd.NewResolver(records, resolverOptions(nil)),
 		answers:  make(chan *nri.Answer, unwritten),
 		started:  time.Now(),
 	}
@@ -101,24 +106,32 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 
 	log.Info("starting", "build", thisBuild(), "config", o.configDir)
 	judge := d.resolver.Explain(&d.enforcer)
-	gate := &nri.Gate{Resolver: d.resolver, Verifier: judge, Observe: d.observe, Now: time.Now, Node: o.node}
-	session := &nri.Session{Gate: gate, Socket: o.nri, Log: log, Audit: d.audits, Large: records.Large}
-	survey := &node.Survey{Resolver: d.resolver, Node: records, Verifier: judge, Log: log}
+	again := make(chan struct{}, 1) // to count
+	d.tally = tally.New(records, time.Now, func() {
+		select {
+		case again <- struct{}{}:
+		default:
+		}
+	})
+	gate := &nri.Gate{Resolver: d.resolver, Verifier: judge, Tally: d.tally, Observe: d.observe, Now: time.Now, Node: o.node}
+	clearer := &reconcile.Clearer{Sandboxes: records, May: d.enforces, Log: log}
+	session := &nri.Session{Gate: gate, Socket: o.nri, Log: log, Audit: d.audits, Large: d.tally.Large, Clear: clearer.Clear}
+	survey := &reconcile.Prefetch{Images: d.resolver, Node: records, Verifier: judge, Log: log}
 	if o.stateDir != "" {
-		d.store = store.New(o.stateDir, store.Options{Log: log, Now: time.Now, Image: records.Blob, Changed: func() {
+		d.archives = archives.New(o.stateDir, archives.Options{Log: log, Now: time.Now, Kinds: []verify.Kind{notary.Kind}, Changed: func() {
 			if c := d.stands().cache; c != nil {
 				c.Forget()
 			}
 			survey.Again()
 		}})
+		d.store = store.New(o.stateDir, store.Options{Log: log, Now: time.Now, Image: records.Blob, Kinds: []verify.Kind{notary.Kind}, Archives: d.archives})
 		survey.Listed = d.store.Retain
 	}
 	// The gate needs none of what is in the run directory. Why it cannot be used, the
 	// control socket says.
 	kept := ""
 	if control.MakeDir(o.runDir) == nil {
-		kept = o.runDir
-		survey.Dir = o.runDir
+		kept, d.kept = o.runDir, o.runDir
 		here, err := nri.Join(filepath.Join(o.runDir, "instances"))
 		if err != nil {
 			log.Warn("other gates of this node are not told from plugins that use the gate's name", "error", err.Error())
@@ -127,20 +140,22 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 			defer here.Leave()
 		}
 	}
-	d.ring = decisions.Open(kept, log)
+	d.marks = reconcile.OpenMarks(kept, log)
+	d.survey, survey.Marks = survey, d.marks
+	d.ring = decisionlog.Open(kept, log)
 	defer d.ring.Close()
 	if d.store != nil {
-		d.refresher = node.NewRefresher(d.resolver, log, d.uptime, rand.Uint64(), kept)
+		d.refresher = reconcile.NewRefresher(d.resolver, log, d.uptime, rand.Uint64(), kept)
 		survey.Refresher = d.refresher
 	}
-	d.witness = sweep.NewWitness(kept, log, d.uptime)
-	lock := sweep.NewLock(o.runDir)
+	d.witness = reconcile.NewGated(kept, log, d.uptime)
+	lock := reconcile.NewLock(o.runDir)
 	defer lock.Release()
-	d.sweep = &sweep.Sweep{
-		Containers: records, Binder: d.resolver, Verifier: judge, Witness: d.witness, Leader: lock.Held,
+	d.sweep = &reconcile.RunningCheck{
+		Containers: records, Binder: d.resolver, Verifier: judge, Gated: d.witness, Count: d.count, Leader: lock.Held,
 		Log: log, Node: o.node, Now: time.Now, Uptime: d.uptime,
 	}
-	survey.Looked = d.sweep.Wake // which knows by then what leads where
+	survey.Scanned = d.sweep.Wake // which knows by then what leads where
 
 	g, ctx := errgroup.WithContext(ctx)
 	// What tells of the gate outlives it: from the moment that ctx ends it is not
@@ -151,7 +166,7 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	exporter := metrics.NewExporter(text, func(ctx context.Context, l net.Listener) error {
 		return control.Serve(ctx, l, control.Metrics(text))
 	}, log, time.Now)
-	explainer := &explain.Explainer{
+	explainer := &inspect.Explainer{
 		Images: d.resolver, Containers: records, Enforcer: &d.enforcer, Force: d.force, Ring: d.ring, Node: o.node, Now: time.Now,
 		Assurance: func() string { return d.status(session.State(), ctx.Err() != nil, nil).Assurance },
 	}
@@ -163,9 +178,11 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	g.Go(func() error { return exporter.Run(after) })
 	g.Go(func() error { return survey.Run(ctx) })
 	g.Go(func() error { return d.sweep.Run(ctx) })
+	g.Go(func() error { recount(ctx, again, d.count); return nil })
 	g.Go(func() error { d.witness.Run(after); return nil })
 	if d.store != nil {
 		g.Go(func() error { return d.store.Run(after) })
+		g.Go(func() error { return d.archives.Run(after) })
 		g.Go(func() error { return d.refresher.Run(ctx) })
 	}
 	loaded := make(chan struct{}) // closed when the directory was read once, or with awaitConfig was valid once
@@ -205,7 +222,7 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	})
 	err = g.Wait()
 	if err != nil {
-		return unknown(err, "")
+		return cli.Inconclusive(err, "")
 	}
 	log.Info("stopped")
 	return nil
@@ -215,19 +232,26 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 type daemon struct {
 	options  runOptions
 	log      *slog.Logger
-	resolver *node.Resolver
+	resolver *containerd.Resolver
 	enforcer verify.Enforcer
 	answers  chan *nri.Answer // to be written to the log
 	dropped  atomic.Int64     // answers that the log was too slow for, until that is said
 	repeats  repeats          // what the log has said already
 	counters metrics.Counters
 	started  time.Time
-	ring     *decisions.Ring // nil in tests
-	sweep    *sweep.Sweep    // nil in tests that have no containers
-	witness  *sweep.Witness  // nil where sweep is
-	store    *store.Store    // nil: nothing is kept
+	ring     *decisionlog.Ring       // nil in tests
+	tally    *tally.Tally            // nil where sweep is
+	sweep    *reconcile.RunningCheck // nil in tests that have no containers
+	witness  *reconcile.Gated        // nil where sweep is
+	store    *store.Store            // nil: nothing is kept
+	archives *archives.Archives      // nil where store is
 
-	refresher *node.Refresher // nil where store is
+	refresher *reconcile.Refresher // nil where store is
+	survey    *reconcile.Prefetch  // nil in tests that have no containers
+	marks     *reconcile.Marks     // nil where survey is
+
+	kept string // directory for what the next gate is to know; empty: there is none
+	mode string // that was put in force last; owned by apply
 
 	cache   *cache.Cache   // of the configuration in force; owned by apply
 	retired sync.WaitGroup // caches of earlier configurations that are closing
@@ -239,16 +263,16 @@ type daemon struct {
 // apply puts a configuration in force, or with an error keeps the last good one.
 // It is called by one goroutine at a time.
 func (d *daemon) apply(c *config.Config, err error) {
-	var setup *verify.Setup
+	var setup *verify.Snapshot
 	var engine *verify.Engine
 	var next *cache.Cache
 	if err == nil {
-		setup, err = c.Setup(func(e *verify.Engine) verify.Judge {
+		setup, err = c.Snapshot(func(e *verify.Engine) verify.Evaluator {
 			if d.store != nil {
 				e.Store = d.store
 			}
 			engine = e
-			next = cache.New(e, cache.Options{Now: time.Now, Observe: d.judged(c)})
+			next = lanes(c, e, cache.Options{Now: time.Now, Begin: d.begin, Observe: d.judged(c)})
 			return next
 		}, time.Now)
 	}
@@ -257,7 +281,7 @@ func (d *daemon) apply(c *config.Config, err error) {
 			next.Close()
 		}
 		force := "the last good configuration stays in force"
-		if d.enforcer.Setup() == nil {
+		if d.enforcer.Snapshot() == nil {
 			force = "no configuration is in force: every container is denied"
 			if d.options.awaitConfig {
 				force = "no configuration is in force: the gate does not register with the runtime"
@@ -267,24 +291,30 @@ func (d *daemon) apply(c *config.Config, err error) {
 		d.log.Error("configuration rejected", "error", err.Error(), "consequence", force)
 		return
 	}
+	c.Proxied(os.Environ())
 	for _, w := range c.Warnings {
 		d.log.Warn("configuration", "warning", w.String())
+	}
+	if d.cache != nil {
+		next.Inherit(d.cache)
 	}
 	// A container that is bound between the two gets PENDING: the epochs differ.
 	d.resolver.Configure(resolverOptions(c))
 	d.enforcer.Swap(setup)
 	if d.store != nil {
 		d.store.Configure(c.Keep)
-		d.store.Look()
+		d.store.Trust(c.Trusts())
+		d.archives.Rescan()
 	}
 	if d.refresher != nil {
 		d.refresher.Configure(plan(c, setup, engine, d.store))
 	}
 	if d.sweep != nil {
-		d.sweep.Configure(sweep.Rules{Epoch: setup.Epoch, Mode: setup.Mode, Stop: c.StopRunning})
+		d.sweep.Configure(reconcile.Rules{Epoch: setup.Revision, Mode: setup.Mode, Stop: c.StopRunning})
 	}
 	d.stand(c, next, engine)
-	d.log.Info("configuration in force", "epoch", setup.Epoch.String(), "mode", c.Mode.String())
+	d.turned(setup.Mode)
+	d.log.Info("configuration in force", "epoch", setup.Revision.String(), "mode", c.Mode.String())
 	old := d.cache
 	d.cache = next
 	if old != nil {
@@ -294,8 +324,14 @@ func (d *daemon) apply(c *config.Config, err error) {
 
 // audits reports whether the configuration in force only audits. None enforces.
 func (d *daemon) audits() bool {
-	s := d.enforcer.Setup()
+	s := d.enforcer.Snapshot()
 	return s != nil && s.Mode == verify.Audit
+}
+
+// enforces reports whether a configuration is in force that enforces.
+func (d *daemon) enforces() bool {
+	s := d.enforcer.Snapshot()
+	return s != nil && s.Mode == verify.Enforce
 }
 
 // uptime is a clock that nobody can set.
@@ -322,6 +358,7 @@ func (d *daemon) observe(a nri.Answer) {
 		mode = verify.Audit
 	}
 	d.counters.Answered(mode, a)
+	d.survived(a.Image, a.Decision)
 	if d.witness != nil && a.Decision.Allowed() && a.Hook != "StartContainer" {
 		d.witness.Saw(a.ID)
 	}
@@ -375,7 +412,7 @@ func (d *daemon) print(a *nri.Answer) {
 	refused := level > slog.LevelDebug
 	attrs := []any{"hook", a.Hook, "took", a.Took.String(), "decision", r}
 	if refused {
-		level, attrs = d.news(level, decisions.Answer, a.Hook, r, attrs)
+		level, attrs = d.news(level, control.AnswerLine, a.Hook, r, attrs)
 	}
 	d.log.Log(context.Background(), level, "decision", attrs...)
 	if refused && d.ring != nil {
@@ -383,7 +420,7 @@ func (d *daemon) print(a *nri.Answer) {
 		if d.audits() {
 			mode = verify.Audit
 		}
-		d.ring.Add(decisions.Entry{At: time.Now().UTC(), Kind: decisions.Answer, Hook: a.Hook, Container: verify.Clean(a.ID, 96), Mode: mode.String(), Took: a.Took.String(), Decision: r})
+		d.ring.Add(decisionlog.Entry{At: time.Now().UTC(), Kind: control.AnswerLine, Hook: a.Hook, Container: text.Clean(a.ID, 96), Mode: mode.String(), Took: a.Took.String(), Decision: r})
 	}
 }
 
@@ -400,26 +437,49 @@ func (d *daemon) news(level slog.Level, kind, hook string, r verify.Report, attr
 	return level, attrs
 }
 
+// begin marks what is checked while no one waits for it.
+func (d *daemon) begin(q verify.Question) (end func()) {
+	if q.Image.Use != verify.UsePrefetch {
+		return func() {}
+	}
+	return d.marks.Hold(q.Image.Target.Digest)
+}
+
+// survived says that nothing died of an image, if it was judged.
+func (d *daemon) survived(img verify.Image, dec verify.Decision) {
+	r := dec.Reason
+	if r == verify.AuditOnly {
+		r = dec.Would
+	}
+	if d.survey != nil && img.Target.Digest != "" && r != verify.Pending && r != verify.Overloaded {
+		d.survey.Judged(img.Target.Digest)
+	}
+}
+
 // judged logs the end of a verification. In audit the hook does not wait for it,
 // so that this line is where the real answer stands.
 func (d *daemon) judged(c *config.Config) func(verify.Question, verify.Decision) {
 	return func(q verify.Question, dec verify.Decision) {
-		dec.Epoch = c.Epoch
+		d.survived(q.Image, dec)
+		dec.Revision = c.Revision
 		d.counters.Asked(dec.Tried)
 		r := dec.Report(q.Image, d.options.node)
-		level, attrs := d.news(slog.LevelInfo, decisions.Verification, "", r, []any{"mode", c.Mode.String(), "decision", r})
+		level, attrs := d.news(slog.LevelInfo, control.VerificationLine, "", r, []any{"mode", c.Mode.String(), "decision", r})
 		d.log.Log(context.Background(), level, "verification", attrs...)
 		if d.ring != nil {
-			d.ring.Add(decisions.Entry{At: time.Now().UTC(), Kind: decisions.Verification, Mode: c.Mode.String(), Decision: r})
+			d.ring.Add(decisionlog.Entry{At: time.Now().UTC(), Kind: control.VerificationLine, Mode: c.Mode.String(), Decision: r})
 		}
 	}
 }
 
 // resolverOptions are what a configuration says about binding; nil is none.
-func resolverOptions(c *config.Config) node.Options {
-	o := node.Options{ParseName: policy.ParseName, ParseRecord: policy.Record, Now: time.Now}
+func resolverOptions(c *config.Config) containerd.Options {
+	o := containerd.Options{ParseName: policy.ParseName, ParseRecord: policy.Record, Now: time.Now}
 	if c != nil {
-		o.Snapshotters, o.Runtimes, o.Epoch = c.Gate.Snapshotters, c.Gate.Runtimes, c.Epoch
+		o.Snapshotters, o.Runtimes, o.Epoch = c.Gate.Snapshotters, c.Gate.Runtimes, c.Revision
+		if named := c.Named(); named != nil {
+			o.Named = func(n verify.Name) (host, repository bool) { return named(policy.Unalias(c.Aliases, n)) }
+		}
 	}
 	return o
 }

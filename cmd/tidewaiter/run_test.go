@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -14,13 +15,17 @@ import (
 	"testing"
 	"time"
 
-	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/decisions"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/tidewaiter/tidewaiter/cmd/internal/decisionlog"
+	"github.com/tidewaiter/tidewaiter/deploy/config"
+	"github.com/tidewaiter/tidewaiter/deploy/control"
 	"github.com/tidewaiter/tidewaiter/nri"
-	"github.com/tidewaiter/tidewaiter/nri/node"
+	"github.com/tidewaiter/tidewaiter/nri/containerd"
+	"github.com/tidewaiter/tidewaiter/nri/reconcile"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 	"github.com/tidewaiter/tidewaiter/verify/leaktest"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
 	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
 )
@@ -82,7 +87,7 @@ func newDaemon(t *testing.T) (*daemon, *logged) {
 		}
 	})
 	log := &logged{}
-	records, err := node.Dial(filepath.Join(t.TempDir(), "none.sock"))
+	records, err := containerd.Dial(filepath.Join(t.TempDir(), "none.sock"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +95,7 @@ func newDaemon(t *testing.T) (*daemon, *logged) {
 	d := &daemon{
 		options:  runOptions{node: "edge-17"},
 		log:      slog.New(slog.NewJSONHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})),
-		resolver: node.NewResolver(records, resolverOptions(nil)),
+		resolver: containerd.NewResolver(records, resolverOptions(nil)),
 		answers:  make(chan *nri.Answer, unwritten),
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -125,8 +130,8 @@ func ask(t *testing.T, d *daemon, name string) verify.Decision {
 		Name: n, Target: target, Manifest: target, Config: target.Digest,
 		Use: verify.UseContainer, Binding: verify.BoundSnapshot,
 	}
-	if s := d.enforcer.Setup(); s != nil {
-		img.Epoch = s.Epoch
+	if s := d.enforcer.Snapshot(); s != nil {
+		img.Revision = s.Revision
 	}
 	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		answer := d.enforcer.Verify(t.Context(), img)
@@ -158,7 +163,11 @@ func TestApply(t *testing.T) {
 		t.Errorf("after a broken configuration: %s", got.Reason)
 	}
 
-	none := httptest.NewTLSServer(&sourcetest.Registry{Repository: "team/app"})
+	images, err := content([]string{"unsigned"}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	none := httptest.NewTLSServer(&sourcetest.Registry{Repository: "team/app", Content: images})
 	t.Cleanup(none.Close)
 	ca := filepath.Join(dir, "ca.crt")
 	if err := os.WriteFile(ca, notarytest.PEM(none.Certificate()), 0o644); err != nil {
@@ -168,11 +177,11 @@ func TestApply(t *testing.T) {
 	write(t, etc, yaml)
 	load()
 	e = log.entries(t, "configuration in force")[0]
-	first := d.enforcer.Setup()
-	if e["mode"] != "enforce" || e["epoch"] != first.Epoch.String() {
+	first := d.enforcer.Snapshot()
+	if e["mode"] != "enforce" || e["epoch"] != first.Revision.String() {
 		t.Errorf("the log says %v", e)
 	}
-	if got := ask(t, d, "signed"); !got.Allowed() || got.Reason != verify.Verified || got.Epoch != first.Epoch {
+	if got := ask(t, d, "signed"); !got.Allowed() || got.Reason != verify.Verified || got.Revision != first.Revision {
 		t.Errorf("signed: %s: %s", got.Reason, got.Detail)
 	}
 	if got := ask(t, d, "unsigned"); got.Allowed() || got.Reason != verify.SignatureMissing {
@@ -183,7 +192,7 @@ func TestApply(t *testing.T) {
 		t.Errorf("the log says %v", report)
 	}
 
-	// Another one, with something doubtful: earlier answers do not count any more.
+	// Another one, with something doubtful: what it asks of the image is the same.
 	old := d.cache
 	write(t, etc, yaml+"    - {host: registry.test, url: http://127.0.0.1:1}\n")
 	load()
@@ -191,17 +200,21 @@ func TestApply(t *testing.T) {
 	if warned["level"] != "WARN" || !strings.Contains(warned["warning"].(string), "sources.mirrors[1].url") {
 		t.Errorf("the log says %v", warned)
 	}
-	second := d.enforcer.Setup()
-	if second.Epoch == first.Epoch {
+	second := d.enforcer.Snapshot()
+	if second.Revision == first.Revision {
 		t.Error("the epoch is the same")
 	}
-	if got := ask(t, d, "signed"); !got.Allowed() || got.Epoch != second.Epoch {
+	if got := ask(t, d, "signed"); !got.Allowed() || got.Revision != second.Revision {
 		t.Errorf("after the reload: %s", got.Reason)
 	}
-	log.entries(t, "verification")
 	d.retired.Wait()
+	log.entries(t)
 	img := verify.Image{Target: world().images["signed"].target, Manifest: world().images["signed"].target, Config: "sha256:x", Use: verify.UseContainer, Binding: verify.BoundSnapshot}
-	if got := old.Judge(t.Context(), verify.Question{Image: img, Rule: &verify.Rule{Statement: "prod", Requirement: [32]byte{1}}}); got.Reason != verify.Pending {
+	require, err := verify.SignedBy(verify.Leaf{Kind: "notary", Authority: "prod", Hash: [32]byte{1}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := old.Evaluate(t.Context(), verify.Question{Image: img, Rule: &verify.Rule{Require: require}}); got.Reason != verify.Pending {
 		t.Errorf("a retired cache answers %s", got.Reason)
 	}
 
@@ -212,7 +225,7 @@ func TestApply(t *testing.T) {
 	if e["consequence"] != "the last good configuration stays in force" || !strings.Contains(e["error"].(string), "config.yaml:6: sources.mirrors[0].url: must not hold a user or password") {
 		t.Errorf("the log says %v", e)
 	}
-	if d.enforcer.Setup() != second {
+	if d.enforcer.Snapshot() != second {
 		t.Error("the last good configuration is not in force any more")
 	}
 	if got := ask(t, d, "unsigned"); got.Allowed() {
@@ -231,6 +244,157 @@ func TestApply(t *testing.T) {
 	if got := ask(t, d, "signed"); got.Allowed() {
 		t.Error("a daemon that ended lets an image run")
 	}
+}
+
+// An answer that allows outlives a change that it does not rest on, as of a password,
+// and no other.
+func TestApplyKeepsAnswers(t *testing.T) {
+	d, log := newDaemon(t)
+	dir := t.TempDir()
+	c, err := content([]string{"signed"}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := &sourcetest.Registry{Content: c, Repository: "team/app"}
+	srv := httptest.NewTLSServer(g)
+	t.Cleanup(srv.Close)
+	etc, ca, passwords := filepath.Join(dir, "etc"), filepath.Join(dir, "ca.crt"), filepath.Join(dir, "passwords.json")
+	put := func(name, text string) {
+		t.Helper()
+		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	password := func(s string) string {
+		return `{"auths": {"` + strings.TrimPrefix(srv.URL, "https://") + `": {"username": "edge", "password": "` + s + `"}}}`
+	}
+	put(ca, string(notarytest.PEM(srv.Certificate())))
+	put(passwords, password("hunter2 of old"))
+	write(t, etc, "version: 1\nmode: enforce\nsources:\n  credentials: "+passwords+"\n  mirrors:\n    - {host: registry.test, url: "+srv.URL+", ca: "+ca+"}\n")
+	load := func() { d.apply(config.Load(etc)) }
+	load()
+	if got := ask(t, d, "signed"); got.Reason != verify.Verified {
+		t.Fatalf("signed: %s: %s", got.Reason, got.Detail)
+	}
+	first, asked := d.enforcer.Snapshot(), len(g.Requests())
+
+	put(passwords, password("hunter2 of today"))
+	load()
+	if d.enforcer.Snapshot().Revision == first.Revision {
+		t.Fatal("the password is not part of the epoch")
+	}
+	if got := ask(t, d, "signed"); got.Reason != verify.Verified || got.Revision != d.enforcer.Snapshot().Revision {
+		t.Errorf("after another password: %s: %s", got.Reason, got.Detail)
+	}
+	if s := d.cache.Stats(); s.Started != 0 || len(g.Requests()) != asked {
+		t.Errorf("after another password: %d verifications, %d requests, want none more than %d", s.Started, len(g.Requests()), asked)
+	}
+
+	if err := notarytest.WriteConfig(etc, notarytest.Stores{"ca/acme/another.crt": notarytest.NewCA(notarytest.CAOptions{}).PEM()}, notarytest.Statement("prod", identity)); err != nil {
+		t.Fatal(err)
+	}
+	load()
+	if got := ask(t, d, "signed"); got.Reason != verify.Verified {
+		t.Errorf("with one more root: %s: %s", got.Reason, got.Detail)
+	}
+	if s := d.cache.Stats(); s.Started != 1 || len(g.Requests()) == asked {
+		t.Errorf("with one more root: %d verifications, want 1", s.Started)
+	}
+	if err := os.Remove(filepath.Join(etc, "truststore/x509/ca/acme/root.crt")); err != nil {
+		t.Fatal(err)
+	}
+	load()
+	if got := ask(t, d, "signed"); got.Reason != verify.SignerUntrusted {
+		t.Errorf("without its root: %s: %s", got.Reason, got.Detail)
+	}
+	log.take(t)
+}
+
+// What is on the node is found however many registries hang.
+func TestApplyAsksTheNodeFirst(t *testing.T) {
+	d, log := newDaemon(t)
+	dir := t.TempDir()
+	layout := filepath.Join(dir, "usb")
+	serveLayout(t, layout, "signed")
+	stop := make(chan struct{})
+	srv := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		select {
+		case <-r.Context().Done():
+		case <-stop:
+		}
+	}))
+	t.Cleanup(srv.Close)
+	t.Cleanup(func() { close(stop) })
+	write(t, filepath.Join(dir, "etc"), "version: 1\nmode: enforce\nlimits: {wall: 60s}\nsources:\n  layouts: ["+layout+"]\n  mirrors:\n    - {host: \"*\", url: "+srv.URL+"}\n")
+	d.apply(config.Load(filepath.Join(dir, "etc")))
+	unsigned := verify.Image{
+		Name: verify.Name{Host: "registry.test", Path: "team/app"}, Use: verify.UseContainer, Binding: verify.BoundSnapshot, Revision: d.enforcer.Snapshot().Revision,
+	}
+	for i := range 10 { // each hangs, or waits for one that does
+		unsigned.Target = world().images["unsigned"].target
+		unsigned.Target.Digest = digest.FromString(fmt.Sprint(i))
+		unsigned.Manifest, unsigned.Config = unsigned.Target, unsigned.Target.Digest
+		d.enforcer.Verify(t.Context(), unsigned)
+	}
+	for end := time.Now().Add(time.Minute); d.cache.Stats().Waiting != 8 && time.Now().Before(end); time.Sleep(time.Millisecond) {
+	}
+	if s := d.cache.Stats(); s.Running != 2 || s.Waiting != 8 {
+		t.Errorf("stats %+v", s)
+	}
+	if got := ask(t, d, "signed"); got.Reason != verify.Verified || len(got.Tried) != 1 {
+		t.Errorf("signed: %s: %s: %v", got.Reason, got.Detail, got.Tried)
+	}
+	d.close()
+	log.take(t)
+}
+
+// An image is marked while it is checked ahead of time, not for a container, and one that
+// an earlier process may have died of is looked at again once it was judged.
+func TestMarks(t *testing.T) {
+	d, log := newDaemon(t)
+	dir, run := t.TempDir(), t.TempDir()
+	target := world().images["signed"].target
+	note := filepath.Join(run, "ahead")
+	if err := os.WriteFile(note, []byte(target.Digest.String()+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.marks = reconcile.OpenMarks(run, d.log)
+	d.survey = &reconcile.Prefetch{Images: d.resolver, Log: d.log, Marks: d.marks}
+	layout := filepath.Join(dir, "usb")
+	serveLayout(t, layout, "signed", "unsigned")
+	write(t, filepath.Join(dir, "etc"), "version: 1\nmode: enforce\nsources: {network: never, layouts: ["+layout+"]}\n")
+	d.apply(config.Load(filepath.Join(dir, "etc")))
+	if got := ask(t, d, "unsigned"); got.Reason != verify.SignatureMissing || !d.marks.Skips(target.Digest) {
+		t.Errorf("unsigned: %s; the other is skipped: %t", got.Reason, d.marks.Skips(target.Digest))
+	}
+	d.survived(verify.Image{Target: target}, verify.Deny(verify.Pending, ""))
+	if !d.marks.Skips(target.Digest) {
+		t.Error("an image that nothing is known of is not skipped any more")
+	}
+	if got := ask(t, d, "signed"); got.Reason != verify.Verified {
+		t.Errorf("signed: %s: %s", got.Reason, got.Detail)
+	}
+	for end := time.Now().Add(time.Minute); d.marks.Skips(target.Digest) && time.Now().Before(end); time.Sleep(time.Millisecond) {
+	}
+	if d.marks.Skips(target.Digest) {
+		t.Error("an image that was judged is still skipped")
+	}
+	q := verify.Question{Image: verify.Image{Target: target, Use: verify.UseContainer}}
+	for use, want := range map[verify.Use]string{verify.UseContainer: "", verify.UsePrefetch: target.Digest.String() + "\n"} {
+		if err := os.WriteFile(note, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		q.Image.Use = use
+		end := d.begin(q)
+		if raw, err := os.ReadFile(note); err != nil || string(raw) != want {
+			t.Errorf("use %d: marked %q, %v", use, raw, err)
+		}
+		end()
+		if raw, err := os.ReadFile(note); err != nil || len(raw) != 0 {
+			t.Errorf("use %d: after it %q, %v", use, raw, err)
+		}
+	}
+	log.take(t)
 }
 
 // A verification that hangs under an old configuration is given up with it.
@@ -259,7 +423,7 @@ func TestApplyEndsFlights(t *testing.T) {
 		Name: verify.Name{Host: "registry.test", Path: "team/app"}, Target: target, Manifest: target, Config: target.Digest,
 		Use: verify.UseContainer, Binding: verify.BoundSnapshot,
 	}
-	img.Epoch = d.enforcer.Setup().Epoch
+	img.Revision = d.enforcer.Snapshot().Revision
 	if got := d.enforcer.Verify(ctx, img); got.Would != verify.Pending {
 		t.Fatalf("would be %s: %s", got.Would, got.Detail)
 	}
@@ -289,7 +453,7 @@ func TestObserve(t *testing.T) {
 	report := e["decision"].(map[string]any)
 	pod, _ := report["pod"].(map[string]any)
 	if e["level"] != "INFO" || e["hook"] != "ValidateContainerAdjustment" || e["took"] != "1ms" || report["reason"] != "POLICY_NO_MATCH" ||
-		report["allowed"] != false || report["schema"] != verify.Schema || pod["name"] != "web-1" || strings.HasPrefix(report["made"].(string), "0001") {
+		report["allowed"] != false || report["schema"] != verify.Schema || pod["name"] != "web-1" || strings.HasPrefix(report["decidedAt"].(string), "0001") {
 		t.Errorf("the log says %v", e)
 	}
 	d.observe(nri.Answer{Image: img, Decision: verify.Decision{Reason: verify.Verified}})
@@ -302,22 +466,22 @@ func TestObserve(t *testing.T) {
 func TestRemembers(t *testing.T) {
 	log := &logged{}
 	d := &daemon{log: slog.New(slog.NewJSONHandler(log, &slog.HandlerOptions{Level: slog.LevelError})), answers: make(chan *nri.Answer, 8)}
-	d.ring = decisions.Open("", d.log)
+	d.ring = decisionlog.Open("", d.log)
 	d.observe(nri.Answer{ID: "c1", Decision: verify.Decision{Reason: verify.Verified}, Hook: "CreateContainer"})
 	d.observe(nri.Answer{ID: "c2", Decision: verify.Deny(verify.PolicyNoMatch, "no rule"), Hook: "CreateContainer"})
 	d.judged(&config.Config{})(verify.Question{}, verify.Deny(verify.SignatureMissing, "none"))
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	d.write(ctx)
-	p, err := d.ring.Page(decisions.Filter{Denied: true})
-	if err != nil || len(p.Decisions) != 2 || p.More {
+	p, err := d.ring.Page(control.Filter{Denied: true})
+	if err != nil || len(p.Lines) != 2 || p.More {
 		t.Fatalf("%+v %v", p, err)
 	}
-	v, a := p.Decisions[0], p.Decisions[1]
-	if v.Kind != decisions.Verification || a.Kind != decisions.Answer || a.Container != "c2" || a.Mode != "enforce" || time.Since(a.At) > time.Minute {
-		t.Errorf("%+v", p.Decisions)
+	v, a := p.Lines[0], p.Lines[1]
+	if v.Kind != control.VerificationLine || a.Kind != control.AnswerLine || a.Container != "c2" || a.Mode != "enforce" || time.Since(a.At) > time.Minute {
+		t.Errorf("%+v", p.Lines)
 	}
-	if all, err := d.ring.Page(decisions.Filter{}); err != nil || len(all.Decisions) != 2 {
+	if all, err := d.ring.Page(control.Filter{}); err != nil || len(all.Lines) != 2 {
 		t.Errorf("%+v %v", all, err)
 	}
 }
@@ -345,5 +509,19 @@ func serveLayout(t *testing.T, dir string, names ...string) {
 	}
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// Pods are taken away only under a configuration that enforces: none is not one.
+func TestEnforces(t *testing.T) {
+	var d daemon
+	if d.enforces() {
+		t.Error("without a configuration")
+	}
+	for mode, want := range map[verify.Mode]bool{verify.Enforce: true, verify.Audit: false} {
+		d.enforcer.Swap(&verify.Snapshot{Mode: mode})
+		if d.enforces() != want {
+			t.Errorf("in %s: %t", mode, d.enforces())
+		}
 	}
 }

@@ -20,6 +20,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
 	"github.com/tidewaiter/tidewaiter/verify"
 )
 
@@ -85,7 +86,7 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("neither an answer nor a complaint")
 	}
 	if stderr != "" {
-		if want != exitUnknown {
+		if want != cli.ExitInconclusive {
 			ts.Fatalf("a complaint with status %d", want)
 		}
 		for i, line := range strings.Split(strings.TrimSuffix(stderr, "\n"), "\n") {
@@ -126,7 +127,7 @@ func report(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	for _, always := range []string{
 		"schema=" + verify.Schema, "id~^[0-9a-f]{12}$", `message~^tidewaiter: (allowed|denied) \[`, "epoch~^[0-9a-f]{32}$",
-		"made~^20[0-9T:.-]+Z$", "allowed~^(true|false)$", "reason~^[A-Z_]+$", "image~.", "binding~.", "tried~^\\[", "signers~^\\[",
+		"decidedAt~^20[0-9T:.-]+Z$", "allowed~^(true|false)$", "reason~^[A-Z_]+$", "image~.", "binding~.", "attempts~^\\[", "signers~^\\[",
 	} {
 		field(ts, doc, always)
 	}
@@ -138,7 +139,7 @@ func report(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// field checks one field, such as "tried.0.reason=VERIFIED". What is not there is
+// field checks one field, such as "attempts.0.reason=VERIFIED". What is not there is
 // the empty text.
 func field(ts *testscript.TestScript, doc any, want string) {
 	i := strings.IndexAny(want, "=~")

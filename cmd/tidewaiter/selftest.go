@@ -13,21 +13,22 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/host"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/trial"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
+	"github.com/tidewaiter/tidewaiter/deploy/config"
+	"github.com/tidewaiter/tidewaiter/deploy/control"
+	"github.com/tidewaiter/tidewaiter/deploy/node"
+	"github.com/tidewaiter/tidewaiter/deploy/selftest"
 )
 
 func selftestCommand(stdout io.Writer) *cobra.Command {
-	var o trial.Options
-	var h host.Options
+	var o selftest.Options
+	var h node.Options
 	var dir, output string
 	var guard int
 	cmd := &cobra.Command{
 		Use:   "selftest",
-		Short: "Prove on the runtime of this node that the gate refuses what nobody signed",
-		Long: `Selftest makes an image that nobody has signed and has containerd create a container
+		Short: "Prove that the runtime of this node refuses unsigned images",
+		Long: `Selftest makes an unsigned image and has containerd create a container
 of it under the name of each rule, as a kubelet would: each must be refused, and the
 gate's own decisions must have it. An image that the gate allows must be created. No
 container is started, no network is used, and everything is removed again.
@@ -40,16 +41,16 @@ or the node audits, where nothing is refused; 2 it could not be tried.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if guard > 0 {
-				if err := trial.Guard(guard, os.Stdin, stdout); err != nil {
-					return unknown(fmt.Errorf("continue process %d: %w", guard, err), "kill -CONT the gate's process")
+				if err := selftest.Guard(guard, os.Stdin, stdout); err != nil {
+					return cli.Inconclusive(fmt.Errorf("continue process %d: %w", guard, err), "kill -CONT the gate's process")
 				}
 				return nil
 			}
-			if err := checkOutput(output); err != nil {
+			if err := cli.CheckOutput(output); err != nil {
 				return err
 			}
 			if o.Socket = cmp.Or(h.Socket, os.Getenv("TIDEWAITER_CONTAINERD_SOCKET")); o.Socket == "" {
-				found, err := host.Detect(h)
+				found, err := node.Detect(h)
 				if err != nil {
 					return explained(err)
 				}
@@ -57,12 +58,12 @@ or the node audits, where nothing is refused; 2 it could not be tried.`,
 			}
 			o.Now = time.Now
 			o.Policy = func(ctx context.Context) (config.Summary, error) { return inForce(ctx, o.RunDir, dir) }
-			r, err := trial.Run(cmd.Context(), o)
+			r, err := selftest.Run(cmd.Context(), o)
 			if err != nil {
 				if errors.Is(err, context.Canceled) {
 					err = errors.New("interrupted; everything that was made is removed")
 				}
-				return unknown(err, "tidewaiter doctor")
+				return cli.Inconclusive(err, "tidewaiter doctor")
 			}
 			if output == "json" {
 				e := json.NewEncoder(stdout)
@@ -73,18 +74,18 @@ or the node audits, where nothing is refused; 2 it could not be tried.`,
 			}
 			switch {
 			case err != nil:
-				return unknown(err, "")
-			case r.Result == trial.Enforced:
+				return cli.Inconclusive(err, "")
+			case r.Result == selftest.Enforced:
 				return nil
-			case r.Result == trial.Unknown:
-				return &failure{status: exitUnknown}
+			case r.Result == selftest.Unknown:
+				return cli.Exit(cli.ExitInconclusive)
 			}
-			return &failure{status: exitNo}
+			return cli.Exit(cli.ExitNo)
 		},
 	}
-	configDir(cmd, &dir)
-	runDir(cmd, &o.RunDir)
-	outputFlag(cmd, &output)
+	cli.ConfigDir(cmd, &dir)
+	cli.RunDir(cmd, &o.RunDir)
+	cli.Output(cmd, &output)
 	cmd.Flags().StringVar(&h.Runtime, "runtime", "", "`NAME` of what runs pods here: k3s, rke2, microk8s, containerd (as with kubeadm)")
 	cmd.Flags().StringVar(&h.Socket, "containerd-socket", "", "containerd's `SOCKET`; otherwise it is found (TIDEWAITER_CONTAINERD_SOCKET)")
 	cmd.Flags().BoolVar(&o.Absent, "absent", false, "stop the gate for some seconds too, and see that nothing is created without it")
@@ -109,22 +110,22 @@ func inForce(ctx context.Context, run, dir string) (config.Summary, error) {
 }
 
 // conclusions are the last lines.
-var conclusions = map[trial.Result]string{
-	trial.Enforced:    "enforced: everything was as it must be",
-	trial.NotEnforced: "NOT as it must be: tidewaiter doctor looks for the cause",
-	trial.Audits:      "audit: nothing is enforced on this node",
-	trial.Unknown:     "not everything could be tried: tidewaiter doctor looks for the cause",
+var conclusions = map[selftest.Result]string{
+	selftest.Enforced:    "enforced: everything was as it must be",
+	selftest.NotEnforced: "NOT as it must be: tidewaiter doctor looks for the cause",
+	selftest.Audits:      "audit: nothing is enforced on this node",
+	selftest.Unknown:     "not everything could be tried: tidewaiter doctor looks for the cause",
 }
 
 // trials is r for a person.
-func trials(r *trial.Report) string {
+func trials(r *selftest.Report) string {
 	var b strings.Builder
 	for _, t := range r.Trials {
 		mark := "ok"
 		switch {
 		case !t.Expected:
 			mark = "FAIL"
-		case t.Outcome == trial.None:
+		case t.Outcome == selftest.None:
 			mark = "-"
 		}
 		fmt.Fprintf(&b, "%-4s  %-8s  ", mark, t.Kind)

@@ -9,14 +9,17 @@ import (
 	"time"
 
 	"github.com/tidewaiter/tidewaiter/cache"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
-	"github.com/tidewaiter/tidewaiter/cmd/internal/explain"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/inspect"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/metrics"
+	"github.com/tidewaiter/tidewaiter/deploy/config"
+	"github.com/tidewaiter/tidewaiter/deploy/control"
+	"github.com/tidewaiter/tidewaiter/deploy/install"
 	"github.com/tidewaiter/tidewaiter/nri"
-	"github.com/tidewaiter/tidewaiter/nri/sweep"
+	"github.com/tidewaiter/tidewaiter/nri/reconcile"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/source/archives"
 	"github.com/tidewaiter/tidewaiter/verify/source/store"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 // A standing is what the daemon shows of the configuration in force, and of the one
@@ -27,6 +30,7 @@ type standing struct {
 	cache    *cache.Cache
 	engine   *verify.Engine    // behind cache
 	rejected *control.Rejected // the last one; nil: none
+	lowered  time.Time         // when a configuration that enforced was followed by this one, which audits; zero: it was not
 }
 
 // stand notes that c is in force.
@@ -56,9 +60,9 @@ func (d *daemon) stands() standing {
 }
 
 // force is the configuration in force, for explanations.
-func (d *daemon) force() explain.Force {
+func (d *daemon) force() inspect.Force {
 	s := d.stands()
-	return explain.Force{Config: s.config, Engine: s.engine}
+	return inspect.Force{Config: s.config, Engine: s.engine}
 }
 
 // policy answers with what the configuration in force says.
@@ -77,6 +81,10 @@ func (d *daemon) target() metrics.Target {
 	return metrics.Target{}
 }
 
+// uncountedAfter is how long the count of pods and containers may stay uncorrected before
+// status says so.
+const uncountedAfter = 15 * time.Minute
+
 // status says how things stand; troubles are what does not work and does not matter
 // to the gate.
 func (d *daemon) status(n nri.State, stopping bool, troubles []string) control.Status {
@@ -84,11 +92,12 @@ func (d *daemon) status(n nri.State, stopping bool, troubles []string) control.S
 	s := control.Status{
 		Warnings: append([]string{}, troubles...),
 		Node:     d.options.node, Version: b.Version, Commit: b.Commit, PID: os.Getpid(), Started: d.started.UTC(),
-		Configuration: control.Configuration{Dir: d.options.configDir, Warnings: []string{}, Rejected: at.rejected, Awaited: d.options.awaitConfig},
+		Configuration: control.Configuration{Dir: d.options.configDir, Warnings: []string{}, Rejected: at.rejected, WaitingForConfig: d.options.awaitConfig},
 		Runtime: control.Runtime{
 			Registered: n.Registered, Since: known(n.Since), Name: n.Runtime, Version: n.Version, Hooks: append([]string{}, n.Hooks...),
 			Registrations: n.Registrations, Error: n.Error, ErrorAt: known(n.ErrorAt),
-			Plugins: append([]string{}, n.Plugins...), Strangers: n.Strangers, Late: n.Late, Stuck: n.Stuck, Socket: d.options.nri, Audit: n.Audit,
+			Plugins: append([]string{}, n.Plugins...), DuplicatePlugins: n.Strangers, Slow: n.Late, Hung: n.Stuck, Socket: d.options.nri, Audit: n.Audit,
+			AwaitingSync: known(n.Awaiting), Held: text.Clean(n.Held, verify.MaxMessage),
 		},
 		Decisions: d.counters.Decisions(),
 		Log:       control.Log{Dropped: d.counters.Dropped.Load()},
@@ -96,17 +105,41 @@ func (d *daemon) status(n nri.State, stopping bool, troubles []string) control.S
 	}
 	if c := at.config; c != nil {
 		s.Mode = c.Mode.String()
-		s.Configuration.Dir, s.Configuration.Epoch, s.Configuration.Since = c.Dir, c.Epoch.String(), known(at.since)
+		s.Configuration.Dir, s.Configuration.Epoch, s.Configuration.Since = c.Dir, c.Revision.String(), known(at.since)
+		if s.Configuration.Lowered = known(at.lowered); s.Configuration.Lowered != nil {
+			s.Warnings = append(s.Warnings, loweredText(at.lowered))
+		}
 		for _, w := range c.Warnings {
 			s.Configuration.Warnings = append(s.Configuration.Warnings, w.String())
+		}
+	}
+	if since, is := install.Unfinished(d.options.stateDir); is && d.options.stateDir != "" {
+		s.Warnings = append(s.Warnings, install.UnfinishedText(since))
+	}
+	if n.Registered && !n.Audit && s.Mode == verify.Audit.String() {
+		s.Warnings = append(s.Warnings, "the gate audits on the connection on which it enforced, so that containers are still refused if it hangs; when the connection ends it registers to audit")
+	}
+	if d.tally != nil && n.Registered {
+		if why := d.tally.Trouble(); why != "" {
+			s.Warnings = append(s.Warnings, "if the gate had to register again now it could not: "+text.Clean(why, verify.MaxMessage))
+		}
+	}
+	if d.tally != nil {
+		// One failure is made good by the next check of what runs, minutes later.
+		if since, why := d.tally.Uncorrected(); !since.IsZero() && time.Since(since) > uncountedAfter {
+			s.Runtime.Uncounted = known(since)
+			s.Warnings = append(s.Warnings, "the gate cannot find out which pods and containers there are, since "+since.UTC().Format(time.RFC3339)+", so that those that ended count too: "+why)
 		}
 	}
 	if at.cache != nil {
 		k := at.cache.Stats()
 		s.Cache = control.Cache{
 			Allowed: k.Allowed, Denied: k.Denied, Hits: k.AllowedHits + k.DeniedHits, Misses: k.Misses,
-			Running: k.Running, Waiting: k.Waiting, Ahead: k.Ahead, Overloaded: k.Overloaded,
+			Running: k.Running, Waiting: k.Waiting, Prefetching: k.Ahead, Overloaded: k.Overloaded,
 		}
+	}
+	if d.survey != nil {
+		s.Images = d.survey.Trouble()
 	}
 	if d.sweep != nil {
 		s.Running = running(d.sweep.Status())
@@ -119,19 +152,19 @@ func (d *daemon) status(n nri.State, stopping bool, troubles []string) control.S
 		}
 	}
 	if d.store != nil {
-		s.Store = stored(d.store, d.options.stateDir)
+		s.Store = stored(d.store, d.archives, d.options.stateDir)
 	}
 	s.Judge()
 	return s
 }
 
-// stored is how the store and bundles fare, for JSON.
-func stored(s *store.Store, dir string) *control.Store {
-	out := &control.Store{Dir: dir, Error: s.Trouble(), Bundles: []control.Bundle{}}
+// stored is how the store and archives fare, for JSON.
+func stored(s *store.Store, a *archives.Archives, dir string) *control.Store {
+	out := &control.Store{Dir: dir, Error: s.Trouble(), Archives: []control.Archive{}}
 	out.Signatures, out.Bytes = s.Signatures()
-	bundles, unread := s.Bundles()
-	for _, b := range bundles {
-		out.Bundles = append(out.Bundles, control.Bundle{Name: verify.Clean(b.Name, 256), Signatures: b.Signatures, Error: b.Trouble})
+	archives, unread := a.Status()
+	for _, b := range archives {
+		out.Archives = append(out.Archives, control.Archive{Name: text.Clean(b.Name, 256), Signatures: b.Signatures, Error: b.Trouble})
 	}
 	out.Unread = unread
 	return out
@@ -160,18 +193,18 @@ func (d *daemon) looks(status func() control.Status) control.Endpoint {
 const lookTime = 30 * time.Second
 
 // running is what the last sweep found, for JSON.
-func running(found sweep.Status) control.Running {
+func running(found reconcile.RunningStatus) control.Running {
 	r := control.Running{
 		At: known(found.At), Error: found.Error, Containers: found.Containers, Reasons: map[string]int{},
-		Gone: found.Gone, Unwitnessed: found.Unwitnessed, Stopped: found.Stopped, Found: []control.Found{}, Pauses: []control.Pause{},
+		ImageMissing: found.Gone, Ungated: found.Ungated, Stopped: found.Stopped, Found: []control.Found{}, Pauses: []control.Pause{},
 	}
 	for reason, n := range found.Reasons {
 		r.Reasons[reason.String()] = n
 	}
 	for _, f := range found.Findings {
 		one := control.Found{
-			ID: f.ID, Image: verify.Clean(f.Image, 256), Namespace: verify.Clean(f.Pod.Namespace, 64), Pod: verify.Clean(f.Pod.Name, 256),
-			Container: verify.Clean(f.Pod.Container, 64), Detail: verify.Clean(f.Detail, 256), Gone: f.Gone, Unwitnessed: f.Unwitnessed,
+			ID: f.ID, Image: text.Clean(f.Image, 256), Namespace: text.Clean(f.Pod.Namespace, 64), Pod: text.Clean(f.Pod.Name, 256),
+			Container: text.Clean(f.Pod.Container, 64), Detail: text.Clean(f.Detail, 256), ImageMissing: f.Gone, Ungated: f.Ungated,
 		}
 		if !f.Gone {
 			one.Reason = f.Reason.String()
@@ -179,7 +212,7 @@ func running(found sweep.Status) control.Running {
 		r.Found = append(r.Found, one)
 	}
 	for _, p := range found.Pauses {
-		one := control.Pause{Image: verify.Clean(p.Image, 256), Pinned: p.Pinned, Detail: verify.Clean(p.Detail, 256), Gone: p.Gone}
+		one := control.Pause{Image: text.Clean(p.Image, 256), Pinned: p.Pinned, Detail: text.Clean(p.Detail, 256), ImageMissing: p.Gone}
 		if !p.Gone {
 			one.Reason = p.Reason.String()
 		}
@@ -207,9 +240,9 @@ func (d *daemon) metrics(w io.Writer, n nri.State, stopping bool) error {
 		m.Refresh = new(d.refresher.Status())
 	}
 	if k := s.Store; k != nil {
-		m.Store = &metrics.Store{Signatures: k.Signatures, Bytes: uint64(k.Bytes), Failing: k.Error != "", Bundles: len(k.Bundles), Unread: k.Unread != ""}
-		for _, b := range k.Bundles {
-			m.Store.Bundled += b.Signatures
+		m.Store = &metrics.Store{Signatures: k.Signatures, Bytes: uint64(k.Bytes), Failing: k.Error != "", Archives: len(k.Archives), Unread: k.Unread != ""}
+		for _, b := range k.Archives {
+			m.Store.Archived += b.Signatures
 			if b.Error != "" {
 				m.Store.Bad++
 			}

@@ -11,8 +11,10 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/tidewaiter/tidewaiter/cmd/internal/control"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
+	"github.com/tidewaiter/tidewaiter/deploy/control"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 func statusCommand(stdout io.Writer) *cobra.Command {
@@ -27,12 +29,12 @@ is said, with what to do next; 2: no gate answers. With --ready, exit status 0 m
 that the runtime asks the gate and a configuration is in force: for probes.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := checkOutput(output); err != nil {
+			if err := cli.CheckOutput(output); err != nil {
 				return err
 			}
 			s, err := control.Ask(cmd.Context(), dir)
 			if err != nil {
-				return unknown(err, gateHint(dir))
+				return cli.Inconclusive(err, cli.GateHint(dir))
 			}
 			yes, value, text := s.Healthy, any(s), screen
 			if ready {
@@ -44,16 +46,16 @@ that the runtime asks the gate and a configuration is in force: for probes.`,
 				_, err = io.WriteString(stdout, text(s))
 			}
 			if err != nil {
-				return unknown(err, "")
+				return cli.Inconclusive(err, "")
 			}
 			if !yes {
-				return &failure{status: exitNo}
+				return cli.Exit(cli.ExitNo)
 			}
 			return nil
 		},
 	}
-	runDir(cmd, &dir)
-	outputFlag(cmd, &output)
+	cli.RunDir(cmd, &dir)
+	cli.Output(cmd, &output)
 	cmd.Flags().BoolVar(&ready, "ready", false, "say only whether it is ready")
 	return cmd
 }
@@ -64,20 +66,20 @@ func readiness(s *control.Status) string {
 	if r.Ready {
 		return "ready\n"
 	}
-	return fmt.Sprintf("not ready: [%s] %s\n", verify.Clean(r.Reason, 64), verify.Clean(r.Detail, 1000))
+	return fmt.Sprintf("not ready: [%s] %s\n", text.Clean(r.Reason, 64), text.Clean(r.Detail, 1000))
 }
 
 // screen is s for a person. What the gate has from elsewhere is cleaned.
 func screen(s *control.Status) string {
 	var b strings.Builder
 	line := func(name, format string, args ...any) {
-		fmt.Fprintf(&b, "  %-14s %s\n", name, verify.Clean(fmt.Sprintf(format, args...), 1000))
+		fmt.Fprintf(&b, "  %-14s %s\n", name, text.Clean(fmt.Sprintf(format, args...), 1000))
 	}
 	health := "healthy"
 	if !s.Healthy {
 		health = "NOT healthy"
 	}
-	fmt.Fprintf(&b, "tidewaiter %s on %s: %s\n", verify.Clean(s.Version, 64), verify.Clean(s.Node, 64), health)
+	fmt.Fprintf(&b, "tidewaiter %s on %s: %s\n", text.Clean(s.Version, 64), text.Clean(s.Node, 64), health)
 	for _, p := range s.Problems {
 		line("problem", "[%s] %s", p.Code, p.Text)
 		line("next", "%s", p.Next)
@@ -97,9 +99,10 @@ func screen(s *control.Status) string {
 		}
 		line("decisions", "in %s: %s", mode, strings.Join(counts, ", "))
 	}
-	line("cache", "%d allowed and %d denied images, %d verifications, %d wait", s.Cache.Allowed, s.Cache.Denied, s.Cache.Running, s.Cache.Waiting+s.Cache.Ahead)
+	line("cache", "%d allowed and %d denied images, %d verifications, %d wait", s.Cache.Allowed, s.Cache.Denied, s.Cache.Running, s.Cache.Waiting+s.Cache.Prefetching)
 	if n := s.Running; n.At != nil {
-		line("running", "%d containers, %d would be denied, %d are unwitnessed, %d without an image; looked at %s", n.Containers, denied(n), n.Unwitnessed, n.Gone, when(n.At))
+		denied, unknown := refused(n)
+		line("running", "%d containers, %d would be denied, %d could not be judged, %d are ungated, %d without an image; looked at %s", n.Containers, denied, unknown, n.Ungated, n.ImageMissing, when(n.At))
 		if n.Error != "" {
 			line("warning", "not all that runs was looked at: %s", n.Error)
 		}
@@ -109,11 +112,11 @@ func screen(s *control.Status) string {
 				break
 			}
 			what := f.Reason
-			if f.Gone {
+			if f.ImageMissing {
 				what = "no image"
 			}
-			if f.Unwitnessed {
-				what += ", unwitnessed"
+			if f.Ungated {
+				what += ", ungated"
 			}
 			line("", "%s/%s %s %s: %s", f.Namespace, f.Pod, f.Container, f.Image, what)
 		}
@@ -124,30 +127,30 @@ func screen(s *control.Status) string {
 		}
 	}
 	if k := s.Store; k != nil {
-		line("store", "%s in %d KiB below %s", several(k.Signatures, "signature"), (k.Bytes+1023)/1024, k.Dir)
+		line("store", "%s in %d KiB below %s", cli.Count(k.Signatures, "signature"), (k.Bytes+1023)/1024, k.Dir)
 		if k.Error != "" {
 			line("warning", "signatures are not kept: %s", k.Error)
 		}
-		for i, b := range k.Bundles {
+		for i, b := range k.Archives {
 			if i == shown {
-				line("", "and %d more: --output json", len(k.Bundles)-shown)
+				line("", "and %d more: --output json", len(k.Archives)-shown)
 				break
 			}
-			line("bundle", "%s: %s", b.Name, several(b.Signatures, "signature"))
+			line("archive", "%s: %s", b.Name, cli.Count(b.Signatures, "signature"))
 		}
-		for _, b := range k.Bundles {
+		for _, b := range k.Archives {
 			if b.Error != "" {
-				line("warning", "bundle %s cannot be read, or not all of it: %s", b.Name, b.Error)
+				line("warning", "evidence archive %s cannot be read, or not all of it: %s", b.Name, b.Error)
 			}
 		}
 		if k.Unread != "" {
-			line("warning", "not all bundles are read: %s", k.Unread)
+			line("warning", "not all evidence archives are read: %s", k.Unread)
 		}
 	}
 	if n := s.Refresh; n.Every != "" {
-		text := fmt.Sprintf("signatures of %s, every %s", several(n.Images, "image"), n.Every)
+		text := fmt.Sprintf("signatures of %s, every %s", cli.Count(n.Images, "image"), n.Every)
 		if n.Every == "0s" {
-			text = fmt.Sprintf("signatures of %s, only on demand", several(n.Images, "image"))
+			text = fmt.Sprintf("signatures of %s, only on demand", cli.Count(n.Images, "image"))
 		}
 		if n.Last != nil {
 			text += ", last " + when(n.Last)
@@ -157,14 +160,14 @@ func screen(s *control.Status) string {
 		}
 		line("refresh", "%s; %d new", text, n.New)
 		if n.Failing > 0 {
-			line("warning", "signatures of %s cannot be looked for again: %s", several(n.Failing, "image"), n.Error)
+			line("warning", "signatures of %s cannot be looked for again: %s", cli.Count(n.Failing, "image"), n.Error)
 		}
 	}
 	if s.Log.Dropped > 0 {
 		line("warning", "%d answers are not in the log, which was too slow", s.Log.Dropped)
 	}
-	if r.Late > 0 {
-		line("warning", "%d answers took longer than the gate allows itself: the node is short of CPU, or stopped it", r.Late)
+	if r.Slow > 0 {
+		line("warning", "%d answers took longer than the gate allows itself: the node is short of CPU, or stopped it", r.Slow)
 	}
 	for _, w := range slices.Concat(s.Warnings, c.Warnings) {
 		line("warning", "%s", w)
@@ -175,14 +178,19 @@ func screen(s *control.Status) string {
 // shown is how many containers the screen names.
 const shown = 5
 
-// denied is how many of what runs enforce would not let in.
-func denied(r control.Running) (n int) {
-	for reason, m := range r.Reasons {
-		if reason != string(verify.Verified) && reason != string(verify.AllowedByDigest) {
-			n += m
+// refused counts what runs and enforce would not let in, as images counts images: those
+// that it would deny, and those of which it could not be found out.
+func refused(r control.Running) (denied, unknown int) {
+	for reason, n := range r.Reasons {
+		switch r := verify.Reason(reason); {
+		case r == verify.Verified || r == verify.AllowedByDigest:
+		case r.Inconclusive():
+			unknown += n
+		default:
+			denied += n
 		}
 	}
-	return n
+	return denied, unknown
 }
 
 func when(t *time.Time) string {

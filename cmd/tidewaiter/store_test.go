@@ -3,32 +3,46 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"io"
 	"log/slog"
 	"math/rand/v2"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
+	"github.com/tidewaiter/tidewaiter/deploy/config"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/oci"
+	"github.com/tidewaiter/tidewaiter/verify/source/archives"
 	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
 	"github.com/tidewaiter/tidewaiter/verify/source/store"
 )
 
+// kept runs the store and the archives below dir.
+func kept(t *testing.T, dir string, o store.Options) (s *store.Store, end func()) {
+	t.Helper()
+	o.Log, o.Now, o.Kinds = slog.New(slog.DiscardHandler), time.Now, []verify.Kind{notary.Kind}
+	a := archives.New(dir, archives.Options{Log: o.Log, Now: o.Now, Kinds: o.Kinds})
+	o.Archives = a
+	s = store.New(dir, o)
+	ctx, cancel := context.WithCancel(t.Context())
+	var both sync.WaitGroup
+	both.Go(func() { _ = s.Run(ctx) })
+	both.Go(func() { _ = a.Run(ctx) })
+	return s, func() { cancel(); both.Wait() }
+}
+
 // judgeWith judges an image with nothing but the store in dir.
 func judgeWith(t *testing.T, c *config.Config, dir string, img verify.Image) verify.Decision {
 	t.Helper()
-	s := store.New(dir, store.Options{Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: time.Now})
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan struct{})
-	go func() { defer close(done); _ = s.Run(ctx) }()
-	defer func() { cancel(); <-done }()
-	setup, err := c.Setup(func(e *verify.Engine) verify.Judge {
+	s, end := kept(t, dir, store.Options{})
+	defer end()
+	setup, err := c.Snapshot(func(e *verify.Engine) verify.Evaluator {
 		e.Store = s
 		e.Sources = func(verify.Name) []verify.Source { return nil }
 		return e
@@ -38,22 +52,22 @@ func judgeWith(t *testing.T, c *config.Config, dir string, img verify.Image) ver
 	}
 	var enforcer verify.Enforcer
 	enforcer.Swap(setup)
-	img.Epoch = setup.Epoch
+	img.Revision = setup.Revision
 	return enforcer.Verify(t.Context(), img)
 }
 
-// hostile puts files into the store below dir, or into a bundle that lists them all.
-func hostile(t *testing.T, dir string, bundle bool, files map[digest.Digest][]byte) {
+// hostile puts files into the store below dir, or into an archive that lists them all.
+func hostile(t *testing.T, dir string, archive bool, files map[digest.Digest][]byte) {
 	t.Helper()
-	c := sourcetest.Content{Blobs: files}
+	c := sourcetest.Content{Kind: notary.Kind, Blobs: files}
 	for name, raw := range files {
-		if mediaType, err := verify.MediaTypeOf(raw, ""); err == nil {
+		if mediaType, err := oci.MediaTypeOf(raw, ""); err == nil {
 			c.Images = append(c.Images, ocispec.Descriptor{MediaType: mediaType, Digest: name, Size: int64(len(raw))})
 		}
 	}
 	at := "store"
-	if bundle {
-		at = "bundles/evil"
+	if archive {
+		at = "archives/evil"
 	}
 	if err := writeLayout(filepath.Join(dir, at), c); err != nil {
 		t.Fatal(err)
@@ -61,7 +75,7 @@ func hostile(t *testing.T, dir string, bundle bool, files map[digest.Digest][]by
 }
 
 // TestHostileStore has a state directory that an attacker has filled, the store or a
-// bundle: whatever is in it, an image is allowed only where the directory holds a signature by a
+// archive: whatever is in it, an image is allowed only where the directory holds a signature by a
 // trusted signer of the image, or of an index that lists its manifest.
 func TestHostileStore(t *testing.T) {
 	conf := t.TempDir()
@@ -78,7 +92,7 @@ func TestHostileStore(t *testing.T) {
 	lies := i.index(lie)
 	stranger := notarytest.SelfSigned(notarytest.CertOptions{Subject: notarytest.Name("release")})
 	artifact := func(by *notarytest.Signer, payload, subject ocispec.Descriptor) notarytest.Artifact {
-		return notarytest.Manifest(notarytest.MustSign(by, payload, notarytest.SignOptions{}), verify.MediaTypeJWS, subject, notarytest.ArtifactType)
+		return notarytest.Manifest(notarytest.MustSign(by, payload, notarytest.SignOptions{}), notary.MediaTypeJWS, subject, notarytest.ArtifactType)
 	}
 	// An attacker has all signatures that there are, and can make any other files.
 	var pool [][]byte
@@ -104,7 +118,7 @@ func TestHostileStore(t *testing.T) {
 	ask := func(dir string, d ocispec.Descriptor) verify.Decision {
 		return judgeWith(t, c, dir, verify.Image{
 			Name: verify.Name{Host: "registry.test", Path: "team/app"}, Target: d, Manifest: d, Config: d.Digest,
-			Vouched: true, Use: verify.UseAhead, Binding: verify.BoundRecord, // nobody waits
+			LayersVerified: true, Use: verify.UsePrefetch, Binding: verify.BoundRecord, // nobody waits
 		})
 	}
 	empty := t.TempDir()

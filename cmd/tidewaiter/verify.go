@@ -13,10 +13,15 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
-	"github.com/tidewaiter/tidewaiter/cmd/internal/config"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
+	"github.com/tidewaiter/tidewaiter/deploy/config"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
-	"github.com/tidewaiter/tidewaiter/verify/source/mirror"
+	"github.com/tidewaiter/tidewaiter/verify/source/archives"
+	"github.com/tidewaiter/tidewaiter/verify/source/registry"
+	"github.com/tidewaiter/tidewaiter/verify/source/store"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 // verifyTimeout bounds one run of the verb: the limits bound each source.
@@ -26,6 +31,7 @@ const nameHint = "name the image as repository@sha256:..."
 
 type verifyOptions struct {
 	configDir string
+	stateDir  string // of the node; empty: its store is not read
 	layouts   []string
 	mirrors   []string
 	redirects []string
@@ -40,8 +46,10 @@ func verifyCommand(stdout io.Writer) *cobra.Command {
 		Short: "Judge one image, with the node's configuration and no daemon",
 		Long: `Verify judges one image as the gate in enforce would, also where the configuration
 says audit. It needs no daemon and no containerd. The digest may be that of an
-index or of a manifest; tags are not resolved. With --layout or --mirror only
-those are asked, and not what the configuration names. They hold the image's
+index or of a manifest; tags are not resolved. As the gate it reads what this node
+keeps, its store and evidence archives, and changes nothing there; --state-dir "" leaves that
+out. With --layout or --mirror only those are asked, not what the configuration names,
+and what the node keeps only if --state-dir is given too. They hold the image's
 manifest with its signatures, or its signatures alone. A registry is told what the
 configuration's file of credentials has for the host and port of its URL.
 
@@ -51,21 +59,25 @@ Exit status: 0 allowed, 1 denied, 2 it could not be found out.`,
   tidewaiter verify --mirror registry.example=http://127.0.0.1:5000 --output json registry.example/app@sha256:...`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
-				return unknown(fmt.Errorf("%d images are named, not one", len(args)), nameHint)
+				return cli.Inconclusive(fmt.Errorf("%d images are named, not one", len(args)), nameHint)
 			}
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := checkOutput(o.output); err != nil {
+			if err := cli.CheckOutput(o.output); err != nil {
 				return err
+			}
+			if len(o.layouts)+len(o.mirrors) > 0 && !cmd.Flags().Changed("state-dir") {
+				o.stateDir = ""
 			}
 			return verifyImage(cmd.Context(), stdout, o, args[0])
 		},
 	}
-	configDir(cmd, &o.configDir)
+	cli.ConfigDir(cmd, &o.configDir)
+	cli.StateDir(cmd, &o.stateDir)
 	sourceFlags(cmd, &o, none)
 	cmd.Flags().StringVar(&o.namespace, "namespace", "", "`NAME` of the pod's namespace, for floor files and the report")
-	outputFlag(cmd, &o.output)
+	cli.Output(cmd, &o.output)
 	return cmd
 }
 
@@ -85,72 +97,115 @@ func verifyImage(ctx context.Context, stdout io.Writer, o verifyOptions, ref str
 	defer cancel()
 	name, err := policy.ParseName(ref)
 	if err != nil {
-		return unknown(err, nameHint)
+		return cli.Inconclusive(err, nameHint)
 	}
 	if name.Digest == "" {
-		return unknown(fmt.Errorf("%s has no digest", verify.Quote(ref, 160)),
+		return cli.Inconclusive(fmt.Errorf("%s has no digest", text.Quote(ref, 160)),
 			"name the image as "+name.Repository()+"@sha256:...: a tag may be moved, so that a verdict about one says nothing")
 	}
-	c, err := loadConfig(o.configDir)
+	c, err := cli.LoadConfig(o.configDir)
 	if err != nil {
 		return err
 	}
 	if err := o.listed(c); err != nil {
 		return err
 	}
-	j, err := newJudging(c)
+	j, err := newJudging(ctx, c, o.stateDir)
 	if err != nil {
 		return err
 	}
+	defer j.close()
 	d, img := j.judge(ctx, name, ref, o.namespace)
 	if !d.Allowed() && errors.Is(ctx.Err(), context.Canceled) {
-		return unknown(errors.New("interrupted before there was an answer"), "")
+		return cli.Inconclusive(errors.New("interrupted before there was an answer"), "")
 	}
 	if err := printDecision(stdout, o.output, d, img); err != nil {
-		return unknown(fmt.Errorf("write the answer: %w", err), "")
+		return cli.Inconclusive(fmt.Errorf("write the answer: %w", err), "")
 	}
 	switch {
 	case d.Allowed():
 		return nil
-	case d.Reason.Unsettled():
-		return &failure{status: exitUnknown}
+	case d.Reason.Inconclusive():
+		return cli.Exit(cli.ExitInconclusive)
 	}
-	return &failure{status: exitNo}
+	return cli.Exit(cli.ExitNo)
 }
 
 // A judging judges images by a configuration, with no daemon.
 type judging struct {
 	config   *config.Config
-	setup    *verify.Setup
+	setup    *verify.Snapshot
 	enforcer verify.Enforcer
-	sources  func(verify.Name) []verify.Source
+	engine   *verify.Engine
+	store    *store.Reader // nil: none
+	archives *archives.Archives
 }
 
-func newJudging(c *config.Config) (*judging, error) {
-	setup, err := c.Setup(func(e *verify.Engine) verify.Judge { return e }, time.Now)
+// newJudging returns a judging that reads what the node keeps in stateDir, unless that
+// is empty.
+func newJudging(ctx context.Context, c *config.Config, stateDir string) (*judging, error) {
+	j := &judging{config: c}
+	if stateDir != "" {
+		o := store.Options{Now: time.Now, Kinds: []verify.Kind{notary.Kind}}
+		if j.archives = archives.Open(ctx, stateDir, time.Now, notary.Kind); j.archives != nil {
+			o.Archives = j.archives
+		}
+		j.store = store.Open(ctx, stateDir, o)
+	}
+	setup, err := c.Snapshot(func(e *verify.Engine) verify.Evaluator {
+		if j.store != nil {
+			e.Store = j.store
+		}
+		j.engine = e
+		return e
+	}, time.Now)
 	if err != nil {
-		return nil, unknown(err, "")
+		j.close()
+		return nil, cli.Inconclusive(err, "")
 	}
 	setup.Mode = verify.Enforce // audit would hide what is asked
-	j := &judging{config: c, setup: setup, sources: c.Sources()}
+	j.setup = setup
 	j.enforcer.Swap(setup)
 	return j, nil
+}
+
+func (j *judging) close() {
+	j.store.Close()
+	j.archives.Close()
+}
+
+// sources are where the engine looks for signatures of an image of that name.
+func (j *judging) sources(name verify.Name) []verify.Source {
+	list := j.engine.Sources(name)
+	if j.store != nil {
+		list = append([]verify.Source{j.store}, list...)
+	}
+	return list
 }
 
 // judge judges the image of that name, which has a digest; ref is what was asked for.
 func (j *judging) judge(ctx context.Context, name verify.Name, ref, namespace string) (verify.Decision, verify.Image) {
 	// The answer is for nodes whose snapshotter checks what it unpacks, as nearly all do.
-	img := verify.Image{Name: name, Asked: ref, Use: verify.UseQuestion, Vouched: true, Pod: verify.Pod{Namespace: namespace}}
+	img := verify.Image{Name: name, Asked: ref, Use: verify.UseQuestion, LayersVerified: true, Pod: verify.Pod{Namespace: namespace}}
 	img.Target = ocispec.Descriptor{Digest: name.Digest}
 	var tried []verify.Attempt
 	partial := false
 	// A rule that denies, or none, is the answer without asking anybody.
 	known := img
 	known.Name = j.setup.Known(name)
-	if rule := j.setup.Policy.Select(known); rule.Settled != "" {
+	if rule := j.setup.Policy.Select(known); rule.Fixed != "" {
 		img.Manifest, img.Binding = img.Target, verify.BoundDigest
 	} else {
-		tried, partial = newBinder(known.Name, j.sources(known.Name), j.config.Limits).bind(ctx, &img)
+		check := func(ctx context.Context, ev verify.Evidence, d ocispec.Descriptor) verify.Finding {
+			var f verify.Finding
+			for _, l := range rule.Require.Leaves() {
+				if f = j.engine.Check(ctx, ev, d, l); f.Reason == verify.Verified {
+					break
+				}
+			}
+			return f
+		}
+		tried, partial = newBinder(known.Name, j.sources(known.Name), j.config.Limits, check).bind(ctx, &img)
 	}
 	d := j.enforcer.Verify(ctx, img)
 	if img.Fault != nil {
@@ -172,14 +227,14 @@ func (o verifyOptions) listed(c *config.Config) error {
 	if err := o.only(c); err != nil {
 		return err
 	}
-	var list []mirror.Pattern
+	var list []registry.Pattern
 	for _, s := range o.redirects {
 		if s == none {
 			continue
 		}
-		p, err := mirror.ParsePattern(s)
+		p, err := registry.ParsePattern(s)
 		if err != nil {
-			return unknown(fmt.Errorf("--redirects: %w", err), "for example --redirects '*.cdn.example'")
+			return cli.Inconclusive(fmt.Errorf("--redirects: %w", err), "for example --redirects '*.cdn.example'")
 		}
 		list = append(list, p)
 	}
@@ -195,11 +250,11 @@ func (o verifyOptions) only(c *config.Config) error {
 	var mirrors []config.Mirror
 	for _, l := range o.layouts {
 		if l == "" {
-			return unknown(errors.New("--layout: no directory or file is named"), "")
+			return cli.Inconclusive(errors.New("--layout: no directory or file is named"), "")
 		}
 		dir, err := filepath.Abs(l)
 		if err != nil {
-			return unknown(fmt.Errorf("--layout: %w", err), "")
+			return cli.Inconclusive(fmt.Errorf("--layout: %w", err), "")
 		}
 		layouts = append(layouts, dir)
 	}
@@ -207,15 +262,15 @@ func (o verifyOptions) only(c *config.Config) error {
 		// Nothing of m is repeated: it may hold a password.
 		host, raw, found := strings.Cut(m, "=")
 		if !found {
-			return unknown(errors.New("--mirror: not HOST=URL"), mirrorHint)
+			return cli.Inconclusive(errors.New("--mirror: not HOST=URL"), mirrorHint)
 		}
 		u, err := config.ParseURL(raw)
 		if err != nil {
-			return unknown(fmt.Errorf("--mirror: URL: %w", err), mirrorHint)
+			return cli.Inconclusive(fmt.Errorf("--mirror: URL: %w", err), mirrorHint)
 		}
 		if host != "*" {
 			if host, err = policy.ParseHost(host); err != nil {
-				return unknown(fmt.Errorf("--mirror: %w", err), mirrorHint)
+				return cli.Inconclusive(fmt.Errorf("--mirror: %w", err), mirrorHint)
 			}
 		}
 		mirrors = append(mirrors, config.Mirror{Host: host, URL: u})
@@ -241,16 +296,16 @@ func printDecision(w io.Writer, output string, d verify.Decision, img verify.Ima
 	for _, s := range d.Signers {
 		trust := "whom no trust store of the rule vouches for"
 		if s.Anchor != "" {
-			trust = "trusted through " + verify.Clean(s.Anchor, 120)
+			trust = "trusted through " + text.Clean(s.Anchor, 120)
 		}
-		if _, err := fmt.Fprintf(w, "  signed by %s, %s\n", verify.Quote(s.Subject, 200), trust); err != nil {
+		if _, err := fmt.Fprintf(w, "  signed by %s, %s\n", text.Quote(s.Subject, 200), trust); err != nil {
 			return err
 		}
 	}
 	for _, a := range d.Tried {
-		line := fmt.Sprintf("  %s: %s, signatures seen: %d", verify.Clean(a.Source, 200), a.Reason, a.Seen)
+		line := fmt.Sprintf("  %s: %s, signatures seen: %d", text.Clean(a.Source, 200), a.Reason, a.Seen)
 		if a.Detail != "" {
-			line += ": " + verify.Clean(a.Detail, 300)
+			line += ": " + text.Clean(a.Detail, 300)
 		}
 		if _, err := fmt.Fprintln(w, line); err != nil {
 			return err

@@ -8,6 +8,8 @@ import (
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
+
+	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
 )
 
 // version is set by the build: -ldflags "-X main.version=v0.1.0".
@@ -49,7 +51,7 @@ func versionCommand(stdout io.Writer) *cobra.Command {
 		Short: "Print the version",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			if err := checkOutput(output); err != nil {
+			if err := cli.CheckOutput(output); err != nil {
 				return err
 			}
 			b := thisBuild()
@@ -60,6 +62,6 @@ func versionCommand(stdout io.Writer) *cobra.Command {
 			return err
 		},
 	}
-	outputFlag(cmd, &output)
+	cli.Output(cmd, &output)
 	return cmd
 }

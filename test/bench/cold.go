@@ -12,7 +12,8 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
 )
 
@@ -39,7 +40,7 @@ func (b *bench) cold(ctx context.Context) ([]coldRow, error) {
 	}
 	var rows []coldRow
 	for _, key := range []notarytest.KeyType{notarytest.P256, notarytest.RSA3072} {
-		for _, format := range []struct{ name, mediaType string }{{"JWS", verify.MediaTypeJWS}, {"COSE", verify.MediaTypeCOSE}} {
+		for _, format := range []struct{ name, mediaType string }{{"JWS", notary.MediaTypeJWS}, {"COSE", notary.MediaTypeCOSE}} {
 			r, err := b.coldRow(ctx, notation, key, format.mediaType)
 			if err != nil {
 				return nil, fmt.Errorf("%s %s: %w", key, format.name, err)
@@ -104,7 +105,7 @@ func (b *bench) coldRow(ctx context.Context, notation string, key notarytest.Key
 		do   func() error
 	}{
 		{&r.engine, func() error {
-			if d := e.Judge(ctx, q); !d.Allowed() {
+			if d := e.Evaluate(ctx, q); !d.Allowed() {
 				return errors.New(d.Message(q.Image, ""))
 			}
 			return nil

@@ -16,13 +16,13 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/cache"
 	"github.com/tidewaiter/tidewaiter/nri"
-	records "github.com/tidewaiter/tidewaiter/nri/node"
+	records "github.com/tidewaiter/tidewaiter/nri/containerd"
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
-	"github.com/tidewaiter/tidewaiter/verify/source/mirror"
+	"github.com/tidewaiter/tidewaiter/verify/source/registry"
 )
 
 // This file puts together what `tidewaiter run` does, in this process.
@@ -38,11 +38,11 @@ func engine(stores notarytest.Stores, sources func(verify.Name) []verify.Source)
 	if err != nil {
 		return nil, nil, err
 	}
-	rules, _, err := policy.New(statements, verify.Enforce, checker.Requirement)
+	rules, _, err := policy.New(statements, verify.Enforce, checker.Require)
 	if err != nil {
 		return nil, nil, err
 	}
-	return &verify.Engine{Sources: sources, Checker: checker, Limits: verify.DefaultLimits, Now: time.Now}, rules, nil
+	return &verify.Engine{Sources: sources, Checkers: []verify.Checker{checker}, Limits: verify.DefaultLimits, Now: time.Now}, rules, nil
 }
 
 // mirrors are the sources of a registry's images.
@@ -51,7 +51,7 @@ func mirrors(r *node.Registry) (func(verify.Name) []verify.Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := []verify.Source{mirror.New(mirror.Mirror{Host: r.Host, URL: u})}
+	s := []verify.Source{registry.New(registry.Mirror{Host: r.Host, URL: u})}
 	return func(verify.Name) []verify.Source { return s }, nil
 }
 
@@ -70,6 +70,7 @@ func (m *memory) Images(context.Context) ([]records.Record, error) {
 func (m *memory) Blob(_ context.Context, d ocispec.Descriptor) ([]byte, error) {
 	return m.blobs[d.Digest], nil
 }
+func (m *memory) Pulled(context.Context, digest.Digest) (bool, error) { return true, nil }
 func (m *memory) Snapshot(context.Context, string, string) (records.Snapshot, error) {
 	return records.Snapshot{Parent: m.chain}, nil
 }
@@ -121,14 +122,14 @@ func local(told bool) (decide func() error, end func(), err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	source := signed{notarytest.Manifest(envelope, verify.MediaTypeJWS, m.target, notarytest.ArtifactType).Evidence()}
+	source := signed{notarytest.Manifest(envelope, notary.MediaTypeJWS, m.target, notarytest.ArtifactType).Evidence()}
 	e, rules, err := engine(notarytest.Stores{"ca/acme/root.crt": ca.PEM()}, func(verify.Name) []verify.Source { return []verify.Source{source} })
 	if err != nil {
 		return nil, nil, err
 	}
 	c := cache.New(e, cache.Options{Now: time.Now})
 	enforcer := &verify.Enforcer{}
-	enforcer.Swap(&verify.Setup{Policy: rules, Judge: c, Wait: time.Second})
+	enforcer.Swap(&verify.Snapshot{Policy: rules, Evaluator: c, Wait: time.Second})
 	resolver := records.NewResolver(m, records.Options{ParseName: policy.ParseName, ParseRecord: policy.Record, Now: time.Now})
 	resolver.Connected(!told)
 	g := &nri.Gate{Resolver: resolver, Verifier: enforcer, Observe: func(nri.Answer) {}, Now: time.Now, Node: "bench"}

@@ -11,7 +11,7 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/cluster"
 	"github.com/tidewaiter/tidewaiter/test/node"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 )
 
 // In the manifests.

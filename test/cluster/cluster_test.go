@@ -15,8 +15,8 @@ import (
 	"github.com/tidewaiter/tidewaiter/test/cluster"
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 	"github.com/tidewaiter/tidewaiter/verify/leaktest"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
 )
 
 // The tests need root, 10 minutes to build Kubernetes the first time and a gigabyte:

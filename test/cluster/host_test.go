@@ -134,6 +134,12 @@ func TestHost(t *testing.T) {
 		s.apply(pod("bare", bare))
 		s.refused(named("bare"), verify.SignatureMissing)
 
+		// The operator tries it. The kubelet takes away pods that it does not know, the
+		// test's too, before containerd has dropped the gate that was stopped.
+		if out := s.tidewaiter(0, "selftest", "--absent"); !strings.Contains(out, "ok    absent") {
+			s.Errorf("selftest beside a kubelet: %s", out)
+		}
+
 		// An upgrade, and one that crashes and is taken back, while containers are created.
 		load := s.load(good, bare)
 		load.more(20)

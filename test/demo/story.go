@@ -18,7 +18,8 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 )
 
 // A teller tells the story.
@@ -101,7 +102,7 @@ func (t *teller) tell(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	a := notarytest.Manifest(signature.Envelope.Content, verify.MediaTypeJWS, borrowed.Target, notarytest.ConfigType)
+	a := notarytest.Manifest(signature.Envelope.Content, notary.MediaTypeJWS, borrowed.Target, notarytest.ConfigType)
 	if err := t.mirror.Attach(ctx, borrowed, a, node.AttachOptions{}); err != nil {
 		return err
 	}

@@ -12,10 +12,10 @@ import (
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	containerd "github.com/tidewaiter/tidewaiter/nri/node"
+	containerd "github.com/tidewaiter/tidewaiter/nri/containerd"
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 )
 
 // verified matches the line that a verification of img ended with VERIFIED.
@@ -218,7 +218,7 @@ func TestSweep(t *testing.T) {
 		s.must(s.gate.Stop())
 		s.must(os.RemoveAll(s.RunDir()))
 		s.start()
-		l := s.wait(0, about("unwitnessed", c))
+		l := s.wait(0, about("ungated", c))
 		if l.Fields["namespace"] != "default" || l.Fields["pod"] != s.pod.Name || l.Fields["name"] != c.Name || l.Fields["image"] != good.Name {
 			s.Errorf("what is said of it: %s", l.Raw)
 		}

@@ -121,7 +121,7 @@ func podman(s *scene, i saved) map[string][]byte {
 	return files
 }
 
-// refusal is the status of importing such an archive as a bundle: what is no layout
+// refusal is the status of importing such an archive as an archive: what is no layout
 // cannot be read as one.
 func refusal(kind string) int {
 	if kind == "docker25" {
@@ -155,21 +155,21 @@ func TestArchives(t *testing.T) {
 			if strings.Contains(out, img.Target.Digest.String()) || strings.Contains(out, img.Manifest.Digest.String()) {
 				s.Fatalf("%s was imported as it was signed, which shows nothing:\n%s", img.Name, out)
 			}
-			if line := s.denied(img.Name, verify.SignatureMissing, never); !strings.Contains(line, "tidewaiter bundle create") {
+			if line := s.denied(img.Name, verify.SignatureMissing, never); !strings.Contains(line, "tidewaiter evidence export") {
 				s.Errorf("%s: it does not say what to do: %s", kind, line)
 			}
 			// Of the archive itself nothing can be made.
-			if out := s.run(refusal(kind), "bundle", "import", "--config-dir", s.dir, "--state-dir", state, file); !strings.Contains(out, "docker archive") && !strings.Contains(out, "no signature in it verifies") {
+			if out := s.run(refusal(kind), "evidence", "import", "--config-dir", s.dir, "--state-dir", state, file); !strings.Contains(out, "docker archive") && !strings.Contains(out, "no signature in it verifies") {
 				s.Errorf("%s: %s", kind, out)
 			}
 			site := filepath.Join(s.TempDir(), kind+"-site.tar")
-			s.tidewaiter("bundle", "create", "-o", site, "--mirror", s.reg.Host+"="+s.reg.URL(), img.Name)
+			s.tidewaiter("evidence", "export", "-o", site, "--mirror", s.reg.Host+"="+s.reg.URL(), img.Name)
 			mark := s.gate.Mark()
-			s.tidewaiter("bundle", "import", "--config-dir", s.dir, "--state-dir", state, site)
-			s.wait(mark, func(l node.Line) bool { return l.Msg == "a bundle was read" })
+			s.tidewaiter("evidence", "import", "--config-dir", s.dir, "--state-dir", state, site)
+			s.wait(mark, func(l node.Line) bool { return l.Msg == "an evidence archive was read" })
 			s.allowed(img.Name, word, never)
-			if text := s.run(0, "explain", img.Name); !strings.Contains(text, "bundle "+kind+"-site.tar") {
-				s.Errorf("%s: it does not say which bundle:\n%s", kind, text)
+			if text := s.run(0, "explain", img.Name); !strings.Contains(text, "evidence archive "+kind+"-site.tar") {
+				s.Errorf("%s: it does not say which evidence archive:\n%s", kind, text)
 			}
 		}
 	})

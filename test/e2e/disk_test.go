@@ -14,7 +14,8 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 )
 
 // TestAirGap has images on the node, signatures on a stick, and no network.
@@ -26,7 +27,7 @@ func TestAirGap(t *testing.T) {
 			s.pull(img.Name)
 			if by != nil {
 				env := notarytest.MustSign(by, img.Target, notarytest.SignOptions{})
-				s.store(stick, notarytest.Manifest(env, verify.MediaTypeJWS, img.Target, 0))
+				s.store(stick, notarytest.Manifest(env, notary.MediaTypeJWS, img.Target, 0))
 			}
 			return img
 		}

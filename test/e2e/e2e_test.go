@@ -22,8 +22,8 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 	"github.com/tidewaiter/tidewaiter/verify/leaktest"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
 )
 
 var versions = node.Versions(node.Containerd24, node.Containerd22)

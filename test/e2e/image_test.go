@@ -9,14 +9,15 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 )
 
 // sign attaches a signature of subject to an image.
 func (s *scene) sign(r *node.Registry, img *node.Image, subject ocispec.Descriptor, by *notarytest.Signer, style notarytest.Style, o notarytest.SignOptions) {
 	s.Helper()
 	if o.MediaType == "" {
-		o.MediaType = verify.MediaTypeJWS
+		o.MediaType = notary.MediaTypeJWS
 	}
 	a := notarytest.Manifest(notarytest.MustSign(by, subject, o), o.MediaType, subject, style)
 	s.must(r.Attach(s.ctx, img, a, node.AttachOptions{}))
@@ -32,7 +33,7 @@ func TestSigned(t *testing.T) {
 		s.configure(s.policy())
 		s.start()
 		jws := notarytest.SignOptions{}
-		cose := notarytest.SignOptions{MediaType: verify.MediaTypeCOSE}
+		cose := notarytest.SignOptions{MediaType: notary.MediaTypeCOSE}
 		for name, tt := range map[string]struct {
 			image    node.ImageOptions
 			manifest bool // the manifest is signed and not the index
@@ -87,10 +88,10 @@ func TestNotSigned(t *testing.T) {
 		// of attaches a signature of another image as one of this.
 		of := func(r *node.Registry, img *node.Image) {
 			env := notarytest.MustSign(release, other.Target, notarytest.SignOptions{})
-			s.must(r.Attach(s.ctx, img, notarytest.Manifest(env, verify.MediaTypeJWS, img.Target, 0), node.AttachOptions{}))
+			s.must(r.Attach(s.ctx, img, notarytest.Manifest(env, notary.MediaTypeJWS, img.Target, 0), node.AttachOptions{}))
 		}
 		junk := func(r *node.Registry, img *node.Image) {
-			s.must(r.Attach(s.ctx, img, notarytest.Manifest([]byte("{}"), verify.MediaTypeJWS, img.Target, 0), node.AttachOptions{}))
+			s.must(r.Attach(s.ctx, img, notarytest.Manifest([]byte("{}"), notary.MediaTypeJWS, img.Target, 0), node.AttachOptions{}))
 		}
 		none := func(*node.Registry, *node.Image) {}
 		for name, tt := range map[string]struct {
@@ -99,7 +100,7 @@ func TestNotSigned(t *testing.T) {
 			says string
 			tags verify.Reason // at a registry without the Referrers API, where that differs
 		}{
-			"unsigned":   {none, verify.SignatureMissing, "no Notary Project signature found at mirror http://", verify.SourceNoReferrers},
+			"unsigned":   {none, verify.SignatureMissing, "no notary signature found at mirror http://", verify.SourceNoReferrers},
 			"foreign":    {by(stranger, notarytest.SignOptions{}), verify.SignerUntrusted, "", ""},
 			"selfsigned": {by(notarytest.SelfSigned(notarytest.CertOptions{Subject: notarytest.Name("release")}), notarytest.SignOptions{}), verify.SignerUntrusted, "", ""},
 			"subject":    {by(intern, notarytest.SignOptions{}), verify.IdentityMismatch, "CN=intern", ""},

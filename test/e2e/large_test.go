@@ -3,11 +3,15 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	containerd "github.com/tidewaiter/tidewaiter/nri/containerd"
+	"github.com/tidewaiter/tidewaiter/nri/reconcile"
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
 )
@@ -32,9 +36,8 @@ func environment(n int) map[string]string {
 	return m
 }
 
-// TestLarge has pods and containers that are too long for containerd to tell a gate
-// of: it would drop the gate for it, or crash. Who may create pods must not get there,
-// whatever their images are.
+// TestLarge has pods and containers that are longer than the gate allows, by themselves
+// or together in a pod. Who may create pods must not keep the gate from registering.
 func TestLarge(t *testing.T) {
 	eachOwn(t, func(*testing.T, string) node.Options { return node.Options{} }, func(s *scene) {
 		ctx, cancel := context.WithTimeout(s.T.Context(), 8*time.Minute)
@@ -66,51 +69,65 @@ func TestLarge(t *testing.T) {
 		// keep no gate away.
 		var pods []*node.Pod
 		for range 8 {
-			pods = append(pods, s.runPod(node.PodOptions{Labels: labels(270 << 10)}))
+			s.pod = s.runPod(node.PodOptions{Labels: labels(270 << 10)})
+			pods = append(pods, s.pod)
 			_, err := create(270 << 10)
 			s.must(err)
 		}
+		// A container too many of one pod is refused, and none of the others.
+		var refused error
+		for n := 0; refused == nil && n < 16; n++ {
+			_, refused = create(250 << 10)
+		}
+		if refused == nil {
+			s.Error("one pod has sixteen that are long")
+		} else {
+			s.line(refused, verify.PodTooLarge)
+		}
+		s.pod = pods[0]
+		_, err := create(270 << 10)
+		s.must(err)
 		s.must(s.gate.Stop())
 		s.start()
 		s.allowed(good.Name, "large", node.ContainerOptions{})
-		for _, p := range append(pods, s.pod) {
-			s.must(p.Remove(s.ctx))
-		}
-
-		// Those that came while there was no gate: it does not bring containerd down, says
-		// which they are, and is back when they are gone. To look on, too.
-		s.must(s.gate.Stop())
-		pods = nil
-		for i := range 10 {
-			pods = append(pods, s.runPod(node.PodOptions{Name: fmt.Sprintf("long-%d", i), Labels: labels(1 << 20)}))
-		}
-		s.pod = s.runPod(node.PodOptions{})
-		waits := func(policy node.Config) {
-			s.Helper()
-			s.must(node.WriteConfig(s.dir, policy))
-			var err error
-			s.gate, err = s.StartGate(s.ctx, node.GateOptions{ConfigDir: s.dir, NodeName: "edge-1", Binary: program})
-			s.must(err)
-			l := s.wait(0, func(l node.Line) bool { return l.Msg == "not registered with the runtime" })
-			if why := fmt.Sprint(l.Fields["error"]); !strings.Contains(why, "does not register") || !strings.Contains(why, "pod default/long-") || len(why) > 1000 {
-				s.Errorf("it says: %s", why)
-			}
-			s.absent(good.Name) // and containerd is there to say so
-		}
-		waits(s.policy())
-		s.must(s.gate.Stop())
-		s.must(s.StopContainerd(syscall.SIGTERM))
-		s.must(s.StartContainerd(s.ctx))
-		waits(s.policy())
-		s.must(s.gate.Stop())
-		looking := s.policy()
-		looking.Mode = "audit"
-		waits(looking)
 		for _, p := range pods {
 			s.must(p.Remove(s.ctx))
 		}
-		s.wait(0, node.Registered)
-		s.configure(s.policy())
+
+		// A pod that is too long and came while there was no gate is taken away, unless it
+		// has a container.
+		s.must(s.gate.Stop())
+		looking := s.policy()
+		looking.Mode = "audit"
+		s.must(node.WriteConfig(s.dir, looking))
+		s.start()
+		s.pod = s.runPod(node.PodOptions{Name: "full", Labels: labels(400 << 10)})
+		_, err = create(100)
+		s.must(err)
+		full := s.pod
+		s.must(s.gate.Stop())
+		empty := s.runPod(node.PodOptions{Name: "empty", Labels: labels(400 << 10)})
+		short := s.runPod(node.PodOptions{Name: "short"})
+		c, err := containerd.Dial(s.Socket)
+		s.must(err)
+		defer c.Close()
+		n, err := (&reconcile.Clearer{Sandboxes: c, May: func() bool { return true }, Log: slog.New(slog.DiscardHandler)}).Clear(s.ctx)
+		if s.must(err); n != 1 {
+			s.Errorf("took %d pods, of full %s, empty %s and short %s", n, full.ID, empty.ID, short.ID)
+		}
+		list, err := s.Runtime.ListPodSandbox(s.ctx, &runtimeapi.ListPodSandboxRequest{})
+		s.must(err)
+		left := map[string]bool{}
+		for _, p := range list.Items {
+			left[p.Id] = true
+		}
+		if left[empty.ID] || !left[full.ID] || !left[short.ID] {
+			s.Errorf("left are %v", left)
+		}
+		s.must(full.Remove(s.ctx))
+		s.must(node.WriteConfig(s.dir, s.policy()))
+		s.start()
+		s.pod = s.runPod(node.PodOptions{})
 		s.allowed(good.Name, "large", node.ContainerOptions{})
 	})
 }

@@ -64,7 +64,7 @@ func TestOlder(t *testing.T) {
 				s.Helper()
 				s.wait(mark, func(l node.Line) bool {
 					d := decision(l)
-					return l.Msg == msg && (d["would"] == string(code) || msg == "verification" && d["reason"] == string(code))
+					return l.Msg == msg && (d["enforceReason"] == string(code) || msg == "verification" && d["reason"] == string(code))
 				})
 			}
 			// It may have been verified ahead of time, before the gate was registered.

@@ -10,7 +10,7 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 )
 
 // TestRotation replaces the root of trust of a node while there is a mirror, once

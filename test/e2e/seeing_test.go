@@ -94,7 +94,7 @@ func TestSeeing(t *testing.T) {
 			s.run(0, "explain", good.Target.Digest.String())
 			s.run(0, "explain", good.Pinned())
 			out = s.run(1, "explain", strange.Name)
-			s.says(out, `^  now        denied \[SIGNER_UNTRUSTED\]`, `: SIGNER_UNTRUSTED$`, `^  next       add the signer's root`)
+			s.says(out, `^  now        denied \[SIGNER_UNTRUSTED\]`, `: SIGNER_UNTRUSTED$`, `^  next       have the image signed by a signer`)
 			if strings.Contains(out, "trusted: ") {
 				s.Errorf("a stranger is trusted in\n%s", out)
 			}

@@ -35,7 +35,7 @@ func snapshotter(name string) string {
 // TestUserNamespaces has pods with user namespaces of their own. The overlay
 // snapshotter maps IDs by mounting; native has a copy of the root filesystem made
 // for each mapping, and the container's snapshot lies on that copy instead of on
-// the image's own: nri/node computes what the copy must be called.
+// the image's own: nri/containerd computes what the copy must be called.
 func TestUserNamespaces(t *testing.T) {
 	for _, name := range []string{"overlayfs", "native"} {
 		t.Run(name, func(t *testing.T) {

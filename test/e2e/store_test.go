@@ -11,6 +11,7 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
 )
 
 // TestPowerCut verifies images, and then there is no mirror and no power. What
@@ -82,7 +83,7 @@ func (s *scene) kept(state string, n int) {
 	defer cancel()
 	for {
 		raw, _ := os.ReadFile(filepath.Join(state, "store/index.json"))
-		if strings.Count(string(raw), verify.ArtifactTypeNotation) >= n {
+		if strings.Count(string(raw), notary.ArtifactType) >= n {
 			return
 		}
 		select {

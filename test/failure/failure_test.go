@@ -34,8 +34,9 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 	"github.com/tidewaiter/tidewaiter/verify/leaktest"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
 )
 
 var (
@@ -449,7 +450,7 @@ func (s *trial) flood(over *atomic.Bool) []subject {
 			parsed["header"].(map[string]any)["io.cncf.notary.signingAgent"] = strings.Repeat(string(rune('a'+i%8)), envelope-8<<10)
 			b, err := json.Marshal(parsed)
 			s.must(err)
-			a := notarytest.Manifest(b, verify.MediaTypeJWS, img.Target, notarytest.Style(0))
+			a := notarytest.Manifest(b, notary.MediaTypeJWS, img.Target, notarytest.Style(0))
 			s.must(s.reg.Attach(s.ctx, img, annotated(s, a, i, 0), node.AttachOptions{}))
 		}
 	}
@@ -457,7 +458,7 @@ func (s *trial) flood(over *atomic.Bool) []subject {
 		img := push("flood-manifests", k)
 		b := notarytest.MustSign(stranger, img.Target, notarytest.SignOptions{})
 		for i := range 4 {
-			a := notarytest.Manifest(b, verify.MediaTypeJWS, img.Target, notarytest.Style(0))
+			a := notarytest.Manifest(b, notary.MediaTypeJWS, img.Target, notarytest.Style(0))
 			s.must(s.reg.Attach(s.ctx, img, annotated(s, a, i, manifest-64<<10), node.AttachOptions{}))
 		}
 	}

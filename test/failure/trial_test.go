@@ -20,7 +20,8 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 )
 
 // Who signs.
@@ -202,7 +203,7 @@ func (s *trial) fresh(round int) []subject {
 	other := forged.Target
 	other.Digest = digest.FromString(name)
 	envelope := notarytest.MustSign(release, other, notarytest.SignOptions{})
-	s.must(s.reg.Attach(s.ctx, forged, notarytest.Manifest(envelope, verify.MediaTypeJWS, forged.Target, 0), node.AttachOptions{}))
+	s.must(s.reg.Attach(s.ctx, forged, notarytest.Manifest(envelope, notary.MediaTypeJWS, forged.Target, 0), node.AttachOptions{}))
 	return []subject{
 		good,
 		s.push("new and unsigned", false, name+"-unsigned", nil),

@@ -347,7 +347,7 @@ func (f *flood) fits(m image, r verify.Reason) bool {
 	switch r {
 	case m.kind.reason, verify.Pending:
 		return true
-	case verify.Overloaded, verify.SourceUnreachable, verify.SourceUnauthorized, verify.SourceNoReferrers, verify.BudgetExceeded:
+	case verify.Overloaded, verify.SourceUnreachable, verify.SourceUnauthorized, verify.SourceNoReferrers, verify.LimitExceeded:
 		return !m.kind.outside
 	case verify.SignatureMissing, verify.SignatureInvalid, verify.SignerUntrusted, verify.IdentityMismatch:
 		return !m.kind.outside && f.sick.lies(m.repository)

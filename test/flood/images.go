@@ -9,7 +9,8 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 )
 
 // A kind of images. All of a kind get the same answer once the mirror is well.
@@ -59,7 +60,7 @@ var kinds = []kind{
 		return err
 	}},
 	{name: "good signature of another image", host: mirrored, weight: 2, reason: verify.SignatureInvalid, attach: func(ctx context.Context, f *fixture, i *node.Image) error {
-		a := notarytest.Manifest(f.borrowed.Envelope.Content, verify.MediaTypeJWS, i.Target, notarytest.ConfigType)
+		a := notarytest.Manifest(f.borrowed.Envelope.Content, notary.MediaTypeJWS, i.Target, notarytest.ConfigType)
 		return f.mirror.Attach(ctx, i, a, node.AttachOptions{})
 	}},
 }

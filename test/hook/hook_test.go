@@ -56,17 +56,22 @@ func socketDir(t *testing.T) string {
 // own time is not longer for that.
 func startRuntime(t *testing.T, dir, version string, containers ...*api.Container) *runtime {
 	t.Helper()
-	return startRuntimeWith(t, dir, version, []string{gate.PluginName}, containers...)
+	return startRuntimeWith(t, dir, version, []string{gate.PluginName}, nil, containers...)
 }
 
-func startRuntimeWith(t *testing.T, dir, version string, required []string, containers ...*api.Container) *runtime {
+// startRuntimeWith starts one that requires these plugins, and that cannot tell a plugin
+// of what there is while unlisted is not nil.
+func startRuntimeWith(t *testing.T, dir, version string, required []string, unlisted error, containers ...*api.Container) *runtime {
 	t.Helper()
 	socket := filepath.Join(dir, "nri.sock")
+	var started atomic.Bool // what is asked before is about plugins that containerd starts itself
 	adaptation.SetPluginRequestTimeout(time.Minute)
 	a, err := adaptation.New("containerd", version,
 		func(ctx context.Context, sync adaptation.SyncCB) error {
-			// NRI 0.12.5 panics where it has to split a list of fewer than four pods.
-			pods := make([]*api.PodSandbox, max(len(containers), 4))
+			if started.Load() && unlisted != nil {
+				return unlisted
+			}
+			pods := make([]*api.PodSandbox, 4) // some, as a node has
 			for i := range pods {
 				pods[i] = &api.PodSandbox{Id: fmt.Sprint("pod", i)}
 			}
@@ -87,6 +92,7 @@ func startRuntimeWith(t *testing.T, dir, version string, required []string, cont
 	if err := a.Start(); err != nil {
 		t.Fatal(err)
 	}
+	started.Store(true)
 	return &runtime{a, socket}
 }
 
@@ -139,7 +145,16 @@ func (source) Find(_ context.Context, _ verify.Name, s ocispec.Descriptor, _ *ve
 	return nil
 }
 
+// kind is that of the evidence here.
+type kind struct{ verify.Kind }
+
+func (kind) Name() string          { return "test" }
+func (kind) TagSuffixes() []string { return nil }
+
 type checker struct{}
+
+func (checker) Kind() verify.Kind       { return kind{} }
+func (checker) Anchors(string) []string { return nil }
 
 func (checker) Check(_ context.Context, _ verify.Evidence, want ocispec.Descriptor, _ string) verify.Finding {
 	if want.Digest == digest.FromString("panic") {
@@ -154,13 +169,17 @@ func (checker) Check(_ context.Context, _ verify.Evidence, want ocispec.Descript
 type policy struct{}
 
 func (policy) Select(verify.Image) *verify.Rule {
-	return &verify.Rule{Name: "all", Statement: "all", Requirement: [32]byte{1}}
+	r, err := verify.SignedBy(verify.Leaf{Kind: "test", Authority: "all", Hash: [32]byte{1}})
+	if err != nil {
+		panic(err)
+	}
+	return &verify.Rule{Name: "all", Require: r}
 }
 
 func enforcer(mode verify.Mode) *verify.Enforcer {
 	e := &verify.Enforcer{}
-	e.Swap(&verify.Setup{Mode: mode, Policy: policy{}, Wait: time.Second, Judge: &verify.Engine{
-		Sources: func(verify.Name) []verify.Source { return []verify.Source{source{}} }, Checker: checker{}, Now: time.Now,
+	e.Swap(&verify.Snapshot{Mode: mode, Policy: policy{}, Wait: time.Second, Evaluator: &verify.Engine{
+		Sources: func(verify.Name) []verify.Source { return []verify.Source{source{}} }, Checkers: []verify.Checker{checker{}}, Now: time.Now,
 	}})
 	return e
 }
@@ -206,7 +225,7 @@ type running struct {
 func prepare(socket string, r gate.Resolver, v *verify.Enforcer) *running {
 	g := &running{}
 	g.Session = &gate.Session{Socket: socket, Log: slog.New(slog.NewTextHandler(&g.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
-		Audit: func() bool { s := v.Setup(); return s != nil && s.Mode == verify.Audit },
+		Audit: func() bool { s := v.Snapshot(); return s != nil && s.Mode == verify.Audit },
 		Gate:  &gate.Gate{Resolver: r, Verifier: v, Observe: g.answers.observe, Now: time.Now, Node: "edge-1"}}
 	return g
 }
@@ -490,12 +509,12 @@ func TestReconnects(t *testing.T) {
 
 // In audit nothing depends on the gate: not when it hangs, not when it dies while
 // it is asked, and not afterwards. When the node turns to enforce, the gate
-// registers anew and all of that is closed.
+// registers anew and all of that is closed. Back in audit it keeps the connection.
 func TestAuditTouchesNothing(t *testing.T) {
 	for _, version := range []string{"v2.4.2", "v2.2.9", "v1.7.35"} {
 		t.Run(version, func(t *testing.T) {
 			dir := socketDir(t)
-			rt := startRuntimeWith(t, dir, version, nil)
+			rt := startRuntimeWith(t, dir, version, nil, nil)
 			l := newLink(t, filepath.Join(dir, "link.sock"), rt.socket)
 			var do atomic.Pointer[func()]
 			nothing := func() {}
@@ -523,7 +542,7 @@ func TestAuditTouchesNothing(t *testing.T) {
 				}
 				do.Store(&nothing)
 			}
-			e.Swap(enforcer(verify.Enforce).Setup())
+			e.Swap(enforcer(verify.Enforce).Snapshot())
 			if err := rt.create(context.Background()); err == nil || !strings.Contains(err.Error(), "[PENDING]") {
 				t.Errorf("enforcing, and still asked as in audit: %v", err)
 			}
@@ -531,10 +550,19 @@ func TestAuditTouchesNothing(t *testing.T) {
 			if err := rt.create(context.Background()); err == nil || !strings.Contains(err.Error(), "[SIGNER_UNTRUSTED]") || !strings.Contains(err.Error(), "rejected container adjustment") {
 				t.Errorf("enforcing: %v", err)
 			}
-			e.Swap(enforcer(verify.Audit).Setup())
-			g.waitAgain(t, g.Renew)
+			// Back in audit the connection that works stays.
+			before := g.State().Registrations
+			e.Swap(enforcer(verify.Audit).Snapshot())
+			g.Renew()
 			if err := rt.create(context.Background()); err != nil {
 				t.Errorf("back in audit: %v", err)
+			}
+			if st := g.State(); !st.Registered || st.Registrations != before || st.Audit {
+				t.Errorf("back in audit: %+v", st)
+			}
+			g.waitAgain(t, func() { l.cut() })
+			if st := g.State(); !st.Audit {
+				t.Errorf("after the connection ended: %+v", st)
 			}
 			g.stop()
 			for range 3 {

@@ -24,7 +24,7 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 
-	"github.com/tidewaiter/tidewaiter/nri/node/hosts"
+	"github.com/tidewaiter/tidewaiter/nri/containerd/certsd"
 )
 
 // disk reads as it is.
@@ -32,7 +32,7 @@ type disk struct{}
 
 func (disk) List(dir string) (names []string, err error) {
 	if info, err := os.Stat(dir); err == nil && !info.IsDir() {
-		return nil, hosts.ErrNotDirectory
+		return nil, certsd.ErrNotDirectory
 	}
 	list, err := os.ReadDir(dir)
 	for _, e := range list {
@@ -86,7 +86,7 @@ func theirs(t *testing.T, dir, host string) (list []string) {
 // ours is what Tidewaiter would ask, the host itself included.
 func ours(t *testing.T, dir, host string) (list []string) {
 	t.Helper()
-	registries, _, err := hosts.Read(dir, disk{})
+	registries, _, err := certsd.Read(dir, disk{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,7 +161,7 @@ func same(t *testing.T, dir string, names ...string) {
 }
 
 func TestK3sFiles(t *testing.T) {
-	const from = "../../nri/node/hosts/testdata"
+	const from = "../../nri/containerd/certsd/testdata"
 	for _, name := range []string{"k3s", "k3s-no-default-endpoint", "k3s-untrimmed"} {
 		dir := t.TempDir()
 		pki(t, dir)

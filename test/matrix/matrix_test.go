@@ -26,7 +26,7 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 )
 
 // A library is a version of NRI's adaptation library.

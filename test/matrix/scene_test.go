@@ -201,7 +201,7 @@ func (s *scene) recovers() time.Duration {
 // may only be that the gate is not there yet, or still verifies.
 func (s *scene) until(img *image, want string) {
 	s.Helper()
-	meanwhile := []string{notPresent, closed, timedOut, "PENDING", "SOURCE_UNREACHABLE", "OVERLOADED", "BUDGET_EXCEEDED"}
+	meanwhile := []string{notPresent, closed, timedOut, "PENDING", "SOURCE_UNREACHABLE", "OVERLOADED", "LIMIT_EXCEEDED"}
 	for end := time.Now().Add(3 * time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		got := s.ask(img)
 		switch {
@@ -424,12 +424,12 @@ type runtime struct {
 }
 
 type question struct {
-	ID         int
-	Create     []byte
-	Expired    bool
-	Until      string
-	Containers int
-	Size       int
+	ID       int
+	Create   []byte
+	Expired  bool
+	Until    string
+	Unlisted bool
+	Size     int
 }
 
 type answer struct {

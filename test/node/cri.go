@@ -301,8 +301,7 @@ func (p *Pod) ensureImage(ctx context.Context, image string, pull Pull) (string,
 }
 
 // Remove stops and removes the pod with its containers. They are removed before it, as a
-// kubelet does: where RemovePodSandbox has to, containerd takes a lock for reading twice,
-// and hangs for ever where a plugin registers in between (as of 2.4.2).
+// kubelet does: otherwise containerd has hung (sandbox_remove.go, as of 2.4.2).
 func (p *Pod) Remove(ctx context.Context) error {
 	if _, err := p.node.Runtime.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: p.ID}); err != nil {
 		return err

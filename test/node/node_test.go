@@ -331,8 +331,8 @@ func TestRequired(t *testing.T) {
 	})
 }
 
-// TestRemoveWhileRegistering removes pods with containers while plugins register, which
-// containerd does not bear where the containers are left to RemovePodSandbox.
+// TestRemoveWhileRegistering removes pods with containers, in the order of a kubelet,
+// while plugins register.
 func TestRemoveWhileRegistering(t *testing.T) {
 	each(t, func(t *testing.T, ctx context.Context, version string) {
 		n := start(t, ctx, node.Options{ContainerdVersion: version})

@@ -3,21 +3,17 @@ package node
 import (
 	"context"
 	"crypto/tls"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log"
-	"maps"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -26,11 +22,11 @@ import (
 
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // RegistryOptions say what registry to start. The zero value serves the
-// Referrers API.
+// Referrers API, as go-containerregistry does: a list says of each manifest the media
+// type of its config, and is not filtered.
 type RegistryOptions struct {
 	NoReferrers bool // 404 at the Referrers API: referrers are found by tag only
 }
@@ -78,7 +74,7 @@ func NewRegistry(host string, o RegistryOptions) (*Registry, error) {
 		Host:    host,
 		Addr:    port.Addr,
 		port:    port,
-		handler: artifactTypes(registry.New(registry.WithReferrersSupport(!o.NoReferrers), registry.Logger(logger))),
+		handler: registry.New(registry.WithReferrersSupport(!o.NoReferrers), registry.Logger(logger)),
 		log:     logger,
 
 		noReferrers: o.NoReferrers,
@@ -139,38 +135,6 @@ func (n *Node) NewDistribution(ctx context.Context, host string) (*Registry, err
 			return nil, err
 		}
 	}
-}
-
-// artifactTypes corrects the artifact types in lists of referrers: go-containerregistry
-// always puts the media type of the config there, where a manifest that says its
-// artifact type is listed with that (distribution-spec, "Listing Referrers").
-func artifactTypes(h http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
-		repo, _, found := strings.Cut(req.URL.Path, "/referrers/")
-		if !found {
-			h.ServeHTTP(w, req)
-			return
-		}
-		list := httptest.NewRecorder()
-		h.ServeHTTP(list, req)
-		body := list.Body.Bytes()
-		var index ocispec.Index
-		if list.Code == http.StatusOK && json.Unmarshal(body, &index) == nil {
-			for i, d := range index.Manifests {
-				r := httptest.NewRecorder()
-				h.ServeHTTP(r, httptest.NewRequest(http.MethodGet, repo+"/manifests/"+d.Digest.String(), nil))
-				var m ocispec.Manifest
-				if json.Unmarshal(r.Body.Bytes(), &m) == nil && m.ArtifactType != "" {
-					index.Manifests[i].ArtifactType = m.ArtifactType
-				}
-			}
-			body, _ = json.Marshal(index) // it was JSON
-		}
-		maps.Copy(w.Header(), list.Header())
-		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
-		w.WriteHeader(list.Code)
-		_, _ = w.Write(body)
-	})
 }
 
 // URL returns "http://" and the address.

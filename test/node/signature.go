@@ -19,7 +19,8 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 )
 
 // Sign signs the target of an image with a good JWS signature by s and attaches
@@ -29,7 +30,7 @@ func (r *Registry) Sign(ctx context.Context, img *Image, s *notarytest.Signer) (
 	if err != nil {
 		return notarytest.Artifact{}, fmt.Errorf("signing %s: %w", img.Name, err)
 	}
-	a := notarytest.Manifest(envelope, verify.MediaTypeJWS, img.Target, notarytest.ConfigType)
+	a := notarytest.Manifest(envelope, notary.MediaTypeJWS, img.Target, notarytest.ConfigType)
 	return a, r.Attach(ctx, img, a, AttachOptions{})
 }
 

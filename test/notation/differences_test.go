@@ -93,7 +93,7 @@ var differences = []difference{
 	{
 		name:    "Long chains, large envelopes",
 		keys:    []string{"long-chain|large-envelope/*/*/strict|permissive/*"},
-		reasons: []string{"BUDGET_EXCEEDED"},
+		reasons: []string{"LIMIT_EXCEEDED"},
 	},
 	{
 		name:    "Signature manifests with another subject or none",
@@ -136,6 +136,11 @@ var differences = []difference{
 	{
 		name:    "One bad referrer",
 		keys:    []string{"broken-referrer-and-good|manifest-of-two-layers-and-good/*/*/*/*"},
+		witness: instead(0, "good"),
+	},
+	{
+		name:    "More than 100 signatures",
+		keys:    []string{"110-strangers-and-good/*/*/*/*"},
 		witness: instead(0, "good"),
 	},
 	{

@@ -16,8 +16,8 @@ import (
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
 )
 
@@ -60,9 +60,9 @@ var forms = []form{{"jws", "x509"}, {"jws", "authority"}, {"cose", "x509"}, {"co
 
 func (f form) mediaType() string {
 	if f.envelope == "cose" {
-		return verify.MediaTypeCOSE
+		return notary.MediaTypeCOSE
 	}
-	return verify.MediaTypeJWS
+	return notary.MediaTypeJWS
 }
 
 // options are those of a signature in that form.
@@ -91,6 +91,8 @@ type exhibit struct {
 	stamp bool // has a timestamp that proves that the chain was valid
 	// loses is true where notation and the specification refuse whatever the level.
 	loses bool
+	// long is true where there are more pages than are read if each has one referrer.
+	long bool
 	// other is true where the signer is not one of the trusted identities.
 	other bool
 	// envelope is the one signature of the image; arrange does all where it is not
@@ -370,20 +372,20 @@ func exhibits(url string, crls map[string][]byte) []exhibit {
 		{name: "artifact-manifest", registry: true, arrange: func(b *box, f form) digest.Digest {
 			image := b.image("")
 			raw, err := json.Marshal(map[string]any{
-				"mediaType": artifactManifest, "artifactType": verify.ArtifactTypeNotation, "subject": image,
+				"mediaType": artifactManifest, "artifactType": notary.ArtifactType, "subject": image,
 				"blobs": []ocispec.Descriptor{b.Add(f.mediaType(), good(f, image))},
 			})
 			if err != nil {
 				panic(err)
 			}
 			d := b.Add(artifactManifest, raw)
-			d.ArtifactType = verify.ArtifactTypeNotation
+			d.ArtifactType = notary.ArtifactType
 			b.List(image, d)
 			return image.Digest
 		}, few: true},
 		{name: "payload-twice", few: true, only: "jws", envelope: twice(good)},
 		{name: "60-strangers-and-good", arrange: crowd(60, stranger, good), few: true},
-		{name: "110-strangers-and-good", registry: true, loses: true, arrange: crowd(110, stranger, good), few: true},
+		{name: "110-strangers-and-good", registry: true, long: true, arrange: crowd(110, stranger, good), few: true},
 	}
 	for _, k := range []notarytest.KeyType{notarytest.P384, notarytest.RSA2048, notarytest.RSA3072} {
 		name := strings.ToLower(string(k))

@@ -9,7 +9,7 @@ import (
 	"strings"
 
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 )
 
 // scope is the repository of the images in layouts.
@@ -100,7 +100,7 @@ var directories = []setting{
 		return errors.Join(write("config.json", `{"insecureRegistries":["registry.example"]}`)(dir), write("signingkeys.json", `{"keys":[]}`)(dir))
 	}},
 	{name: "limits-raised", meets: []string{"good", "long-chain", "large-envelope", "60-strangers-and-good", "stranger"},
-		edit: write("config.yaml", "version: 1\nmode: enforce\nlimits: {certificates: 50, envelopeBytes: 4194304, signatures: 1000}\n")},
+		edit: write("config.yaml", "version: 1\nmode: enforce\nlimits: {certificates: 50, envelopeBytes: 4194304, referrers: 1000, signatures: 1000}\n")},
 	{name: "mode-audit", meets: []string{"good", "stranger"}, edit: write("config.yaml", "version: 1\nmode: audit\n")},
 	{name: "two-anys", more: []verify.Statement{{Name: "rest", Scopes: []string{"*"}, Level: "strict", TrustStores: []string{"ca:acme"}, TrustedIdentities: []string{"*"}}}, refused: true},
 	{name: "identity-without-country", identities: []string{"x509.subject: ST=WA, O=acme"}, refused: true},

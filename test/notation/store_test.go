@@ -16,7 +16,8 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
 	"github.com/tidewaiter/tidewaiter/verify/source/store"
 )
@@ -34,10 +35,10 @@ func TestStore(t *testing.T) {
 	if err := notarytest.WriteConfig(config, notarytest.Stores{"ca/acme/root.crt": ca.PEM()}, notarytest.Statement("prod", "x509.subject: C=US, ST=WA, O=acme")); err != nil {
 		t.Fatal(err)
 	}
-	var c sourcetest.Content
+	c := sourcetest.Content{Kind: notary.Kind}
 	state := t.TempDir()
 	s := store.New(state, store.Options{
-		Log: slog.New(slog.NewTextHandler(t.Output(), nil)), Now: time.Now,
+		Log: slog.New(slog.NewTextHandler(t.Output(), nil)), Now: time.Now, Kinds: []verify.Kind{notary.Kind},
 		Image: func(_ context.Context, d ocispec.Descriptor) ([]byte, error) {
 			if raw, ok := c.Blobs[d.Digest]; ok {
 				return raw, nil
@@ -48,7 +49,7 @@ func TestStore(t *testing.T) {
 	kept := map[notarytest.Style]ocispec.Descriptor{notarytest.ArtifactType: c.Image("new"), notarytest.ConfigType: c.Image("old")}
 	envelopes := map[notarytest.Style]digest.Digest{}
 	for style, image := range kept {
-		a := notarytest.Manifest(notarytest.MustSign(signer, image, notarytest.SignOptions{}), verify.MediaTypeJWS, image, style)
+		a := notarytest.Manifest(notarytest.MustSign(signer, image, notarytest.SignOptions{}), notary.MediaTypeJWS, image, style)
 		ev := a.Evidence()
 		envelopes[style] = a.Envelope.Descriptor.Digest
 		s.Keep(verify.Image{Target: image, Manifest: image}, image, ev)

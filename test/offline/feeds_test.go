@@ -27,7 +27,7 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 )
 
 // TestFeeds gives nodes signatures in every way that there is, and then takes
@@ -35,14 +35,14 @@ import (
 func TestFeeds(t *testing.T) {
 	onEach(t, func(s *site) {
 		for name, feed := range map[string]func(s *site){
-			"registry without Referrers API": distribution,
-			"mirror that needs ns":           manyHosts,
-			"private CA":                     privateCA,
-			"hosts.toml of k3s":              k3s,
-			"collected and imported again":   collected,
-			"tar files and a layout":         stick,
-			"tar files and bundles":          bundles,
-			"docker archive and a bundle":    carried,
+			"registry without Referrers API":         distribution,
+			"mirror that needs ns":                   manyHosts,
+			"private CA":                             privateCA,
+			"hosts.toml of k3s":                      k3s,
+			"collected and imported again":           collected,
+			"tar files and a layout":                 stick,
+			"tar files and evidence archives":        archives,
+			"docker archive and an evidence archive": carried,
 		} {
 			s.T.Run(name, func(t *testing.T) {
 				whole := s.T
@@ -278,7 +278,7 @@ func privateCA(s *site) {
 }
 
 // k3s: the directory that k3s 1.36 writes, but for the addresses and the paths of
-// certificates (nri/node/hosts/testdata/README.md). Its embedded registry is first
+// certificates (nri/containerd/certsd/testdata/README.md). Its embedded registry is first
 // of every host's mirrors, has images and no signatures, and wants ns= and a client
 // certificate. Rewrites, TLS and the other mirrors are in the same files.
 func k3s(s *site) {
@@ -333,7 +333,7 @@ func k3s(s *site) {
 		"/etc/rancher/k3s/node.crt", external.client,
 		"/etc/rancher/k3s/node.key", external.clientKey,
 	)
-	const from = "../../nri/node/hosts/testdata/k3s"
+	const from = "../../nri/containerd/certsd/testdata/k3s"
 	s.must(os.RemoveAll(s.CertsDir)) // k3s's alone; every feed writes its own there
 	s.must(filepath.WalkDir(from, func(name string, e fs.DirEntry, err error) error {
 		if err != nil || e.IsDir() {
@@ -500,12 +500,12 @@ func (s *site) offlineAgain(good, bad []*node.Image) {
 	s.offline(good, bad)
 }
 
-// bundles: images from tar files, signatures from files in bundles/ of the state
-// directory, and never a network. One bundle is a directory and one a tar file; they
+// archives: images from tar files, signatures from files in archives/ of the state
+// directory, and never a network. One archive is a directory and one a tar file; they
 // are there from before the gate's start, and put there while it runs.
-func bundles(s *site) {
-	good, bad := s.fromTar("bundle.example")
-	dir := filepath.Join(s.disk.Dir, "bundles")
+func archives(s *site) {
+	good, bad := s.fromTar("archive.example")
+	dir := filepath.Join(s.disk.Dir, "archives")
 	s.must(os.MkdirAll(dir, 0o755))
 	c := policy(map[string]any{"network": "never"})
 	s.must(node.WriteConfig(s.config, c))
@@ -522,7 +522,7 @@ func bundles(s *site) {
 	synced(s, dir)
 	began := time.Now()
 	s.awaits(good)
-	s.Logf("the last image ran %v after the bundles came", time.Since(began).Round(time.Millisecond))
+	s.Logf("the last image ran %v after the evidence archives came", time.Since(began).Round(time.Millisecond))
 	for _, img := range bad {
 		s.denied(img.Name, node.PullNever, refusals...)
 	}
@@ -538,7 +538,7 @@ func bundles(s *site) {
 }
 
 // carried: images from an archive as `docker save` writes it, in which there is no signed
-// manifest, and from the tar file of a layout; signatures from a bundle. The power goes
+// manifest, and from the tar file of a layout; signatures from an archive. The power goes
 // as soon as the verb that imports it is done.
 func carried(s *site) {
 	r, err := node.NewRegistry("carried.example", node.RegistryOptions{})
@@ -552,8 +552,8 @@ func carried(s *site) {
 
 	s.must(node.WriteConfig(s.config, policy(map[string]any{"network": "never"})))
 	dir := s.TempDir()
-	bundle := filepath.Join(dir, "site.tar")
-	s.tidewaiter("bundle", "create", "--mirror", r.Host+"="+r.URL(), "--config-dir", s.config, "-o", bundle, archived.Name, inIndex.Name, layout.Name)
+	archive := filepath.Join(dir, "site.tar")
+	s.tidewaiter("evidence", "export", "--mirror", r.Host+"="+r.URL(), "--config-dir", s.config, "-o", archive, archived.Name, inIndex.Name, layout.Name)
 	for _, img := range []*node.Image{archived, inIndex, layout, bare} {
 		file := filepath.Join(dir, filepath.Base(img.Name))
 		if img == layout {
@@ -568,7 +568,7 @@ func carried(s *site) {
 	for _, img := range append(bad, good...) {
 		s.denied(img.Name, node.PullNever, verify.SignatureMissing)
 	}
-	s.tidewaiter("bundle", "import", "--config-dir", s.config, "--state-dir", s.disk.Dir, bundle)
+	s.tidewaiter("evidence", "import", "--config-dir", s.config, "--state-dir", s.disk.Dir, archive)
 	for range 2 {
 		s.cut()
 		s.boot(good[0], node.GateOptions{})

@@ -16,6 +16,7 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
 )
 
 // TestJunkOnce has a mirror list ten thousand signatures that are none, once, and the
@@ -27,7 +28,7 @@ func TestJunkOnce(t *testing.T) {
 		img, signatures := s.push(r, "app:1", node.ImageOptions{}, signing{by: release})
 		index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
 		for i := range 10_000 {
-			d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, ArtifactType: verify.ArtifactTypeNotation, Digest: digest.FromString(fmt.Sprint(i)), Size: 700}
+			d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, ArtifactType: notary.ArtifactType, Digest: digest.FromString(fmt.Sprint(i)), Size: 700}
 			index.Manifests = append(index.Manifests, d)
 		}
 		junk, err := json.Marshal(index)
@@ -44,7 +45,7 @@ func TestJunkOnce(t *testing.T) {
 		})
 		s.must(node.WriteConfig(s.config, policy(mirrors(r.Mirror()))))
 		s.registered(node.GateOptions{})
-		s.denied(img.Name, node.PullIfNotPresent, append(refusals, verify.BudgetExceeded, verify.SignatureInvalid)...)
+		s.denied(img.Name, node.PullIfNotPresent, append(refusals, verify.LimitExceeded, verify.SignatureInvalid)...)
 		s.cut()
 		r.Fault(nil)
 		s.boot(img, node.GateOptions{})

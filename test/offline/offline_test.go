@@ -27,8 +27,9 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/test/node"
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 	"github.com/tidewaiter/tidewaiter/verify/leaktest"
-	"github.com/tidewaiter/tidewaiter/verify/notary/notarytest"
 )
 
 var (
@@ -256,12 +257,12 @@ func (s *site) push(r *node.Registry, name string, o node.ImageOptions, by ...si
 
 // artifact signs an image.
 func artifact(img *node.Image, sign signing) notarytest.Artifact {
-	subject, mediaType := img.Target, verify.MediaTypeJWS
+	subject, mediaType := img.Target, notary.MediaTypeJWS
 	if sign.manifest {
 		subject = img.Manifest
 	}
 	if sign.cose {
-		mediaType = verify.MediaTypeCOSE
+		mediaType = notary.MediaTypeCOSE
 	}
 	envelope := notarytest.MustSign(sign.by, subject, notarytest.SignOptions{MediaType: mediaType})
 	return notarytest.Manifest(envelope, mediaType, subject, notarytest.ConfigType)

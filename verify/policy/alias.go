@@ -52,15 +52,12 @@ func parsePrefix(s string) (repository, error) {
 // out is no name it returns the zero Name, which no rule matches.
 func Unalias(aliases []Alias, n verify.Name) verify.Name {
 	for _, a := range aliases {
-		if n.Host != a.from.host {
+		if !a.from.holds(repository{n.Host, n.Path}) {
 			continue
 		}
-		rest, found := strings.CutPrefix("/"+n.Path, "/"+a.from.path)
+		rest := strings.TrimPrefix("/"+n.Path, "/"+a.from.path)
 		if a.from.path == "" {
 			rest = "/" + n.Path
-		}
-		if !found || rest != "" && rest[0] != '/' {
-			continue
 		}
 		path := strings.Trim(a.to.path+rest, "/")
 		named, err := reference.WithName(a.to.host + "/" + path)
@@ -73,4 +70,10 @@ func Unalias(aliases []Alias, n verify.Name) verify.Name {
 		return n
 	}
 	return n
+}
+
+// holds reports whether o is r or below it.
+func (r repository) holds(o repository) bool {
+	rest, found := strings.CutPrefix(o.path, r.path)
+	return r.host == o.host && found && (r.path == "" || rest == "" || rest[0] == '/')
 }

@@ -51,6 +51,57 @@ func TestUnalias(t *testing.T) {
 	}
 }
 
+func TestLintAliases(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		aliases []string
+		scope   string
+		want    string // what images of the scope are called; empty: no warning
+	}{
+		{"none", nil, "r.test/app", ""},
+		{"its target", []string{"r.test/hub docker.io"}, "docker.io/library/nginx", ""},
+		{"its source", []string{"r.test/hub docker.io"}, "r.test/hub/nginx", "docker.io/library/nginx"},
+		{"beside its source", []string{"r.test/hub docker.io"}, "r.test/hubble", ""},
+		{"a whole host", []string{"r.test docker.io"}, "r.test:443/library/nginx", "docker.io/library/nginx"},
+		{"target of another", []string{"a.test b.test", "b.test c.test"}, "b.test/app", ""},
+		{"everything", []string{"r.test docker.io"}, "*", ""},
+	} {
+		var list []policy.Alias
+		for _, a := range tt.aliases {
+			from, to, _ := strings.Cut(a, " ")
+			alias, err := policy.ParseAlias(from, to)
+			if err != nil {
+				t.Fatal(err)
+			}
+			list = append(list, alias)
+		}
+		w := policy.LintAliases([]verify.Statement{{Name: "prod", Scopes: []string{tt.scope}}}, list)
+		if len(w) > 0 != (tt.want != "") || len(w) > 0 && (!strings.Contains(w[0].Text, " to "+tt.want+" before") || w[0].Field != "trustPolicies[0].registryScopes[0]") {
+			t.Errorf("%s: %v", tt.name, w)
+		}
+	}
+}
+
+func TestIdentifies(t *testing.T) {
+	const subject = "CN=release,OU=dev,O=Acme\\, Inc.,ST=WA,C=US"
+	for identity, want := range map[string]bool{
+		"x509.subject: C=US, ST=WA, O=Acme\\, Inc.":             true,
+		"x509.subject: C=US, ST=WA, O=Acme\\, Inc., CN=release": true,
+		"x509.subject: C=US, ST=WA, O=Acme\\, Inc., CN=other":   false,
+		"x509.subject: C=US, ST=WA, O=acme":                     false,
+		"x509.subject: junk":                                    false,
+		"subject: C=US, ST=WA, O=Acme\\, Inc.":                  false,
+		"*":                                                     false,
+	} {
+		if got := policy.Identifies(identity, subject); got != want {
+			t.Errorf("%s: %v", identity, got)
+		}
+	}
+	if policy.Identifies("x509.subject: C=US, ST=WA, O=a", "CN=a,O=a,C=US") {
+		t.Error("a certificate without ST is named")
+	}
+}
+
 func FuzzUnalias(f *testing.F) {
 	f.Add("127.0.0.1:31999/", "docker.io/", "127.0.0.1:31999/library/nginx:1")
 	f.Add("r.test/hub", "docker.io", "r.test/hub/nginx@sha256:"+strings.Repeat("a", 64))

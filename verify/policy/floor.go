@@ -10,6 +10,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 // A Listed is one line of a floor file: content that always runs in some
@@ -43,22 +44,22 @@ var namespace = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 func ParseFloor(file string, raw []byte) ([]Listed, error) {
 	var list []Listed
 	line := 0
-	for text := range bytes.Lines(raw) {
+	for full := range bytes.Lines(raw) {
 		line++
 		bad := func(format string, args ...any) ([]Listed, error) {
 			return nil, &Error{Line: line, Text: fmt.Sprintf(format, args...)}
 		}
-		if len(text) > maxFloorLine {
+		if len(full) > maxFloorLine {
 			return bad("is longer than %d bytes", maxFloorLine)
 		}
-		s, _, _ := strings.Cut(string(text), "#")
+		s, _, _ := strings.Cut(string(full), "#")
 		fields := strings.Fields(s)
 		if len(fields) == 0 {
 			continue
 		}
 		l := Listed{Digest: digest.Digest(fields[0]), Namespaces: []string{DefaultNamespace}, File: file, Line: line}
 		if err := l.Digest.Validate(); err != nil {
-			return bad("%s is not a digest such as sha256:7c38…: tags and names have no place here, since they move", verify.Quote(fields[0], 80))
+			return bad("%s is not a digest such as sha256:7c38…: tags and names have no place here, since they move", text.Quote(fields[0], 80))
 		}
 		if len(fields) > 2 {
 			return bad("has more than a digest and namespaces; a comment starts with #, and commas without spaces stand between namespaces")
@@ -70,7 +71,7 @@ func ParseFloor(file string, raw []byte) ([]Listed, error) {
 			}
 			for _, n := range l.Namespaces {
 				if !namespace.MatchString(n) {
-					return bad("%s is not the name of a namespace; each is named, there is no pattern", verify.Quote(n, 80))
+					return bad("%s is not the name of a namespace; each is named, there is no pattern", text.Quote(n, 80))
 				}
 			}
 		}
@@ -96,7 +97,7 @@ func (p *Policy) WithFloor(list []Listed) *Policy {
 	with.floor = floor{}
 	for _, l := range list {
 		with.floor[l.Digest] = append(with.floor[l.Digest], floorRule{l.Namespaces, &verify.Rule{
-			Name: l.File, Settled: verify.AllowedByDigest, Digest: l.Digest,
+			Name: l.File, Fixed: verify.AllowedByDigest, Digest: l.Digest,
 			Detail: fmt.Sprintf("line %d of %s lists %s", l.Line, l.File, l.Digest),
 		}})
 	}
@@ -109,7 +110,7 @@ func (f floor) of(img verify.Image) *verify.Rule {
 		return nil
 	}
 	digests := []digest.Digest{img.Target.Digest, img.Manifest.Digest}
-	if img.Vouched {
+	if img.LayersVerified {
 		digests = append(digests, img.Config)
 	}
 	for _, d := range digests {

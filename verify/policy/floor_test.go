@@ -90,13 +90,13 @@ func TestFloorSelects(t *testing.T) {
 	}{
 		"target":             {func(i *verify.Image) { i.Target = d(listed) }, "floor/b"},
 		"manifest":           {func(i *verify.Image) { i.Manifest = d(listed) }, "floor/b"},
-		"config":             {func(i *verify.Image) { i.Config, i.Vouched = digest.FromString(listed), true }, "floor/b"},
+		"config":             {func(i *verify.Image) { i.Config, i.LayersVerified = digest.FromString(listed), true }, "floor/b"},
 		"config alone":       {func(i *verify.Image) { i.Config = digest.FromString(listed) }, "any"},
 		"of another file":    {func(i *verify.Image) { i.Target, i.Pod.Namespace = d(listed), "other" }, "floor/a"},
 		"another namespace":  {func(i *verify.Image) { i.Target, i.Pod.Namespace = d(listed), "default" }, "any"},
 		"no namespace":       {func(i *verify.Image) { i.Target, i.Pod.Namespace = d(listed), "" }, "any"},
 		"only what pod says": {func(i *verify.Image) { i.Name.Digest = digest.FromString(listed) }, "any"},
-		"another target":     {func(i *verify.Image) { i.Others = []ocispec.Descriptor{d(listed)} }, "any"},
+		"another target":     {func(i *verify.Image) { i.Related = []ocispec.Descriptor{d(listed)} }, "any"},
 		"nothing":            {func(*verify.Image) {}, "any"},
 	} {
 		t.Run(label, func(t *testing.T) {
@@ -105,7 +105,7 @@ func TestFloorSelects(t *testing.T) {
 			img.Pod.Namespace = "kube-system"
 			tt.change(&img)
 			r := p.Select(img)
-			if r.Name != tt.want || (r.Settled == verify.AllowedByDigest) != (tt.want != "any") {
+			if r.Name != tt.want || (r.Fixed == verify.AllowedByDigest) != (tt.want != "any") {
 				t.Errorf("rule %+v, want %s", r, tt.want)
 			}
 			if tt.want != "any" && (r.Digest != digest.FromString(listed) || !strings.Contains(r.Detail, "line ")) {

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 // A Warning is something in a valid trust policy that its author may not mean.
@@ -21,7 +22,7 @@ func (w Warning) String() string {
 	if w.Statement == "" {
 		return w.Field + ": " + w.Text
 	}
-	return fmt.Sprintf("%s (statement %s): %s", w.Field, verify.Quote(w.Statement, 64), w.Text)
+	return fmt.Sprintf("%s (statement %s): %s", w.Field, text.Quote(w.Statement, 64), w.Text)
 }
 
 // certificateAttributes are the attribute types that Go prints by name in a
@@ -91,44 +92,54 @@ func lintTrust(s verify.Statement, warn func(field, format string, args ...any))
 	if s.Level == "skip" {
 		return
 	}
-	ca, tsa := false, false
+	tsa := false
 	for j, ts := range s.TrustStores {
-		kind, _, _ := strings.Cut(ts, ":")
-		ca, tsa = ca || kind != "tsa", tsa || kind == "tsa"
+		tsa = tsa || strings.HasPrefix(ts, "tsa:")
 		if slices.Contains(s.TrustStores[:j], ts) {
 			warn(index("trustStores", j), "%q is listed twice", ts)
 		}
 	}
-	if !ca {
-		warn("trustStores", "no ca or signingAuthority store: no signature can meet this")
-	}
 	if s.VerifyTimestamp != "" && !tsa {
 		warn("signatureVerification.verifyTimestamp", "has no effect without a tsa trust store")
 	}
-	named := false
 	for j, id := range s.TrustedIdentities {
 		field := index("trustedIdentities", j)
-		kind, value, _ := strings.Cut(id, ":")
-		switch {
-		case id == "*":
-			named = true
+		if id == "*" {
 			warn(field, `"*" trusts every certificate that the trust stores' CAs issue`)
-		case kind != subject:
-			warn(field, "identities of type %s are not known here and never match", verify.Quote(kind, 64))
-		default:
-			named = true
-			dn, err := parseDN(value)
-			if err != nil {
-				continue
-			}
-			for _, a := range slices.Sorted(maps.Keys(dn)) {
-				if !slices.Contains(certificateAttributes, a) {
-					warn(field, "attribute %s never matches; use %s", verify.Quote(a, 32), strings.Join(certificateAttributes, ", "))
-				}
+			continue
+		}
+		_, value, _ := strings.Cut(id, ":")
+		dn, err := parseDN(value)
+		if err != nil {
+			continue
+		}
+		for _, a := range slices.Sorted(maps.Keys(dn)) {
+			if !slices.Contains(certificateAttributes, a) {
+				warn(field, "attribute %s never matches; use %s", text.Quote(a, 32), strings.Join(certificateAttributes, ", "))
 			}
 		}
 	}
-	if !named {
-		warn("trustedIdentities", "no identity of type %s and no \"*\": no signature can meet this", subject)
+}
+
+// LintAliases returns the scopes of statements that match nothing, since an alias
+// changes the names of their images before a statement is looked for.
+func LintAliases(statements []verify.Statement, aliases []Alias) []Warning {
+	var all []Warning
+	for i, s := range statements {
+		for j, scope := range s.Scopes {
+			r, err := split(scope)
+			if err != nil || r.host == "*" {
+				continue
+			}
+			from := verify.Name{Host: r.host, Path: r.path}
+			to := Unalias(aliases, from)
+			// Another alias may lead to it: each name is changed once.
+			if to == from || slices.ContainsFunc(aliases, func(a Alias) bool { return a.to.holds(r) }) {
+				continue
+			}
+			all = append(all, Warning{s.Name, join(statementPath(i), index("registryScopes", j)),
+				fmt.Sprintf("an alias changes the names of its images to %s before a statement is looked for: it matches nothing", text.Clean(to.Repository(), 256))})
+		}
 	}
+	return all
 }

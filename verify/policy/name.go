@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 const (
@@ -137,13 +138,13 @@ func ParseHost(s string) (string, error) {
 	// The grammar of hosts is that of references.
 	named, err := reference.WithName(s + "/x")
 	if err != nil || reference.Domain(named) != s {
-		return "", fmt.Errorf("%s is not a registry's host", verify.Quote(s, 80))
+		return "", fmt.Errorf("%s is not a registry's host", text.Quote(s, 80))
 	}
 	name, port := s, ""
 	if i := strings.LastIndexByte(s, ':'); i > strings.LastIndexByte(s, ']') {
 		n, err := strconv.ParseUint(s[i+1:], 10, 16)
 		if err != nil || n == 0 {
-			return "", fmt.Errorf("%s is not a port", verify.Quote(s[i+1:], 80))
+			return "", fmt.Errorf("%s is not a port", text.Quote(s[i+1:], 80))
 		}
 		name, port = s[:i], strconv.FormatUint(n, 10)
 	}
@@ -151,7 +152,7 @@ func ParseHost(s string) (string, error) {
 	if inner, v6 := strings.CutPrefix(name, "["); v6 {
 		ip, err := netip.ParseAddr(strings.TrimSuffix(inner, "]"))
 		if err != nil {
-			return "", fmt.Errorf("%s is not an IPv6 address", verify.Quote(name, 80))
+			return "", fmt.Errorf("%s is not an IPv6 address", text.Quote(name, 80))
 		}
 		name = "[" + ip.String() + "]"
 		if ip.Is4In6() {
@@ -161,7 +162,7 @@ func ParseHost(s string) (string, error) {
 		// Resolvers read 10.5, 0x0a.0.0.5 and 10.0.0.05 as addresses too, and
 		// not all alike.
 		if _, err := netip.ParseAddr(name); err != nil {
-			return "", fmt.Errorf("%s is not an IPv4 address", verify.Quote(name, 80))
+			return "", fmt.Errorf("%s is not an IPv4 address", text.Quote(name, 80))
 		}
 	}
 	switch {
@@ -241,11 +242,11 @@ func plausible(s string) error {
 }
 
 func nameError(s string, err error) error {
-	return fmt.Errorf("image name %s: %s", verify.Quote(s, 160), verify.Clean(err.Error(), 240))
+	return fmt.Errorf("image name %s: %s", text.Quote(s, 160), text.Clean(err.Error(), 240))
 }
 
 func scopeError(s string, err error) error {
-	return fmt.Errorf("scope %s: %s", verify.Quote(s, 160), verify.Clean(err.Error(), 240))
+	return fmt.Errorf("scope %s: %s", text.Quote(s, 160), text.Clean(err.Error(), 240))
 }
 
 // split is ParseScope in the form in which scopes are looked up. "*" is the host

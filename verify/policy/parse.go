@@ -12,6 +12,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 // Limits of a trust policy. The format has none of its own.
@@ -140,7 +141,7 @@ func (t *treeReader) value(path string, depth int) (any, *Error) {
 				return nil, t.fail(path, err.Error())
 			}
 			key, _ = k.(string)
-			at = join(path, verify.Clean(key, 64))
+			at = join(path, text.Clean(key, 64))
 			if _, twice := o[key]; twice {
 				return nil, t.fail(at, "given twice")
 			}
@@ -250,7 +251,7 @@ func (r *reader) object(v any, path string, keys ...string) object {
 	// In order, so that the same file always gives the same error.
 	for _, key := range slices.Sorted(maps.Keys(o)) {
 		if !slices.Contains(keys, key) {
-			r.fail(join(path, verify.Clean(key, 64)), "unknown field; known are "+strings.Join(keys, ", "))
+			r.fail(join(path, text.Clean(key, 64)), "unknown field; known are "+strings.Join(keys, ", "))
 		}
 	}
 	return o

@@ -13,6 +13,7 @@ import (
 	"fmt"
 
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 // A Policy selects the statement of a trust policy by its registryScopes
@@ -42,7 +43,7 @@ func (r repository) String() string { return verify.Name{Host: r.host, Path: r.p
 // in audit recorded as what enforce would have refused, never as VERIFIED.
 //
 // The warnings are what Lint says of the statements under mode.
-func New(statements []verify.Statement, mode verify.Mode, requirement func(statement string) [32]byte) (*Policy, []Warning, error) {
+func New(statements []verify.Statement, mode verify.Mode, requirement func(statement string) (*verify.Requirement, error)) (*Policy, []Warning, error) {
 	if err := validate(statements); err != nil {
 		return nil, nil, err
 	}
@@ -50,12 +51,12 @@ func New(statements []verify.Statement, mode verify.Mode, requirement func(state
 	for i, s := range statements {
 		rule := &verify.Rule{Name: s.Name}
 		if why := weakness(s); why != "" {
-			rule.Settled = verify.PolicyInvalid
+			rule.Fixed = verify.PolicyInvalid
 			rule.Detail = "its statement has " + why + ": give it level strict or permissive, without an override of authenticity"
 		} else {
-			rule.Statement = s.Name
-			if rule.Requirement = requirement(s.Name); rule.Requirement == [32]byte{} {
-				return nil, nil, &Error{Field: statementPath(i), Text: fmt.Sprintf("statement %q has no requirement", s.Name)}
+			var err error
+			if rule.Require, err = requirement(s.Name); err != nil {
+				return nil, nil, &Error{Field: statementPath(i), Text: fmt.Sprintf("statement %q: %v", s.Name, err)}
 			}
 		}
 		for _, scope := range s.Scopes {
@@ -80,7 +81,7 @@ func (p *Policy) Select(img verify.Image) *verify.Rule {
 	}
 	n := img.Name
 	if n.Host == "" || n.Path == "" {
-		return &verify.Rule{Settled: verify.PolicyNoMatch, Detail: "the image has no name that a statement could name"}
+		return &verify.Rule{Fixed: verify.PolicyNoMatch, Detail: "the image has no name that a statement could name"}
 	}
 	if r := p.exact[repository{n.Host, n.Path}]; r != nil {
 		return r
@@ -89,8 +90,8 @@ func (p *Policy) Select(img verify.Image) *verify.Rule {
 		return p.any
 	}
 	return &verify.Rule{
-		Settled: verify.PolicyNoMatch,
-		Detail:  "no trust policy statement names " + verify.Clean(n.Repository(), 256) + `: add it to the registryScopes of one, or a statement with scope "*"`,
+		Fixed:  verify.PolicyNoMatch,
+		Detail: "no trust policy statement names " + text.Clean(n.Repository(), 256) + `: add it to the registryScopes of one, or a statement with scope "*"`,
 	}
 }
 

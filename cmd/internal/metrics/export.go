@@ -11,10 +11,11 @@ import (
 	"maps"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/tidewaiter/tidewaiter/verify/durable"
 )
 
 const (
@@ -216,17 +217,7 @@ func (f *textfile) put(text []byte, now time.Time) error {
 		return nil
 	}
 	// The collector reads what ends in .prom, which this does not.
-	tmp, err := os.CreateTemp(filepath.Dir(f.name), "."+filepath.Base(f.name)+".*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(tmp.Name()) // fails once it has its name
-	_, err = tmp.Write(text)
-	err = errors.Join(err, tmp.Chmod(0o644), tmp.Close()) // the collector is not root
-	if err == nil {
-		err = os.Rename(tmp.Name(), f.name)
-	}
-	if err != nil {
+	if err := durable.ReplaceVolatile(f.name, durable.Bytes(text, 0o644)); err != nil { // the collector is not root
 		return err
 	}
 	f.last = text

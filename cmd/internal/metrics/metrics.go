@@ -20,10 +20,9 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/cache"
 	"github.com/tidewaiter/tidewaiter/nri"
-	"github.com/tidewaiter/tidewaiter/nri/node"
-	"github.com/tidewaiter/tidewaiter/nri/sweep"
+	"github.com/tidewaiter/tidewaiter/nri/reconcile"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/notary"
+	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
 )
 
 // reasons are all that a decision may have under a configuration that enforces.
@@ -32,9 +31,9 @@ var reasons = [...]verify.Reason{
 	verify.Internal, verify.Verified, verify.AllowedByDigest,
 	verify.SignatureMissing, verify.SignatureInvalid, verify.SignerUntrusted, verify.IdentityMismatch,
 	verify.SignatureExpired, verify.CertificateExpired, verify.TimestampInvalid, verify.Revoked, verify.RevocationUnknown,
-	verify.CriticalAttribute, verify.PluginUnsupported, verify.SignedObject,
+	verify.CriticalAttribute, verify.PluginUnsupported, verify.ThresholdNotMet, verify.NotAnImage,
 	verify.SourceUnreachable, verify.SourceUnauthorized, verify.SourceNoReferrers,
-	verify.Pending, verify.Overloaded, verify.BudgetExceeded,
+	verify.Pending, verify.Overloaded, verify.LimitExceeded,
 	verify.PolicyNoMatch, verify.PolicyInvalid,
 	verify.ImageUnresolved, verify.ImageMismatch, verify.ImageAmbiguous, verify.ImageVolumeUnverified,
 	verify.SnapshotterUnverified, verify.RuntimeUnverified, verify.PodTooLarge,
@@ -76,6 +75,7 @@ type Counters struct {
 	asked     [len(sources)][len(reasons)]atomic.Uint64
 
 	Rejected atomic.Uint64 // configurations
+	Lowered  atomic.Uint64 // times that one which audits came after one which enforced
 	Dropped  atomic.Uint64 // answers that the log was too slow for
 }
 
@@ -149,31 +149,31 @@ func (c *Counters) Decisions() map[string]map[string]uint64 {
 // A State is what others know.
 type State struct {
 	Ready   bool
-	Version string        // of the program
-	Mode    string        // in force; empty where there is no configuration
-	Epoch   string        // in force
-	Assured string        // how firmly what runs is bound to what was verified (control.Status.Assurance)
-	Assure  []string      // all that it can be (control.Assurances)
-	Invalid bool          // what the configuration directory holds was rejected
-	Codes   []string      // of all problems that there may be (control.Codes)
-	Found   []string      // of those, the ones that there are
-	Session nri.State     // the connection to the runtime
-	Cache   *cache.Stats  // nil where there is none
-	Sweep   *sweep.Status // nil where there is none
+	Version string                   // of the program
+	Mode    string                   // in force; empty where there is no configuration
+	Epoch   string                   // in force
+	Assured string                   // how firmly what runs is bound to what was verified (control.Status.Assurance)
+	Assure  []string                 // all that it can be (control.Assurances)
+	Invalid bool                     // what the configuration directory holds was rejected
+	Codes   []string                 // of all problems that there may be (control.Codes)
+	Found   []string                 // of those, the ones that there are
+	Session nri.State                // the connection to the runtime
+	Cache   *cache.Stats             // nil where there is none
+	Sweep   *reconcile.RunningStatus // nil where there is none
 
-	Refresh *node.RefreshStatus // nil where nothing is kept
-	Store   *Store              // the same
+	Refresh *reconcile.RefreshStatus // nil where nothing is kept
+	Store   *Store                   // the same
 }
 
 // A Store is the evidence that is on the node.
 type Store struct {
-	Signatures int // without those in bundles
+	Signatures int // without those in archives
 	Bytes      uint64
 	Failing    bool // nothing is kept
-	Bundles    int
+	Archives   int
 	Bad        int  // of these, those that cannot be read, or not whole
-	Bundled    int  // signatures in bundles
-	Unread     bool // there are more bundles than are read, or none can be
+	Archived   int  // signatures in archives
+	Unread     bool // there are more archives than are read, or none can be
 }
 
 // Write writes everything in the Prometheus text format, in the same order each
@@ -202,6 +202,7 @@ func (c *Counters) Write(w io.Writer, s State) error {
 	}
 	p.gauge("config_invalid", "Whether what the configuration directory holds was rejected.", one(flag(s.Invalid)))
 	p.counter("config_rejected_total", "Configurations that were rejected.", one(c.Rejected.Load()))
+	p.counter("mode_lowered_total", "Times that a configuration which audits came after one which enforced.", one(c.Lowered.Load()))
 
 	list = nil
 	for i, m := range modes {
@@ -260,7 +261,7 @@ func (c *Counters) Write(w io.Writer, s State) error {
 		}
 		p.gauge("running", "Containers that ran at the last look, by what enforce would answer to them now.", one(all-known, "reason", reasons[0].String()), list)
 		p.gauge("running_gone", "Of these, those that the node has no image of any more, so that nothing can be said.", one(w.Gone))
-		p.gauge("running_unwitnessed", "Of these, those about which no gate was asked.", one(w.Unwitnessed))
+		p.gauge("running_ungated", "Of these, those about which no gate was asked.", one(w.Ungated))
 		p.gauge("running_incomplete", "Whether the last look did not see everything.", one(flag(w.Error != "")))
 		list = nil
 		for _, cause := range causes {
@@ -291,10 +292,10 @@ func (c *Counters) Write(w io.Writer, s State) error {
 		p.gauge("store_signatures", "Signatures that are kept on the node.", one(k.Signatures))
 		p.gauge("store_bytes", "Size of the files that are kept.", one(k.Bytes))
 		p.gauge("store_failing", "Whether new signatures cannot be kept.", one(flag(k.Failing)))
-		p.gauge("bundles", "Entries of the directory of bundles.", one(k.Bundles))
-		p.gauge("bundles_failing", "Of these, those that cannot be read, or not whole.", one(k.Bad))
-		p.gauge("bundles_unread", "Whether there are entries that are not read at all.", one(flag(k.Unread)))
-		p.gauge("bundle_signatures", "Signatures in bundles.", one(k.Bundled))
+		p.gauge("archives", "Entries of the directory of evidence archives.", one(k.Archives))
+		p.gauge("archives_failing", "Of these, those that cannot be read, or not whole.", one(k.Bad))
+		p.gauge("archives_unread", "Whether there are entries that are not read at all.", one(flag(k.Unread)))
+		p.gauge("archive_signatures", "Signatures in evidence archives.", one(k.Archived))
 	}
 	return p.err
 }

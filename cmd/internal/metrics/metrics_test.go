@@ -27,8 +27,7 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/cache"
 	"github.com/tidewaiter/tidewaiter/nri"
-	"github.com/tidewaiter/tidewaiter/nri/node"
-	"github.com/tidewaiter/tidewaiter/nri/sweep"
+	"github.com/tidewaiter/tidewaiter/nri/reconcile"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/leaktest"
 )
@@ -201,19 +200,19 @@ func TestState(t *testing.T) {
 			t.Errorf("%s%q is %v, want %v", tt.name, tt.labels, got, tt.want)
 		}
 	}
-	f = write(t, &c, State{Refresh: &node.RefreshStatus{Images: 1, Failing: 2, Asked: 3, Failed: 4, Fresh: 5, Last: time.Unix(6, 0), Next: time.Unix(7, 0), Error: "secret"}})
+	f = write(t, &c, State{Refresh: &reconcile.RefreshStatus{Images: 1, Failing: 2, Asked: 3, Failed: 4, Fresh: 5, Last: time.Unix(6, 0), Next: time.Unix(7, 0), Error: "secret"}})
 	for name, want := range map[string]float64{"images": 1, "failing": 2, "asked_total": 3, "failed_total": 4, "new_total": 5, "last_timestamp_seconds": 6, "next_timestamp_seconds": 7} {
 		if got := value(t, f, "refresh_"+name); got != want {
 			t.Errorf("refresh_%s is %v, want %v", name, got, want)
 		}
 	}
-	f = write(t, &c, State{Store: &Store{Signatures: 1, Bytes: 2, Failing: true, Bundles: 3, Bad: 4, Bundled: 5, Unread: true}})
-	for name, want := range map[string]float64{"store_signatures": 1, "store_bytes": 2, "store_failing": 1, "bundles": 3, "bundles_failing": 4, "bundle_signatures": 5, "bundles_unread": 1} {
+	f = write(t, &c, State{Store: &Store{Signatures: 1, Bytes: 2, Failing: true, Archives: 3, Bad: 4, Archived: 5, Unread: true}})
+	for name, want := range map[string]float64{"store_signatures": 1, "store_bytes": 2, "store_failing": 1, "archives": 3, "archives_failing": 4, "archive_signatures": 5, "archives_unread": 1} {
 		if got := value(t, f, name); got != want {
 			t.Errorf("%s is %v, want %v", name, got, want)
 		}
 	}
-	f = write(t, &c, State{Sweep: &sweep.Status{At: time.Unix(1, 0), Error: "x", Gone: 1, Unwitnessed: 2, Stopped: 3,
+	f = write(t, &c, State{Sweep: &reconcile.RunningStatus{At: time.Unix(1, 0), Error: "x", Gone: 1, Ungated: 2, Stopped: 3,
 		Ends:    map[string]time.Time{"signature": time.Unix(8, 0), "nothing": time.Unix(9, 0), "made up": time.Unix(9, 0)},
 		Reasons: map[verify.Reason]int{verify.Verified: 4, verify.Revoked: 5, "": 6, "MADE_UP": 7}}})
 	for _, tt := range []struct {
@@ -222,7 +221,7 @@ func TestState(t *testing.T) {
 		want   float64
 	}{
 		{"running", []string{"reason", "VERIFIED"}, 4}, {"running", []string{"reason", "REVOKED"}, 5}, {"running", []string{"reason", "INTERNAL"}, 13}, {"running", []string{"reason", "PENDING"}, 0},
-		{"running_gone", nil, 1}, {"running_unwitnessed", nil, 2}, {"running_stopped_total", nil, 3}, {"running_incomplete", nil, 1}, {"answer_ends_timestamp_seconds", []string{"cause", "signature"}, 8},
+		{"running_gone", nil, 1}, {"running_ungated", nil, 2}, {"running_stopped_total", nil, 3}, {"running_incomplete", nil, 1}, {"answer_ends_timestamp_seconds", []string{"cause", "signature"}, 8},
 	} {
 		if got := value(t, f, tt.name, tt.labels...); got != tt.want {
 			t.Errorf("%s%q is %v, want %v", tt.name, tt.labels, got, tt.want)
@@ -258,7 +257,7 @@ func TestState(t *testing.T) {
 	if n := len(f["tidewaiter_problem"].GetMetric()); n != 2 || value(t, f, "problem", "code", "A") != 0 || value(t, f, "problem", "code", "B") != 1 {
 		t.Errorf("problems %v", f["tidewaiter_problem"])
 	}
-	if f = write(t, &c, State{Sweep: &sweep.Status{}}); f["tidewaiter_running"] != nil {
+	if f = write(t, &c, State{Sweep: &reconcile.RunningStatus{}}); f["tidewaiter_running"] != nil {
 		t.Error("what runs is told before anybody looked")
 	}
 	f = write(t, &c, State{Ready: true, Mode: "audit", Epoch: "1"})
@@ -276,8 +275,8 @@ func TestDocumentation(t *testing.T) {
 	must(t, err)
 	var c Counters
 	c.Asked([]verify.Attempt{{Source: "store", Reason: verify.Verified}})
-	f := write(t, &c, State{Epoch: "0", Cache: &cache.Stats{}, Codes: []string{"A"}, Assure: []string{"full"}, Sweep: &sweep.Status{At: time.Unix(1, 0), Ends: map[string]time.Time{"signature": {}}}, Store: &Store{},
-		Refresh: &node.RefreshStatus{Last: time.Unix(1, 0), Next: time.Unix(1, 0)}})
+	f := write(t, &c, State{Epoch: "0", Cache: &cache.Stats{}, Codes: []string{"A"}, Assure: []string{"full"}, Sweep: &reconcile.RunningStatus{At: time.Unix(1, 0), Ends: map[string]time.Time{"signature": {}}}, Store: &Store{},
+		Refresh: &reconcile.RefreshStatus{Last: time.Unix(1, 0), Next: time.Unix(1, 0)}})
 	for name := range f {
 		if !strings.Contains(string(doc), "| `"+name) {
 			t.Errorf("no row for %s", name)

@@ -12,6 +12,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -40,11 +41,11 @@ type question struct {
 	// Until has it asked again and again, until an answer has this in it.
 	Until string
 
-	// Containers, where there is no Create, is how many containers run from now on, as
-	// a plugin is told that registers.
-	Containers int
+	// Unlisted, where there is no Create, says that the runtime fails from now on to tell
+	// a plugin that registers of what there is.
+	Unlisted bool
 
-	// Size is how many bytes of environment the container has, or each that runs.
+	// Size is how many bytes of environment the container has.
 	Size int
 }
 
@@ -59,8 +60,8 @@ type answer struct {
 type runtime struct {
 	*adaptation.Adaptation
 
-	mu         sync.Mutex
-	containers []*api.Container
+	mu       sync.Mutex
+	unlisted bool
 }
 
 func main() {
@@ -80,9 +81,12 @@ func run(socket, version string, timeout time.Duration) (err error) {
 	r.Adaptation, err = adaptation.New("containerd", version,
 		func(ctx context.Context, sync adaptation.SyncCB) error {
 			r.mu.Lock()
-			containers := r.containers
+			unlisted := r.unlisted
 			r.mu.Unlock()
-			_, err := sync(ctx, nil, containers)
+			if unlisted {
+				return errors.New("as told")
+			}
+			_, err := sync(ctx, nil, nil)
 			return err
 		},
 		func(context.Context, []*adaptation.ContainerUpdate) ([]*adaptation.ContainerUpdate, error) {
@@ -129,12 +133,8 @@ func (r *runtime) do(q question) answer {
 	a := answer{ID: q.ID, Refused: map[string]int{}}
 	env := []string{"E=" + strings.Repeat("x", q.Size)}
 	if q.Create == nil {
-		containers := make([]*api.Container, q.Containers)
-		for i := range containers {
-			containers[i] = &api.Container{Id: fmt.Sprint("c", i), Env: env}
-		}
 		r.mu.Lock()
-		r.containers = containers
+		r.unlisted = q.Unlisted
 		r.mu.Unlock()
 		return a
 	}

@@ -1,10 +1,11 @@
 // Package layout finds signatures in an OCI image layout, a directory or an
-// uncompressed tar file: a bundle on a USB stick, what `oras copy --to-oci-layout`,
-// `notation sign --oci-layout`, `ctr images export` or `docker save` wrote, a
+// uncompressed tar file: an archive on a USB stick, what `oras copy --to-oci-layout`,
+// `ctr images export` or `docker save` wrote, a
 // directory that configuration management keeps up to date.
 //
-// It is read anew for every question, so that new signatures count at once, and
-// nothing in it is ever written: read-only media work. Nothing in it is trusted.
+// Every question looks whether it has changed, so that new signatures count at once, and
+// nothing in it is ever written: read-only media work. A catalog, bounded in memory, says
+// which documents may be signatures of an image, so that a layout may have many. Nothing in it is trusted.
 // Every blob is checked against its digest and size, everything read is counted
 // against the budget of the question, and no file outside the directory is opened,
 // whatever links lie in it. Of a tar file only where its files lie is remembered,
@@ -25,6 +26,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/evidence"
+	"github.com/tidewaiter/tidewaiter/verify/oci"
 )
 
 // maxDepth is how many indexes deep a signature may lie below index.json.
@@ -37,15 +40,18 @@ type Source struct {
 	turn chan struct{} // filled by who opens it, so that one at a time scans a tar file
 	tar  *Tar          // that was scanned last; nil: none
 	hung atomic.Int32  // reads that nobody waits for any more
-	do   func(context.Context, string, *Tar) (*Dir, error)
+
+	room     *Room
+	build    chan struct{}       // filled by who uses the catalog
+	catalogs map[string]*catalog // by the kind of evidence
+
+	do func(context.Context, string, *Tar) (*Dir, error)
 }
 
 var _ verify.Source = (*Source)(nil)
 
-// New returns the source for the layout at path, a directory or an uncompressed tar
-// file. It need not exist yet: whether it does, and which of the two it is, is asked
-// each time.
-func New(path string) *Source { return &Source{path: path, turn: make(chan struct{}, 1), do: Open} }
+// New is [Room.New] in a room of its own, without a clock.
+func New(path string) *Source { return new(Room).New(path) }
 
 // Name implements [verify.Source].
 func (s *Source) Name() string { return "layout " + s.path }
@@ -54,17 +60,22 @@ func (s *Source) Name() string { return "layout " + s.path }
 // subject lists (distribution-spec v1.1, "Referrers Tag Schema") come first,
 // then those among the other manifests that index.json leads to.
 //
-// A manifest that is missing, or that is not what its digest says, can never
-// become a signature and costs only itself; it is handed over with Err set where
-// a referrers tag says that it is a signature of the subject. What could be a
-// signature and was not looked at, since a file could not be read or the budget
-// did not allow it, hides nothing else, and makes Find end with an error.
+// A manifest that is missing, or that is not what its digest says, hides nothing else; it
+// is handed over with Err set if a referrers tag says that it is a signature of the
+// subject. What could be a signature and was not looked at makes Find end with an error:
+// a file could not be read, the budget did not allow it, or it is missing although
+// index.json or a referrers tag names it, an entry calls it a signature, or a signature
+// needs it. Manifests that only the index of an image lists may be missing: they are of
+// other platforms.
 //
 // Where a read does not end Find ends with ctx, and soon says so at once until
 // it ends after all.
 func (s *Source) Find(ctx context.Context, _ verify.Name, subject ocispec.Descriptor, b *verify.Budget, yield func(verify.Evidence) bool) error {
 	if err := subject.Digest.Validate(); err != nil {
 		return fmt.Errorf("%w: subject %q: %w", verify.ErrUnreachable, subject.Digest, err)
+	}
+	if b.Kind == nil {
+		return evidence.ErrKind
 	}
 	if s.hung.Load() > 0 {
 		return errHangs
@@ -136,13 +147,15 @@ var errHangs = fmt.Errorf("%w: the disk does not answer", verify.ErrUnreachable)
 // dies, or the medium was pulled out, it may never end. Whoever asks must not wait for
 // that, since few do for the whole node.
 func (s *Source) find(ctx context.Context, subject ocispec.Descriptor, b *verify.Budget, yield func(verify.Evidence) bool) error {
-	l, entries, err := s.open(ctx, b)
+	l, err := s.open(ctx, b)
 	if err != nil {
 		return err
 	}
 	defer l.dir.Close()
 	w := &walk{layout: l, subject: subject, yield: yield, seen: map[verify.Target]bool{}}
-	w.run(ctx, entries)
+	w.run(ctx, func(have int, first bool) (found, error) {
+		return s.look(ctx, l.dir, b.Kind, subject.Digest, have, first)
+	})
 	return w.failed
 }
 
@@ -150,7 +163,7 @@ func (s *Source) find(ctx context.Context, subject ocispec.Descriptor, b *verify
 // with its bytes, at most 4 MiB. The bytes have been checked against d; size and
 // media type in the descriptor are theirs. It need not be named in index.json.
 //
-// The error is a [*verify.Fault] if the document is not plainly one or the other,
+// The error wraps [oci.ErrAmbiguous] if the document is not plainly one or the other,
 // wraps one of the errors that [verify.Source] speaks of if it was not found out
 // what the layout holds, and else [fs.ErrNotExist]: the layout does not hold it.
 func (s *Source) Manifest(ctx context.Context, d digest.Digest) (ocispec.Descriptor, []byte, error) {
@@ -161,12 +174,22 @@ func (s *Source) Manifest(ctx context.Context, d digest.Digest) (ocispec.Descrip
 	if err := ctx.Err(); err != nil {
 		return none, nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
 	}
-	b := verify.NewBudget(verify.Limits{})
-	l, entries, err := s.open(ctx, b)
+	b := verify.NewBudget(nil, verify.Limits{})
+	l, err := s.open(ctx, b)
 	if err != nil {
 		return none, nil, err
 	}
 	defer l.dir.Close()
+	listed := ""
+	err = l.dir.each(func(e oci.Entry) bool {
+		if e.Err == nil && e.Digest == d {
+			listed = e.MediaType
+		}
+		return true
+	})
+	if err != nil {
+		return none, nil, err
+	}
 	raw, err := l.dir.Read(BlobPath(d), func(n int64) error { return b.Manifest(n) })
 	if err != nil {
 		return none, nil, err
@@ -174,13 +197,7 @@ func (s *Source) Manifest(ctx context.Context, d digest.Digest) (ocispec.Descrip
 	if d.Algorithm().FromBytes(raw) != d {
 		return none, nil, fmt.Errorf("%w: %s is not what its digest says", verify.ErrUnreachable, BlobPath(d))
 	}
-	listed := ""
-	for _, e := range entries {
-		if e.Digest == d {
-			listed = e.MediaType
-		}
-	}
-	mediaType, err := verify.MediaTypeOf(raw, listed)
+	mediaType, err := oci.MediaTypeOf(raw, listed)
 	if err != nil {
 		return none, nil, err
 	}
@@ -193,31 +210,35 @@ type layout struct {
 	b   *verify.Budget
 }
 
-// open opens the layout and returns the entries of its index.json.
-func (s *Source) open(ctx context.Context, b *verify.Budget) (*layout, []ocispec.Descriptor, error) {
+// dir opens the layout.
+func (s *Source) dir(ctx context.Context) (*Dir, error) {
 	select {
 	case s.turn <- struct{}{}:
 	case <-ctx.Done():
-		return nil, nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, ctx.Err())
+		return nil, fmt.Errorf("%w: %w", verify.ErrUnreachable, ctx.Err())
 	}
-	dir, err := func() (*Dir, error) {
-		defer func() { <-s.turn }()
-		dir, err := s.do(ctx, s.path, s.tar)
-		if err == nil {
-			s.tar = dir.Tar()
+	defer func() { <-s.turn }()
+	dir, err := s.do(ctx, s.path, s.tar)
+	if err == nil && dir.Tar() != s.tar {
+		s.room.give(costFile * int64(s.tar.Files()))
+		if s.tar = dir.Tar(); !s.room.take(costFile * int64(s.tar.Files())) {
+			s.tar = nil
 		}
-		return dir, err
-	}()
-	if err != nil {
-		return nil, nil, err
 	}
-	l := &layout{dir, b}
-	entries, err := dir.Entries(b.Manifest)
+	return dir, err
+}
+
+// open opens the layout.
+func (s *Source) open(ctx context.Context, b *verify.Budget) (*layout, error) {
+	dir, err := s.dir(ctx)
 	if err != nil {
+		return nil, err
+	}
+	if err := dir.version(b.Manifest); err != nil {
 		dir.Close()
-		return nil, nil, err
+		return nil, err
 	}
-	return l, entries, nil
+	return &layout{dir, b}, nil
 }
 
 // unreachable makes err, which kept the whole layout from being read, one of

@@ -18,6 +18,7 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/leaktest"
+	"github.com/tidewaiter/tidewaiter/verify/oci"
 	"github.com/tidewaiter/tidewaiter/verify/source/layout"
 	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
 )
@@ -41,6 +42,14 @@ func TestSource(t *testing.T) {
 			})
 		}
 	}
+}
+
+func TestTagged(t *testing.T) {
+	sourcetest.RunTagged(t, func(t *testing.T, c sourcetest.Content) verify.Source {
+		dir := t.TempDir()
+		sourcetest.Layout(t, dir, c, false)
+		return layout.New(dir)
+	})
 }
 
 // A disk that hangs ends no question later than its time, and from then on each at once.
@@ -83,14 +92,14 @@ func TestPanic(t *testing.T) {
 			t.Errorf("panic %v", p)
 		}
 	}()
-	_ = layout.New(dir).Find(t.Context(), verify.Name{}, subject, verify.NewBudget(verify.Limits{}), func(verify.Evidence) bool { panic("mine") })
+	_ = layout.New(dir).Find(t.Context(), verify.Name{}, subject, verify.NewBudget(sourcetest.Kind, verify.Limits{}), func(verify.Evidence) bool { panic("mine") })
 }
 
 // site is a layout with one signed image.
 func site(t testing.TB) (dir string, subject ocispec.Descriptor, want []verify.Evidence) {
 	var c sourcetest.Content
 	dir, subject = t.TempDir(), c.Image("app")
-	want = append(want, c.Sign(subject, verify.MediaTypeJWS, "envelope"))
+	want = append(want, c.Sign(subject, sourcetest.MediaTypeA, "envelope"))
 	sourcetest.Layout(t, dir, c, false)
 	return dir, subject, want
 }
@@ -216,8 +225,8 @@ func TestUnreadableBlob(t *testing.T) {
 				t.Parallel()
 				var c sourcetest.Content
 				dir, subject := t.TempDir(), c.Image("app")
-				bad := c.Sign(subject, verify.MediaTypeJWS, "bad")
-				good := c.Sign(subject, verify.MediaTypeJWS, "good")
+				bad := c.Sign(subject, sourcetest.MediaTypeA, "bad")
+				good := c.Sign(subject, sourcetest.MediaTypeA, "good")
 				sourcetest.Layout(t, dir, c, tagged)
 				if err := os.Remove(blob(dir, bad.Manifest.Digest)); err != nil {
 					t.Fatal(err)
@@ -230,6 +239,57 @@ func TestUnreadableBlob(t *testing.T) {
 				sourcetest.Check(t, got, []verify.Evidence{good}, 0)
 			})
 		}
+	}
+}
+
+// TestDamagedBlob: what the medium spoilt may have been a signature. An entry that tells
+// another size than its file has costs itself.
+func TestDamagedBlob(t *testing.T) {
+	for name, harm := range map[string]func([]byte) []byte{
+		"flipped": func(raw []byte) []byte { raw[len(raw)/2] ^= 1; return raw },
+		"zeros":   func(raw []byte) []byte { return make([]byte, len(raw)) },
+		"cut":     func(raw []byte) []byte { return raw[:len(raw)/2] },
+		"empty":   func([]byte) []byte { return nil },
+	} {
+		for part, of := range map[string]func(verify.Evidence) digest.Digest{
+			"manifest": func(ev verify.Evidence) digest.Digest { return ev.Manifest.Digest },
+			"envelope": func(ev verify.Evidence) digest.Digest { return digest.FromBytes(ev.Blob) },
+		} {
+			for _, tagged := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s %s tagged %t", name, part, tagged), func(t *testing.T) {
+					var c sourcetest.Content
+					dir, subject := t.TempDir(), c.Image("app")
+					bad := c.Sign(subject, sourcetest.MediaTypeA, "bad")
+					good := c.Sign(subject, sourcetest.MediaTypeA, "good")
+					sourcetest.Layout(t, dir, c, tagged)
+					at := blob(dir, of(bad))
+					raw, err := os.ReadFile(at)
+					if err == nil {
+						err = os.WriteFile(at, harm(raw), 0o644)
+					}
+					if err != nil {
+						t.Fatal(err)
+					}
+					found := false
+					err = layout.New(dir).Find(t.Context(), sourcetest.Name, subject, verify.NewBudget(sourcetest.Kind, verify.Limits{}), func(ev verify.Evidence) bool {
+						found = found || ev.Err == nil && ev.Manifest.Digest == good.Manifest.Digest
+						return true
+					})
+					if !found || !errors.Is(err, verify.ErrUnreachable) {
+						t.Errorf("the good one was found: %v, error %v", found, err)
+					}
+				})
+			}
+		}
+	}
+	var c sourcetest.Content
+	dir, subject := t.TempDir(), c.Image("app")
+	c.Sign(subject, sourcetest.MediaTypeA, "envelope")
+	c.Referrers[subject.Digest][0].Size++
+	sourcetest.Layout(t, dir, c, true)
+	err := layout.New(dir).Find(t.Context(), sourcetest.Name, subject, verify.NewBudget(sourcetest.Kind, verify.Limits{}), func(verify.Evidence) bool { return true })
+	if err != nil {
+		t.Errorf("an entry with another size: %v", err)
 	}
 }
 
@@ -274,7 +334,7 @@ func TestNewSignaturesCount(t *testing.T) {
 	if got, err := sourcetest.Find(t.Context(), src, subject, verify.Limits{}); err != nil || len(got) > 0 {
 		t.Fatalf("%d signatures, error %v", len(got), err)
 	}
-	want := c.Sign(subject, verify.MediaTypeJWS, "envelope")
+	want := c.Sign(subject, sourcetest.MediaTypeA, "envelope")
 	sourcetest.Layout(t, dir, c, false)
 	got, err := sourcetest.Find(t.Context(), src, subject, verify.Limits{})
 	if err != nil {
@@ -308,9 +368,9 @@ func TestReadOnlyMedium(t *testing.T) {
 	}
 }
 
-// A bundle of many images answers within the default limits, and a signature may
+// An archive of many images answers within the default limits, and a signature may
 // lie some indexes deep, but not without end.
-func TestBundle(t *testing.T) {
+func TestArchive(t *testing.T) {
 	t.Parallel()
 	var c sourcetest.Content
 	dir := t.TempDir()
@@ -318,7 +378,7 @@ func TestBundle(t *testing.T) {
 	var want []verify.Evidence
 	for i := range 500 {
 		subject = c.Image(fmt.Sprint("app ", i))
-		want = []verify.Evidence{c.Sign(subject, verify.MediaTypeJWS, fmt.Sprint("envelope ", i))}
+		want = []verify.Evidence{c.Sign(subject, sourcetest.MediaTypeA, fmt.Sprint("envelope ", i))}
 	}
 	sourcetest.Layout(t, dir, c, false)
 	got, err := sourcetest.Find(t.Context(), layout.New(dir), subject, verify.Limits{})
@@ -404,8 +464,7 @@ func TestManifest(t *testing.T) {
 		t.Errorf("%v, error %v", got, err)
 	}
 
-	var fault *verify.Fault
-	if _, _, err = src.Manifest(t.Context(), add(`{"manifests":[],"layers":[]}`)); !errors.As(err, &fault) || fault.Reason != verify.ImageAmbiguous {
+	if _, _, err = src.Manifest(t.Context(), add(`{"manifests":[],"layers":[]}`)); !errors.Is(err, oci.ErrAmbiguous) {
 		t.Errorf("ambiguous: %v", err)
 	}
 	if _, _, err = src.Manifest(t.Context(), digest.FromString("nothing")); !errors.Is(err, fs.ErrNotExist) || errors.Is(err, verify.ErrUnreachable) {
@@ -435,8 +494,7 @@ func TestManifestListedAsAnother(t *testing.T) {
 	dir, subject := t.TempDir(), c.Image("app")
 	c.Images[0].MediaType = ocispec.MediaTypeImageIndex
 	sourcetest.Layout(t, dir, c, false)
-	var fault *verify.Fault
-	if _, _, err := layout.New(dir).Manifest(t.Context(), subject.Digest); !errors.As(err, &fault) || fault.Reason != verify.ImageAmbiguous {
+	if _, _, err := layout.New(dir).Manifest(t.Context(), subject.Digest); !errors.Is(err, oci.ErrAmbiguous) {
 		t.Errorf("error %v", err)
 	}
 }
@@ -444,8 +502,8 @@ func TestManifestListedAsAnother(t *testing.T) {
 func FuzzFind(f *testing.F) {
 	_, subject, want := site(f)
 	manifest, err := json.Marshal(ocispec.Manifest{
-		MediaType: ocispec.MediaTypeImageManifest, ArtifactType: verify.ArtifactTypeNotation, Subject: &subject,
-		Layers: []ocispec.Descriptor{{MediaType: verify.MediaTypeJWS, Digest: digest.FromBytes(want[0].Blob), Size: int64(len(want[0].Blob))}},
+		MediaType: ocispec.MediaTypeImageManifest, ArtifactType: sourcetest.ArtifactType, Subject: &subject,
+		Layers: []ocispec.Descriptor{{MediaType: sourcetest.MediaTypeA, Digest: digest.FromBytes(want[0].Blob), Size: int64(len(want[0].Blob))}},
 	})
 	if err != nil {
 		f.Fatal(err)

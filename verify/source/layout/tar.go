@@ -18,8 +18,9 @@ import (
 )
 
 // Bounds of a tar file. A store of 64 MiB has fewer files.
+// MaxFiles is for who writes one.
 const (
-	maxEntries = 1 << 15  // of any kind
+	MaxFiles   = 1 << 15  // of any kind
 	maxHeaders = 64 << 20 // bytes of all headers
 )
 
@@ -29,6 +30,7 @@ type Tar struct {
 	of     os.FileInfo
 	files  map[string]extent // by their names in a layout
 	docker bool              // it has what docker save wrote before it wrote layouts
+	below  string            // the first directory in it that a layout lies in; empty: none
 }
 
 // Files is how many files of a layout there are; a nil Tar has none.
@@ -44,7 +46,7 @@ type extent struct{ offset, size int64 } // size below 0: it is no regular file
 
 // still reports whether info is of the version of the file that was scanned.
 func (t *Tar) still(info os.FileInfo) bool {
-	return t != nil && os.SameFile(t.of, info) && t.of.Size() == info.Size() && t.of.ModTime().Equal(info.ModTime())
+	return t != nil && same(t.of, info)
 }
 
 // scan reads the headers in f, and never what the files hold. What is no file of a
@@ -52,8 +54,12 @@ func (t *Tar) still(info os.FileInfo) bool {
 // archive without an end are refused: what they hold depends on who reads them.
 func scan(ctx context.Context, f *os.File, of os.FileInfo) (*Tar, error) {
 	r := &headers{SectionReader: io.NewSectionReader(f, 0, of.Size()), ctx: ctx, left: maxHeaders}
-	if kind := compression(r); kind != "" {
-		return nil, fmt.Errorf("%w: it is compressed with %s, and is read in place only uncompressed: tidewaiter bundle import unpacks what gzip and zstd have compressed", verify.ErrUnreachable, kind)
+	switch kind := compression(r); kind {
+	case "":
+	case "xz", "bzip2", "lz4":
+		return nil, fmt.Errorf("%w: it is compressed with %s, which is not read: unpack it, or pack it with gzip or zstd for tidewaiter evidence import", verify.ErrUnreachable, kind)
+	default:
+		return nil, fmt.Errorf("%w: it is compressed with %s, and is read in place only uncompressed: tidewaiter evidence import unpacks what gzip and zstd have compressed", verify.ErrUnreachable, kind)
 	}
 	t := &Tar{of: of, files: map[string]extent{}}
 	tr := tar.NewReader(r)
@@ -74,10 +80,13 @@ func scan(ctx context.Context, f *os.File, of os.FileInfo) (*Tar, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%w: tar file, header %d: %w", verify.ErrUnreachable, n+1, err)
 		}
-		if n == maxEntries {
-			return nil, fmt.Errorf("%w: more than %d files in the tar file", verify.ErrBudget, maxEntries)
+		if n == MaxFiles {
+			return nil, fmt.Errorf("%w: more than %d files in the tar file", verify.ErrBudget, MaxFiles)
 		}
 		t.docker = t.docker || path.Clean(h.Name) == "manifest.json"
+		if at := path.Clean(h.Name); t.below == "" && path.Base(at) == ocispec.ImageLayoutFile && path.Dir(at) != "." {
+			t.below = path.Dir(at)
+		}
 		name, ok := fileOf(h.Name)
 		if !ok || h.Typeflag == tar.TypeDir {
 			continue
@@ -160,15 +169,23 @@ func (r *headers) ended() bool {
 func compression(r io.ReaderAt) string {
 	var head [6]byte
 	_, _ = r.ReadAt(head[:], 0) // a shorter one is no tar file either, and the scan says so
+	return Compression(head[:])
+}
+
+// Compression names what a file that begins with head is compressed with, if it is: gzip,
+// zstd, xz, bzip2 or lz4.
+func Compression(head []byte) string {
 	switch {
-	case bytes.HasPrefix(head[:], []byte{0x1f, 0x8b}):
+	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
 		return "gzip"
-	case bytes.HasPrefix(head[:], []byte{0x28, 0xb5, 0x2f, 0xfd}):
+	case bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}):
 		return "zstd"
-	case string(head[:]) == "\xfd7zXZ\x00":
+	case bytes.HasPrefix(head, []byte("\xfd7zXZ\x00")):
 		return "xz"
-	case string(head[:3]) == "BZh":
+	case bytes.HasPrefix(head, []byte("BZh")):
 		return "bzip2"
+	case bytes.HasPrefix(head, []byte{0x04, 0x22, 0x4d, 0x18}), bytes.HasPrefix(head, []byte{0x02, 0x21, 0x4c, 0x18}):
+		return "lz4"
 	}
 	return ""
 }

@@ -215,7 +215,7 @@ func TestUnreadableTar(t *testing.T) {
 		}), verify.ErrUnreachable, "not a regular file"},
 		"index.json is too big": {with(func(list []member) []member {
 			m := of(list, "index.json")
-			m.body += strings.Repeat(" ", 5<<20)
+			m.body += strings.Repeat(" ", 9<<20)
 			m.Size = int64(len(m.body))
 			return list
 		}), verify.ErrBudget, "index.json"},
@@ -360,14 +360,14 @@ func TestTarThatChanges(t *testing.T) {
 	sourcetest.Layout(t, dir, c, false)
 	sourcetest.Tar(t, dir, file)
 	check()
-	one := c.Sign(subject, verify.MediaTypeJWS, "one")
+	one := c.Sign(subject, sourcetest.MediaTypeA, "one")
 	sourcetest.Layout(t, dir, c, false)
 	sourcetest.Tar(t, dir, file) // truncates it
 	check(one)
 	// In place, by one that is as long.
 	var other sourcetest.Content
 	other.Image("app")
-	uno, again := other.Sign(subject, verify.MediaTypeJWS, "uno"), t.TempDir()
+	uno, again := other.Sign(subject, sourcetest.MediaTypeA, "uno"), t.TempDir()
 	sourcetest.Layout(t, again, other, false)
 	was, err := os.Stat(file)
 	if err != nil {
@@ -381,7 +381,7 @@ func TestTarThatChanges(t *testing.T) {
 		t.Fatal(err)
 	}
 	check(uno)
-	two := c.Sign(subject, verify.MediaTypeJWS, "two")
+	two := c.Sign(subject, sourcetest.MediaTypeA, "two")
 	sourcetest.Layout(t, dir, c, false)
 	if err := os.Rename(packed(t, dir), file); err != nil {
 		t.Fatal(err)

@@ -29,6 +29,8 @@ var Name = verify.Name{Host: "registry.test", Path: "team/app"}
 type Content struct {
 	Blobs     map[digest.Digest][]byte               // manifests and blobs; the bytes under a digest need not have it
 	Images    []ocispec.Descriptor                   // images without more to say
+	Kind      verify.Kind                            // of its signatures; nil: Kind
+	Tagged    map[string]ocispec.Descriptor          // manifests that lie at tags
 	Referrers map[digest.Digest][]ocispec.Descriptor // what is listed for a subject; need not be true
 }
 
@@ -79,11 +81,11 @@ func (c *Content) ImageBy(alg digest.Algorithm, name string) ocispec.Descriptor 
 func (c *Content) Sign(subject ocispec.Descriptor, mediaType, envelope string, edits ...func(*ocispec.Manifest)) verify.Evidence {
 	m := ocispec.Manifest{
 		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest,
-		ArtifactType: verify.ArtifactTypeNotation,
+		ArtifactType: c.kind().ArtifactType(),
 		Config:       ocispec.DescriptorEmptyJSON,
 		Layers:       []ocispec.Descriptor{c.Add(mediaType, []byte(envelope))},
 		Subject:      &subject,
-		Annotations:  map[string]string{"io.cncf.notary.x509chain.thumbprint#S256": thumbprint(envelope)},
+		Annotations:  map[string]string{c.kind().Annotation(): thumbprint(envelope)},
 	}
 	for _, edit := range edits {
 		edit(&m)
@@ -99,9 +101,44 @@ func (c *Content) Sign(subject ocispec.Descriptor, mediaType, envelope string, e
 	return verify.Evidence{Manifest: d, MediaType: mediaType, Blob: []byte(envelope)}
 }
 
-// OldStyle makes the manifest of a signature as notation did before image-spec 1.1.
+// kind is that of the signatures.
+func (c *Content) kind() verify.Kind {
+	if c.Kind == nil {
+		return Kind
+	}
+	return c.Kind
+}
+
+// SignToy adds a signature of kind Toy, as a referrer of subject or at its tag, and returns
+// what a source should make of it.
+func (c *Content) SignToy(subject ocispec.Descriptor, name string, tagged bool) verify.Evidence {
+	note, signature := c.Add("application/vnd.example.note", []byte("note "+name)), c.Add("application/vnd.example.toy", []byte("toy "+name))
+	note.Annotations = map[string]string{ToyNote: name, "com.example.other": "is not looked at"}
+	m := ocispec.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, ArtifactType: ToyType,
+		Config: ocispec.DescriptorEmptyJSON, Layers: []ocispec.Descriptor{note, signature},
+	}
+	if !tagged {
+		m.Subject = &subject
+	}
+	c.put(m.Config.Digest, []byte("{}"))
+	d := c.Add(m.MediaType, encode(m))
+	ev := verify.Evidence{Manifest: d, MediaType: note.MediaType, Blob: []byte("note " + name), More: []verify.Blob{{Descriptor: signature, Raw: []byte("toy " + name)}}}
+	if tagged {
+		if c.Tagged == nil {
+			c.Tagged = map[string]ocispec.Descriptor{}
+		}
+		c.Tagged[tag(subject.Digest)+ToySuffix] = d
+		return ev
+	}
+	d.ArtifactType = ToyType
+	c.List(subject, d)
+	return ev
+}
+
+// OldStyle makes the manifest of a signature as it was done before image-spec 1.1.
 func OldStyle(m *ocispec.Manifest) {
-	m.ArtifactType, m.Config.MediaType = "", verify.ArtifactTypeNotation
+	m.ArtifactType, m.Config.MediaType = "", m.ArtifactType
 }
 
 func thumbprint(s string) string {
@@ -142,6 +179,10 @@ func Layout(t testing.TB, dir string, c Content, tagged bool) {
 	blobs := map[digest.Digest][]byte{}
 	for d, raw := range c.Blobs {
 		blobs[d] = raw
+	}
+	for name, d := range c.Tagged {
+		d.Annotations = map[string]string{ocispec.AnnotationRefName: name}
+		entries = append(entries, d)
 	}
 	for subject, list := range c.Referrers {
 		if !tagged {

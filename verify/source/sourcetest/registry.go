@@ -47,7 +47,7 @@ func (g *Registry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	rest, ok := strings.CutPrefix(r.URL.Path, "/v2/"+g.Repository+"/")
 	kind, ref, _ := strings.Cut(rest, "/")
 	switch {
-	case r.Method != http.MethodGet:
+	case r.Method != http.MethodGet && r.Method != http.MethodHead:
 		w.WriteHeader(http.StatusMethodNotAllowed)
 	case !ok:
 		failed(w, http.StatusNotFound, "NAME_UNKNOWN")
@@ -91,6 +91,10 @@ func (g *Registry) mediaType(d digest.Digest) string {
 func (g *Registry) tag(w http.ResponseWriter, ref string) {
 	if d, ok := g.Tags[ref]; ok {
 		send(w, g.mediaType(d), d, g.Content.Blobs[d])
+		return
+	}
+	if d, ok := g.Content.Tagged[ref]; ok {
+		send(w, d.MediaType, d.Digest, g.Content.Blobs[d.Digest])
 		return
 	}
 	for subject, list := range g.Content.Referrers {

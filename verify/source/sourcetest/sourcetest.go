@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -17,8 +18,13 @@ import (
 
 // Find asks src for the signatures of subject under limits and returns all of them.
 func Find(ctx context.Context, src verify.Source, subject ocispec.Descriptor, limits verify.Limits) ([]verify.Evidence, error) {
+	return FindKind(ctx, Kind, src, subject, limits)
+}
+
+// FindKind is Find for evidence of kind k.
+func FindKind(ctx context.Context, k verify.Kind, src verify.Source, subject ocispec.Descriptor, limits verify.Limits) ([]verify.Evidence, error) {
 	var list []verify.Evidence
-	err := src.Find(ctx, Name, subject, verify.NewBudget(limits), func(ev verify.Evidence) bool {
+	err := src.Find(ctx, Name, subject, verify.NewBudget(k, limits), func(ev verify.Evidence) bool {
 		list = append(list, ev)
 		return true
 	})
@@ -67,6 +73,7 @@ type testCase struct {
 	broken  int // at least so many with Err set; -1: none
 	limits  verify.Limits
 	err     error // nil: the answer is conclusive
+	damaged bool  // a source that keeps files may say that it is not
 }
 
 // Run tests that the sources which open makes do what [verify.Source] says. open
@@ -81,7 +88,7 @@ func Run(t *testing.T, open func(t *testing.T, content Content) verify.Source) {
 			build(&c)
 			src := open(t, c.content)
 			got, err := Find(t.Context(), src, c.subject, c.limits)
-			if !errors.Is(err, c.err) {
+			if !errors.Is(err, c.err) && !(c.damaged && errors.Is(err, verify.ErrUnreachable)) {
 				t.Errorf("error %v, want %v", err, c.err)
 			}
 			Check(t, got, c.want, c.broken)
@@ -99,10 +106,38 @@ func Run(t *testing.T, open func(t *testing.T, content Content) verify.Source) {
 		subject := c.Image("app")
 		var want []verify.Evidence
 		for i := range 3 {
-			want = append(want, c.Sign(subject, verify.MediaTypeJWS, fmt.Sprint("envelope ", i)))
+			want = append(want, c.Sign(subject, MediaTypeA, fmt.Sprint("envelope ", i)))
 		}
 		return open(t, c), subject, want
 	}
+	t.Run("another kind, of two blobs", func(t *testing.T) {
+		t.Parallel()
+		var c Content
+		subject, other := c.Image("app"), c.Image("other")
+		want := []verify.Evidence{c.SignToy(subject, "one", false), c.SignToy(subject, "two", false)}
+		plain := []verify.Evidence{c.Sign(subject, MediaTypeA, "of the usual kind")}
+		c.SignToy(other, "of another image", false)
+		src := open(t, c)
+		for _, x := range []struct {
+			kind verify.Kind
+			want []verify.Evidence
+		}{{Toy, want}, {Kind, plain}} {
+			got, err := FindKind(t.Context(), x.kind, src, subject, verify.Limits{})
+			if err != nil {
+				t.Error(err)
+			}
+			Check(t, got, x.want, -1)
+			checkMore(t, got, x.want)
+		}
+		// Each blob is counted, and one that is too big costs its signature alone.
+		got, err := FindKind(t.Context(), Toy, src, subject, verify.Limits{EnvelopeBytes: 7})
+		if !errors.Is(err, verify.ErrBudget) || len(got) != 2 || got[0].Err == nil || got[0].Blob != nil || got[0].More != nil {
+			t.Errorf("blobs beyond the limit: %v, error %v", got, err)
+		}
+		if got, err := FindKind(t.Context(), nil, src, subject, verify.Limits{}); !errors.Is(err, verify.ErrBudget) || len(got) > 0 {
+			t.Errorf("of no kind: %d found, error %v", len(got), err)
+		}
+	})
 	t.Run("the budget for signatures ends it", func(t *testing.T) {
 		t.Parallel()
 		src, subject, _ := three(t)
@@ -153,7 +188,7 @@ func Run(t *testing.T, open func(t *testing.T, content Content) verify.Source) {
 		t.Parallel()
 		src, subject, _ := three(t)
 		calls := 0
-		err := src.Find(t.Context(), Name, subject, verify.NewBudget(verify.Limits{}), func(verify.Evidence) bool {
+		err := src.Find(t.Context(), Name, subject, verify.NewBudget(Kind, verify.Limits{}), func(verify.Evidence) bool {
 			calls++
 			return false
 		})
@@ -165,11 +200,11 @@ func Run(t *testing.T, open func(t *testing.T, content Content) verify.Source) {
 		t.Parallel()
 		var c Content
 		subject := c.Image("app")
-		c.Sign(subject, verify.MediaTypeJWS, strings.Repeat("x", 101))
-		c.Sign(subject, verify.MediaTypeJWS, "good")
+		c.Sign(subject, MediaTypeA, strings.Repeat("x", 101))
+		c.Sign(subject, MediaTypeA, "good")
 		src := open(t, c)
 		last := verify.Evidence{Err: errors.New("none")}
-		err := src.Find(t.Context(), Name, subject, verify.NewBudget(verify.Limits{EnvelopeBytes: 100}), func(ev verify.Evidence) bool {
+		err := src.Find(t.Context(), Name, subject, verify.NewBudget(Kind, verify.Limits{EnvelopeBytes: 100}), func(ev verify.Evidence) bool {
 			last = ev
 			return ev.Err != nil
 		})
@@ -192,7 +227,7 @@ func Run(t *testing.T, open func(t *testing.T, content Content) verify.Source) {
 		src, subject, _ := three(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
-		err := src.Find(ctx, Name, subject, verify.NewBudget(verify.Limits{}), func(verify.Evidence) bool {
+		err := src.Find(ctx, Name, subject, verify.NewBudget(Kind, verify.Limits{}), func(verify.Evidence) bool {
 			cancel()
 			return true
 		})
@@ -231,12 +266,55 @@ func Run(t *testing.T, open func(t *testing.T, content Content) verify.Source) {
 	})
 }
 
+// checkMore compares the further blobs, and what Check does not look at.
+func checkMore(t testing.TB, got, want []verify.Evidence) {
+	t.Helper()
+	for _, w := range want {
+		i := slices.IndexFunc(got, func(ev verify.Evidence) bool { return ev.Manifest.Digest == w.Manifest.Digest })
+		if i < 0 || len(got[i].More) != len(w.More) {
+			t.Errorf("not found whole: %s", w.Manifest.Digest)
+			continue
+		}
+		for n, b := range w.More {
+			if g := got[i].More[n]; g.Digest != b.Digest || g.MediaType != b.MediaType || !bytes.Equal(g.Raw, b.Raw) {
+				t.Errorf("blob %d of %s is %s %.40q", n+1, w.Manifest.Digest, g.Digest, g.Raw)
+			}
+		}
+	}
+}
+
+// RunTagged tests sources that have tags: evidence that refers to nothing lies at the tag
+// that says what it is of.
+func RunTagged(t *testing.T, open func(t *testing.T, content Content) verify.Source) {
+	t.Parallel()
+	var c Content
+	subject, other := c.Image("app"), c.Image("other")
+	want := []verify.Evidence{c.SignToy(subject, "at a tag", true), c.SignToy(subject, "beside it", false)}
+	c.SignToy(other, "of another image", true)
+	bare := c.Image("bare")
+	src := open(t, c)
+	for _, x := range []struct {
+		subject ocispec.Descriptor
+		want    []verify.Evidence
+	}{{subject, want}, {bare, nil}} {
+		got, err := FindKind(t.Context(), Toy, src, x.subject, verify.Limits{})
+		if err != nil {
+			t.Error(err)
+		}
+		Check(t, got, x.want, -1)
+		checkMore(t, got, x.want)
+	}
+	if got, err := FindKind(t.Context(), Kind, src, subject, verify.Limits{}); err != nil || len(got) != 0 {
+		t.Errorf("of a kind without tags: %d, error %v", len(got), err)
+	}
+}
+
 // good signs subject twice around bad, so that neither order hides a signature.
 func good(c *testCase, name string, bad func()) {
 	c.subject = c.content.Image(name)
-	c.want = append(c.want, c.content.Sign(c.subject, verify.MediaTypeJWS, "before"))
+	c.want = append(c.want, c.content.Sign(c.subject, MediaTypeA, "before"))
 	bad()
-	c.want = append(c.want, c.content.Sign(c.subject, verify.MediaTypeCOSE, "after"))
+	c.want = append(c.want, c.content.Sign(c.subject, MediaTypeB, "after"))
 }
 
 // last is the descriptor that was listed last for the subject.
@@ -247,21 +325,21 @@ func (c *testCase) last() *ocispec.Descriptor {
 
 // bad signs the subject with an envelope that is then given away to change.
 func (c *testCase) bad(edits ...func(*ocispec.Manifest)) verify.Evidence {
-	return c.content.Sign(c.subject, verify.MediaTypeJWS, "bad envelope", edits...)
+	return c.content.Sign(c.subject, MediaTypeA, "bad envelope", edits...)
 }
 
 var cases = map[string]func(c *testCase){
 	"no signature": func(c *testCase) {
 		c.subject = c.content.Image("app")
-		c.content.Sign(c.content.Image("other"), verify.MediaTypeJWS, "of another image")
+		c.content.Sign(c.content.Image("other"), MediaTypeA, "of another image")
 	},
 	"one": func(c *testCase) {
 		c.subject = c.content.Image("app")
-		c.want = append(c.want, c.content.Sign(c.subject, verify.MediaTypeJWS, "envelope"))
+		c.want = append(c.want, c.content.Sign(c.subject, MediaTypeA, "envelope"))
 	},
 	"all kinds": func(c *testCase) {
 		c.subject = c.content.Image("app")
-		for _, mediaType := range []string{verify.MediaTypeJWS, verify.MediaTypeCOSE} {
+		for _, mediaType := range []string{MediaTypeA, MediaTypeB} {
 			c.want = append(c.want, c.content.Sign(c.subject, mediaType, "new "+mediaType),
 				c.content.Sign(c.subject, mediaType, "old "+mediaType, OldStyle))
 		}
@@ -272,12 +350,12 @@ var cases = map[string]func(c *testCase){
 		for i := range all {
 			all[i] = byte(i * i >> 3)
 		}
-		c.want = append(c.want, c.content.Sign(c.subject, verify.MediaTypeCOSE, string(all)),
-			c.content.Sign(c.subject, verify.MediaTypeCOSE, ""))
+		c.want = append(c.want, c.content.Sign(c.subject, MediaTypeB, string(all)),
+			c.content.Sign(c.subject, MediaTypeB, ""))
 	},
 	"sha512 subject": func(c *testCase) {
 		c.subject = c.content.ImageBy(digest.SHA512, "app")
-		c.want = append(c.want, c.content.Sign(c.subject, verify.MediaTypeJWS, "envelope"))
+		c.want = append(c.want, c.content.Sign(c.subject, MediaTypeA, "envelope"))
 	},
 	"other referrers": func(c *testCase) {
 		good(c, "app", func() {
@@ -292,7 +370,7 @@ var cases = map[string]func(c *testCase){
 	},
 	"listed first with another size": func(c *testCase) {
 		c.subject = c.content.Image("app")
-		c.want = append(c.want, c.content.Sign(c.subject, verify.MediaTypeJWS, "envelope"))
+		c.want = append(c.want, c.content.Sign(c.subject, MediaTypeA, "envelope"))
 		list := c.content.Referrers[c.subject.Digest]
 		lie := list[0]
 		lie.Size++
@@ -301,7 +379,7 @@ var cases = map[string]func(c *testCase){
 	"of another subject": func(c *testCase) {
 		good(c, "app", func() {
 			other := c.content.Image("other")
-			c.content.Sign(other, verify.MediaTypeJWS, "of another image")
+			c.content.Sign(other, MediaTypeA, "of another image")
 			c.content.List(c.subject, c.content.Referrers[other.Digest]...)
 		})
 	},
@@ -333,37 +411,45 @@ var cases = map[string]func(c *testCase){
 		c.broken = 1
 	},
 	"envelope missing": func(c *testCase) {
+		c.damaged = true
 		good(c, "app", func() { delete(c.content.Blobs, digest.FromBytes(c.bad().Blob)) })
 		c.broken = 1
 	},
 	"envelope changed": func(c *testCase) {
+		c.damaged = true
 		good(c, "app", func() { c.content.Blobs[digest.FromBytes(c.bad().Blob)] = []byte("bad Envelope") })
 		c.broken = 1
 	},
 	"envelope longer": func(c *testCase) {
+		c.damaged = true
 		good(c, "app", func() { c.content.Blobs[digest.FromBytes(c.bad().Blob)] = []byte("bad envelope and more") })
 		c.broken = 1
 	},
 	"envelope shorter": func(c *testCase) {
+		c.damaged = true
 		good(c, "app", func() { c.content.Blobs[digest.FromBytes(c.bad().Blob)] = []byte("bad") })
 		c.broken = 1
 	},
 	"manifest missing": func(c *testCase) {
+		c.damaged = true
 		good(c, "app", func() { delete(c.content.Blobs, c.bad().Manifest.Digest) })
 	},
 	"manifest changed": func(c *testCase) {
+		c.damaged = true
 		good(c, "app", func() {
 			d := c.bad().Manifest.Digest
 			c.content.Blobs[d] = bytes.Replace(c.content.Blobs[d], []byte("jose"), []byte("joke"), 1)
 		})
 	},
 	"manifest longer": func(c *testCase) {
+		c.damaged = true
 		good(c, "app", func() {
 			d := c.bad().Manifest.Digest
 			c.content.Blobs[d] = append(c.content.Blobs[d], ' ')
 		})
 	},
 	"manifest shorter": func(c *testCase) {
+		c.damaged = true
 		good(c, "app", func() {
 			d := c.bad().Manifest.Digest
 			c.content.Blobs[d] = c.content.Blobs[d][1:]
@@ -379,7 +465,7 @@ var cases = map[string]func(c *testCase){
 		good(c, "app", func() {
 			for _, raw := range []string{"", "{", "null", "[]", "7", `"x"`, strings.Repeat("[", 200_000), `{"layers":{},"subject":[]}`} {
 				d := c.content.Add(ocispec.MediaTypeImageManifest, []byte(raw))
-				d.ArtifactType = verify.ArtifactTypeNotation
+				d.ArtifactType = ArtifactType
 				c.content.List(c.subject, d)
 			}
 		})
@@ -388,19 +474,33 @@ var cases = map[string]func(c *testCase){
 		good(c, "app", func() {
 			for _, d := range []digest.Digest{"", "sha256", "sha256:", "sha256:../../../../etc/passwd", "md5:d41d8cd98f00b204e9800998ecf8427e", "sha512:00"} {
 				c.content.List(c.subject, ocispec.Descriptor{
-					MediaType: ocispec.MediaTypeImageManifest, ArtifactType: verify.ArtifactTypeNotation, Digest: d, Size: 2,
+					MediaType: ocispec.MediaTypeImageManifest, ArtifactType: ArtifactType, Digest: d, Size: 2,
 				})
 			}
 		})
 	},
 	"envelope too big": func(c *testCase) {
-		good(c, "app", func() { c.content.Sign(c.subject, verify.MediaTypeJWS, strings.Repeat("x", 101)) })
+		good(c, "app", func() { c.content.Sign(c.subject, MediaTypeA, strings.Repeat("x", 101)) })
 		c.limits, c.broken, c.err = verify.Limits{EnvelopeBytes: 100}, 1, verify.ErrBudget
 	},
 	"manifest with 70,000 layers": func(c *testCase) {
 		good(c, "app", func() {
 			c.bad(func(m *ocispec.Manifest) { m.Layers = make([]ocispec.Descriptor, 70_000) })
 		})
-		c.broken, c.err = 1, verify.ErrBudget
+	},
+	"manifest of more than 64 KiB": func(c *testCase) {
+		good(c, "app", func() {
+			c.bad(func(m *ocispec.Manifest) { m.Annotations = map[string]string{"a": strings.Repeat("x", 64<<10)} })
+		})
+	},
+	"one referrer with long annotations": func(c *testCase) {
+		good(c, "app", func() {
+			raw := fmt.Sprintf(`{"mediaType":%q,"subject":{"digest":%q},"layers":[]}`, ocispec.MediaTypeImageManifest, c.subject.Digest)
+			for _, artifactType := range []string{"application/vnd.example", ArtifactType} {
+				d := c.content.Add(ocispec.MediaTypeImageManifest, []byte(raw+strings.Repeat(" ", len(artifactType))))
+				d.ArtifactType, d.Annotations = artifactType, map[string]string{"a": strings.Repeat(",{", 35_000)}
+				c.content.List(c.subject, d)
+			}
+		})
 	},
 }

@@ -12,34 +12,35 @@ import (
 	"path"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/durable"
+	"github.com/tidewaiter/tidewaiter/verify/source/catalog"
 	"github.com/tidewaiter/tidewaiter/verify/source/layout"
+	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
 // algorithms have a directory each below blobs.
 var algorithms = []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512}
 
-// unfinished begins the names of files that are being written.
-const unfinished = ".unfinished-"
-
 // A look is what reading the directory found.
 type look struct {
-	blobs   []*blob
-	left    []string // files that were being written when the power went
-	foreign int      // files that do not belong there
-	first   string   // one of these
-	partial bool     // not everything could be read
-	links   int      // names in them
+	blobs   []*catalog.Blob
+	left    []string                    // files that were being written when the power went
+	foreign int                         // files that do not belong there
+	first   string                      // one of these
+	partial bool                        // not everything could be read
+	links   int                         // names in them
+	damaged map[digest.Digest]time.Time // files that are not what their digest says, and their times
 }
 
 // scan reads the files below blobs. Nothing of them is believed: their digests are
-// checked when they are used.
+// checked again when they are used.
 func (s *Store) scan(ctx context.Context, dir *layout.Dir) look {
-	var l look
+	l := look{damaged: map[digest.Digest]time.Time{}}
 	files, bytes := 0, int64(0)
 	for _, alg := range algorithms {
 		at := path.Join(ocispec.ImageBlobsDir, alg.String())
@@ -79,7 +80,7 @@ func (s *Store) look(dir *layout.Dir, l *look, alg digest.Algorithm, e fs.DirEnt
 	case !e.Type().IsRegular():
 		l.foreigner(name)
 		return 0
-	case strings.HasPrefix(e.Name(), unfinished):
+	case strings.HasPrefix(e.Name(), durable.Unfinished):
 		l.left = append(l.left, name)
 		return 0
 	case d.Validate() != nil:
@@ -106,12 +107,16 @@ func (s *Store) look(dir *layout.Dir, l *look, alg digest.Algorithm, e fs.DirEnt
 		l.partial = true
 		return 0
 	}
-	b := see(d, raw)
-	if l.links+len(b.names) > maxListed {
-		b.names = nil
+	if d.Algorithm().FromBytes(raw) != d {
+		l.damaged[d] = info.ModTime()
+		return info.Size()
 	}
-	l.links += len(b.names)
-	b.seen = info.ModTime()
+	b := s.see(d, raw)
+	if l.links+len(b.Names) > maxListed {
+		b.Names, b.Cut = nil, true
+	}
+	l.links += len(b.Names)
+	b.Seen = info.ModTime()
 	l.blobs = append(l.blobs, b)
 	return info.Size()
 }
@@ -125,16 +130,28 @@ func (l *look) foreigner(name string) {
 // load reads the directory and has it asked from then on.
 func (s *Store) load(ctx context.Context, dir *layout.Dir) look {
 	l := s.scan(ctx, dir)
-	s.mu.Lock()
-	s.catalog = newCatalog()
-	s.place.close()
-	s.place = newPlace(dir, nil)
+	c := catalog.New()
 	for _, b := range l.blobs {
-		s.add(b, maxListed)
+		c.Add(b, maxListed)
+	}
+	s.mu.Lock()
+	keep, now := s.keep, s.o.Now()
+	s.mu.Unlock()
+	broken, losses := spoil(&c, l, now.Add(-keep))
+	s.mu.Lock()
+	s.catalog = c
+	s.reader.Close()
+	s.reader = catalog.NewReader(dir, nil)
+	s.broken = broken
+	if len(losses) > 0 {
+		s.losses, s.until = losses, now.Add(damageFor)
 	}
 	s.mu.Unlock()
+	if n := len(l.damaged); n > 0 {
+		s.o.Log.Warn("files in the store are damaged; what they were is looked for again", "store", s.Name(), "files", n)
+	}
 	if l.foreign > 0 {
-		s.o.Log.Warn("files in the store are no part of it and are not read", "store", s.Name(), "files", l.foreign, "one of them", verify.Clean(l.first, 128))
+		s.o.Log.Warn("files in the store are no part of it and are not read", "store", s.Name(), "files", l.foreign, "one of them", text.Clean(l.first, 128))
 	}
 	if info, err := dir.Root.Stat("."); err == nil {
 		if st, ok := info.Sys().(*syscall.Stat_t); ok && (info.Mode().Perm()&0o022 != 0 || int(st.Uid) != os.Geteuid()) {
@@ -143,4 +160,56 @@ func (s *Store) load(ctx context.Context, dir *layout.Dir) look {
 		}
 	}
 	return l
+}
+
+// damageFor is how long an image without a signature is not known to have none, after
+// files were found that may have been its signature. Within it mirrors are asked again
+// for the signatures of every image on the node.
+const damageFor = 24 * time.Hour
+
+// spoil notes in the catalog what l found damaged. It returns documents that something
+// in it names, and files of which it is not known what they were, if their time is not
+// before oldest.
+func spoil(c *catalog.Catalog, l look, oldest time.Time) (broken, losses map[digest.Digest]bool) {
+	used := map[digest.Digest]bool{}
+	for _, list := range c.Signed {
+		for _, b := range list {
+			if _, bad := l.damaged[b.Envelope]; bad || b.Envelope != "" && c.Blobs[b.Envelope] == nil && !l.partial {
+				b.Lost = true
+			}
+			used[b.Envelope], used[b.Subject] = true, true
+			for _, part := range b.Parts {
+				b.Lost, used[part] = b.Lost || c.Blobs[part] == nil && !l.partial, true
+			}
+		}
+	}
+	broken, losses = map[digest.Digest]bool{}, map[digest.Digest]bool{}
+	for d, at := range l.damaged {
+		switch {
+		case len(c.Named[d]) > 0:
+			broken[d] = true
+		case !used[d] && !at.Before(oldest):
+			losses[d] = true
+		}
+	}
+	return broken, losses
+}
+
+// see says what raw seems to be, and for whom it is if it is an envelope.
+func (s *Store) see(d digest.Digest, raw []byte) *catalog.Blob {
+	b, _ := catalog.See(d, raw, s.o.Kinds) // what goes beyond the bounds shows nothing
+	if b.MediaType == "" {
+		b.Chain = s.chain(raw)
+	}
+	return b
+}
+
+// chain is that of the first kind that finds one in a blob.
+func (s *Store) chain(blob []byte) catalog.Chain {
+	for _, k := range s.o.Kinds {
+		if c := catalog.ChainOf(k.Chain(blob)); len(c) > 0 {
+			return c
+		}
+	}
+	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/tidewaiter/tidewaiter/verify/source/archives"
 	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
 	"github.com/tidewaiter/tidewaiter/verify/source/store"
 )
@@ -21,7 +22,7 @@ func heap() int64 {
 }
 
 // BenchmarkMemory says what a thousand images with one signature each take, in the
-// store and in a bundle: each has an index of two manifests, one of which is there.
+// store and in an archive: each has an index of two manifests, one of which is there.
 func BenchmarkMemory(b *testing.B) {
 	const images = 1000
 	var c site
@@ -32,9 +33,9 @@ func BenchmarkMemory(b *testing.B) {
 		c.evidence(index, fmt.Sprint(i, strings.Repeat("x", 4000)))
 	}
 	for name, at := range map[string]func(string) string{
-		"store":  inside,
-		"bundle": func(dir string) string { return filepath.Join(bundles(dir), "a") },
-		"tar":    func(dir string) string { return filepath.Join(bundles(dir), "a.tar") },
+		"store":   inside,
+		"archive": func(dir string) string { return filepath.Join(below(dir), "a") },
+		"tar":     func(dir string) string { return filepath.Join(below(dir), "a.tar") },
 	} {
 		b.Run(name, func(b *testing.B) {
 			dir := b.TempDir()
@@ -47,7 +48,7 @@ func BenchmarkMemory(b *testing.B) {
 				before := heap()
 				r := start(b, dir, store.Options{})
 				n, _ := r.Signatures()
-				for _, one := range func() []store.Bundle { l, _ := r.Bundles(); return l }() {
+				for _, one := range func() []archives.Status { l, _ := r.archives.Status(); return l }() {
 					n += one.Signatures
 				}
 				if n != images {

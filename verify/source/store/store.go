@@ -2,7 +2,7 @@
 // started before a power cut starts after it without a network.
 //
 // It is an OCI image layout (image-spec v1.1, image-layout.md) that oras and
-// notation can read: signature manifests with their envelopes, and the image
+// other programs can read: signature manifests with their envelopes, and the image
 // manifests and indexes that they are over. An index is kept for another reason
 // too: it shows that a manifest which runs by itself is part of what was signed.
 //
@@ -33,18 +33,19 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/source/layout"
+	"github.com/tidewaiter/tidewaiter/verify/oci"
+	"github.com/tidewaiter/tidewaiter/verify/source/catalog"
 )
 
 // Defaults of Options.
@@ -57,11 +58,10 @@ const (
 const (
 	maxFiles    = 32768            // files looked at in the directory
 	maxDocument = 4 << 20          // bytes of one file
-	maxManifest = 64 << 10         // bytes of the manifest of a signature that is kept; they have about one thousand
+	maxManifest = oci.MaxSignature // bytes of the manifest of a signature that is kept; they have about one thousand
 	maxListed   = 1 << 16          // manifests that all indexes list; an index beyond shows nothing
 	maxKept     = maxFiles / 4 * 3 // files written to it: all are read at the next start
-	maxWaiting  = 4 << 20          // bytes of evidence that waits to be written
-	patience    = 2 * time.Second  // longest that a question waits for the store to be read at the start
+	maxWaiting  = 4 << 20          // bytes of evidence that waits to be written, see queue
 )
 
 // Options of a Store. Log and Now are required.
@@ -73,65 +73,65 @@ type Options struct {
 	// where it fails: the evidence is kept without.
 	Image func(ctx context.Context, d ocispec.Descriptor) ([]byte, error)
 
-	// Changed is called when a bundle has come or is another one now: what was not
-	// found before may be found. It must not block; nil is allowed.
-	Changed func()
+	// Kinds are those of the evidence that it has.
+	Kinds []verify.Kind
+
+	// Archives are handed over after the store's own evidence of the same rank. Nil:
+	// there are none.
+	Archives Archives
 
 	// Size bounds the files of the store itself in bytes; zero means DefaultSize.
 	Size int64
+}
+
+// Archives are documents that others put on the node. They are safe for concurrent use.
+type Archives interface {
+	// Documents returns those that stand in a relation to d, in the order in which they
+	// are handed over. The error says why that may not be all.
+	Documents(ctx context.Context, of catalog.Relation, d digest.Digest, anchors []string) ([]catalog.Document, error)
+	// Locate returns the manifest or index d, if there is one.
+	Locate(d digest.Digest) (catalog.Document, bool)
 }
 
 // A Store is the node's store. It is safe for concurrent use. Until Run has read the
 // directory, questions wait a moment and are then not answered; a directory that
 // cannot be read holds nothing.
 type Store struct {
-	dir    string
-	o      Options
-	wake   chan struct{}
-	read   chan struct{} // closed when the directory was read, or could not be
-	looked chan struct{} // closed when the bundles were
-	glance chan struct{} // has the bundles looked at
-	waited atomic.Bool   // somebody has waited for that in vain
+	dir   string
+	o     Options
+	wake  chan struct{}
+	start *catalog.Start // over when the directory was read, or could not be
 
 	mu      sync.Mutex
-	catalog                   // of the store itself
-	place   *place            // where that lies; nil: the directory cannot be read
-	bundles []*bundle         // by name; the list is made anew for each change
-	late    map[string]bool   // of these, by name, those of which it is not known how they are; made anew
-	wait    time.Duration     // bundlesWait; another in a test
-	asked   time.Time         // since when the directory of bundles has not answered; zero: it has
-	touch   func(name string) // called before an entry of the directory of bundles is read, and with "" before that is; for tests
-	bounds  bounds            // usual; others in a test
-	astray  string            // why not all bundles are read
-	most    int               // maxKept; fewer in a test
-	waiting []evidence
-	size    int64                  // bytes of waiting
-	dropped int                    // evidence that waiting had no room for
-	suspect []digest.Digest        // signatures that could not be read
-	live    map[digest.Digest]bool // of the last listing of the node's images; nil: none yet
-	news    bool                   // live was not looked at yet
+	catalog catalog.Catalog // of the store itself
+	reader  *catalog.Reader // of where that lies; nil: the directory cannot be read
+	most    int             // maxKept; fewer in a test
+	waiting queue
+	suspect []digest.Digest                   // signatures and documents that could not be read
+	instead map[digest.Digest][]digest.Digest // signatures that go when another is there, by that
+	live    map[digest.Digest]bool            // of the last listing of the node's images; nil: none yet
+	listed  int                               // listings that came
+	done    int                               // listings that were looked at
 	keep    time.Duration
+	trusts  map[string]string      // names of trust anchors by thumbprint; made anew
+	broken  map[digest.Digest]bool // documents that were damaged, which something that is kept names
+	losses  map[digest.Digest]bool // files that were damaged, of which nobody knows what they were
+	until   time.Time              // when that is over
+	judges  func(digest.Digest)    // called before it is found out whether a subject is on the node; for tests
 	trouble string
 }
 
-var _ verify.Keeper = (*Store)(nil)
+var _ verify.WritableSource = (*Store)(nil)
 
-// evidence waits to be written.
-type evidence struct {
-	subject  ocispec.Descriptor
-	manifest ocispec.Descriptor // that the node selected from subject, where that is an index
-	found    verify.Evidence
-}
-
-// New returns the store in the directory "store" below dir, which Run makes, and of
-// the bundles in "bundles" below it. It does no I/O.
+// New returns the store in the directory "store" below dir, which Run makes. It does no
+// I/O.
 func New(dir string, o Options) *Store {
 	if o.Size == 0 {
 		o.Size = DefaultSize
 	}
 	return &Store{
-		dir: dir, o: o, most: maxKept, wait: bundlesWait, touch: func(string) {}, bounds: usual, keep: DefaultKeep, catalog: newCatalog(),
-		wake: make(chan struct{}, 1), read: make(chan struct{}), looked: make(chan struct{}), glance: make(chan struct{}, 1),
+		dir: dir, o: o, most: maxKept, keep: DefaultKeep, catalog: catalog.New(), start: catalog.NewStart(), wake: make(chan struct{}, 1),
+		instead: map[digest.Digest][]digest.Digest{}, broken: map[digest.Digest]bool{}, judges: func(digest.Digest) {},
 	}
 }
 
@@ -149,243 +149,186 @@ func (s *Store) Configure(keep time.Duration) {
 	}
 }
 
-// Signatures returns how many signatures the store has, without those in bundles, and
+// Trust names the certificates that the configuration in force trusts, by their SHA-256
+// thumbprint in hex. The room is shared among these. The map must not change after.
+func (s *Store) Trust(anchors map[string]string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.trusts = anchors
+}
+
+// Signatures returns how many signatures the store has, without those in archives, and
 // its size in bytes.
 func (s *Store) Signatures() (n int, bytes int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.catalog.signatures(), s.used
+	return s.catalog.Signatures(), s.catalog.Used
 }
 
 // Has reports whether the store has the signature with that manifest, or is about to.
 func (s *Store) Has(manifest digest.Digest) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if x := s.blobs[manifest]; x != nil && x.subject != "" {
+	if x := s.catalog.Blobs[manifest]; x != nil && x.Subject != "" && !x.Lost {
 		return true
 	}
-	return slices.ContainsFunc(s.waiting, func(w evidence) bool { return w.found.Manifest.Digest == manifest })
+	return s.waiting.has(manifest)
+}
+
+// Busy reports whether there is something to write or to remove that Keep, Supersede or
+// Retain asked for.
+func (s *Store) Busy() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.waiting.list)+len(s.instead) > 0 || s.done != s.listed
 }
 
 // Trouble says in one clause why evidence is not kept, or is empty.
 func (s *Store) Trouble() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	select {
-	case <-s.read:
-	default:
-		if s.waited.Load() {
-			return errLate.Error()
-		}
+	if s.start.Late() {
+		return catalog.ErrUnread.Error()
 	}
-	if s.place != nil && s.place.hangs() {
-		return errHangs.Error()
+	if s.reader != nil && s.reader.Hangs() {
+		return catalog.ErrHangs.Error()
 	}
 	return s.trouble
 }
 
-// ready waits until done is closed. It waits once for all: who comes later, and finds
-// that somebody has waited in vain, does not.
-func (s *Store) ready(ctx context.Context, done chan struct{}) error {
-	if err := ctx.Err(); err != nil {
-		return fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
-	}
-	select {
-	case <-done:
-		return nil
-	default:
-	}
-	if !s.waited.Load() {
-		t := time.NewTimer(patience)
-		defer t.Stop()
-		select {
-		case <-done:
-			return nil
-		case <-ctx.Done():
-			return fmt.Errorf("%w: %w", verify.ErrUnreachable, ctx.Err())
-		case <-t.C:
-			s.waited.Store(true)
-		}
-	}
-	return fmt.Errorf("%w: it is still being read", verify.ErrUnreachable)
-}
-
-// A document is what a catalog has, and where to read it.
-type document struct {
-	*place
-	ocispec.Descriptor
-	bundle   string // that it lies in; empty: the store itself
-	envelope int64  // bytes of that of a signature; negative: not known
-}
-
-// A relation is what a catalog is asked for by digest.
-type relation func(*catalog) map[digest.Digest][]*blob
-
-func signed(c *catalog) map[digest.Digest][]*blob { return c.signed }
-func named(c *catalog) map[digest.Digest][]*blob  { return c.named }
-
-// own returns the documents in the store itself. The error says that it cannot be
-// read now; what is not in it is not known then.
-func (s *Store) own(of relation, d digest.Digest) (list []document, err error) {
+// own returns the documents in the store itself, in the order in which they are handed
+// over. The error says that it cannot be read now; what is not in it is not known then.
+func (s *Store) own(of catalog.Relation, d digest.Digest, anchors []string) (list []catalog.Document, err error) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.place == nil {
-		return nil, nil
-	}
-	if s.place.hangs() {
-		err = errHangs
-	}
-	for _, b := range latest(of(&s.catalog)[d]) {
-		x := document{place: s.place, Descriptor: b.descriptor(), envelope: -1}
-		if e := s.blobs[b.envelope]; e != nil {
-			x.envelope = e.size
+	if s.reader != nil {
+		list = s.catalog.Documents(of, d, s.reader, anchors)
+		if s.reader.Hangs() {
+			err = catalog.ErrHangs
 		}
-		list = append(list, x)
 	}
-	return list, err
+	s.mu.Unlock()
+	return catalog.Order(list), err
 }
 
-// documents hands over the documents in the store and then those in bundles, until
-// yield returns false. The error says why that was not everything.
-func (s *Store) documents(ctx context.Context, of relation, d digest.Digest, yield func(document) bool) error {
-	var failed error
-	for _, part := range []struct {
-		ready chan struct{}
-		list  func(relation, digest.Digest) ([]document, error)
-	}{{s.read, s.own}, {s.looked, s.bundled}} {
-		if err := s.ready(ctx, part.ready); err != nil {
-			return err
-		}
-		list, err := part.list(of, d)
-		if failed == nil {
-			failed = err
-		}
+// documents hands over the documents in the store and in archives, until yield returns
+// false: first those that lead to one of anchors, and of equal ones those in the store.
+// The error says why that was not everything.
+func (s *Store) documents(ctx context.Context, of catalog.Relation, d digest.Digest, anchors []string, yield func(catalog.Document) bool) error {
+	if err := s.start.Wait(ctx); err != nil {
+		return err
+	}
+	rest, failed := s.own(of, d, anchors)
+	stopped := false
+	hand := func(list []catalog.Document) error {
 		for _, x := range list {
 			if err := ctx.Err(); err != nil {
 				return fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
 			}
-			if !yield(x) {
+			if stopped = !yield(x); stopped {
 				return nil
 			}
 		}
+		return nil
+	}
+	n := 0
+	for n < len(rest) && rest[n].Rank == catalog.Fits {
+		n++
+	}
+	if err := hand(rest[:n]); err != nil || stopped {
+		return err
+	}
+	rest = rest[n:]
+	if s.o.Archives != nil {
+		more, err := s.o.Archives.Documents(ctx, of, d, anchors)
+		failed = cmp.Or(failed, err)
+		rest = append(rest, more...)
+		slices.SortStableFunc(rest, func(x, y catalog.Document) int { return cmp.Compare(x.Rank, y.Rank) })
+	}
+	if err := hand(rest); err != nil || stopped {
+		return err
 	}
 	return failed
 }
 
-// Find implements [verify.Source]: first what the store has, and then what bundles
-// have. A file that is damaged costs only itself: it is handed over with Err set, and
-// if it is the store's, once, and then goes, so that it can be written anew.
-func (s *Store) Find(ctx context.Context, _ verify.Name, subject ocispec.Descriptor, b *verify.Budget, yield func(verify.Evidence) bool) error {
-	var failed error
-	whole := map[digest.Digest]bool{} // signatures that were handed over
-	err := s.documents(ctx, signed, subject.Digest, func(x document) bool {
-		if whole[x.Digest] {
-			return true
-		}
-		if err := b.Signature(); err != nil {
-			failed = cmp.Or(failed, err)
-			return false
-		}
-		ev := verify.Evidence{Manifest: x.Descriptor}
-		if x.bundle != "" {
-			ev.From = "bundle " + verify.Clean(x.bundle, 80)
-		}
-		err := x.signature(ctx, &ev, subject, b)
-		if whole[x.Digest] = err == nil; err != nil {
-			if failed == nil && layout.Inconclusive(err) {
-				failed = err
-			}
-			if x.bundle == "" && (errors.Is(err, layout.ErrDamaged) || errors.Is(err, fs.ErrNotExist)) {
-				s.suspects(x.Digest)
-			}
-			ev.Err = fmt.Errorf("signature %s: %w", x.Digest, err)
-		}
-		if yield(ev) {
-			return true
-		}
-		failed = nil
-		return false
-	})
-	return cmp.Or(err, failed)
+// inArchive reads a manifest or index of an archive.
+func (s *Store) inArchive(ctx context.Context, d digest.Digest) ([]byte, error) {
+	if s.o.Archives == nil {
+		return nil, fs.ErrNotExist
+	}
+	x, found := s.o.Archives.Locate(d)
+	if !found {
+		return nil, fs.ErrNotExist
+	}
+	return x.Read(ctx, x.Descriptor, func(int64) error { return nil })
 }
 
-// signature reads manifest and envelope of the signature x into ev.
-func (x document) signature(ctx context.Context, ev *verify.Evidence, subject ocispec.Descriptor, b *verify.Budget) error {
-	raw, err := x.get(ctx, x.Descriptor, b.Manifest)
-	if err != nil {
-		return err
+// Find implements [verify.Source]: what the store and archives have, those first that
+// lead to one of b.Anchors. A file that is damaged costs only itself: it is handed over
+// with Err set, and the answer is inconclusive.
+func (s *Store) Find(ctx context.Context, _ verify.Name, subject ocispec.Descriptor, b *verify.Budget, yield func(verify.Evidence) bool) error {
+	stopped, err := catalog.Find(ctx, s.documents, subject, b, s.lost, yield)
+	if stopped {
+		return nil
 	}
-	envelope, err := verify.EnvelopeIn(raw, subject)
-	if err != nil {
-		return err
+	return cmp.Or(err, s.damage())
+}
+
+// lost has a document that could not be read looked at, if it is the store's own.
+func (s *Store) lost(x catalog.Document) {
+	if x.Archive == "" && !x.Lost {
+		s.suspects(x.Digest)
 	}
-	if x.envelope >= 0 && x.envelope != envelope.Size {
-		return fmt.Errorf("%w: the envelope has %d bytes, but its descriptor says %d", layout.ErrDamaged, x.envelope, envelope.Size)
+}
+
+// damage says that a file was damaged which may have been any signature.
+func (s *Store) damage() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.losses) == 0 || !s.o.Now().Before(s.until) {
+		return nil
 	}
-	blob, err := x.get(ctx, envelope, b.Envelope)
-	if err != nil {
-		return err
+	return fmt.Errorf("%w: damaged files were found in the store, %d, which may have been any signature (until %s)", verify.ErrUnreachable, len(s.losses), s.until.UTC().Format(time.RFC3339))
+}
+
+// Parents implements [verify.WritableSource]. Documents that have a signature which leads to one
+// of b.Anchors go first, and those without any last.
+func (s *Store) Parents(ctx context.Context, d digest.Digest, b *verify.Budget, yield func(digest.Digest, []byte) bool) error {
+	stopped, err := catalog.Parents(ctx, s.documents, d, b, s.lost, yield)
+	if stopped {
+		return nil
 	}
-	ev.Document, ev.MediaType, ev.Blob = raw, envelope.MediaType, blob
+	return cmp.Or(err, s.incomplete(d, b.Anchors))
+}
+
+// incomplete says that a document is missing that may lead to d, if a signature that
+// leads to one of anchors does so through it.
+func (s *Store) incomplete(d digest.Digest, anchors []string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.catalog.Cut > 0 {
+		return fmt.Errorf("%w: indexes in the store list more manifests than the %d that are remembered", verify.ErrBudget, maxListed)
+	}
+	missing := func(x digest.Digest) error {
+		return fmt.Errorf("%w: the store has a signature that may lead to the image, and not the document %s that it is over", verify.ErrUnreachable, x)
+	}
+	for _, x := range slices.Sorted(maps.Keys(s.catalog.Lacks)) {
+		if x != d && slices.ContainsFunc(s.catalog.Signed[x], func(b *catalog.Blob) bool { return s.catalog.Rank(b, anchors) <= catalog.Unknown }) {
+			return missing(x)
+		}
+	}
+	for x := range s.broken {
+		if x != d && len(s.catalog.Named[x]) > 0 {
+			return missing(x)
+		}
+	}
 	return nil
 }
 
-// get reads a file of where x lies.
-func (x document) get(ctx context.Context, d ocispec.Descriptor, take func(int64) error) ([]byte, error) {
-	raw, err := x.read(ctx, d, take)
-	if err != nil && x.bundle != "" {
-		err = fmt.Errorf("bundle %s: %w", verify.Quote(x.bundle, 80), err)
-	}
-	return raw, err
-}
-
-// Parents implements [verify.Keeper]. That something could not be read, Find says.
-func (s *Store) Parents(ctx context.Context, d digest.Digest, b *verify.Budget, yield func(digest.Digest, []byte) bool) {
-	whole := map[digest.Digest]bool{}
-	_ = s.documents(ctx, named, d, func(x document) bool {
-		if whole[x.Digest] {
-			return true
-		}
-		if b.Page() != nil {
-			return false
-		}
-		raw, err := x.get(ctx, x.Descriptor, b.Manifest)
-		whole[x.Digest] = err == nil
-		return err != nil || yield(x.Digest, raw)
-	})
-}
-
-// Look has the bundles looked at now. It returns at once.
-func (s *Store) Look() {
-	select {
-	case s.glance <- struct{}{}:
-	default:
-	}
-}
-
-// Keep implements [verify.Keeper].
-func (s *Store) Keep(img verify.Image, subject ocispec.Descriptor, ev verify.Evidence) {
-	if ev.Document == nil || ev.Err != nil || len(ev.Document) > maxManifest {
-		return
-	}
-	n := int64(len(ev.Document) + len(ev.Blob))
+// Supersede has the signature old go once the store has the signature by.
+func (s *Store) Supersede(old, by digest.Digest) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if x := s.blobs[ev.Manifest.Digest]; x != nil && x.subject == subject.Digest {
-		return
-	}
-	if slices.ContainsFunc(s.waiting, func(w evidence) bool { return w.found.Manifest.Digest == ev.Manifest.Digest }) {
-		return
-	}
-	if s.size+n > maxWaiting {
-		s.dropped++
-		return
-	}
-	e := evidence{subject: subject, found: ev}
-	if img.Manifest.Digest != subject.Digest {
-		e.manifest = ocispec.Descriptor{MediaType: img.Manifest.MediaType, Digest: img.Manifest.Digest, Size: img.Manifest.Size}
-	}
-	s.waiting, s.size = append(s.waiting, e), s.size+n
+	s.instead[by] = append(s.instead[by], old)
 	s.ring()
 }
 
@@ -400,11 +343,11 @@ func (s *Store) Retain(live map[digest.Digest]bool) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.live, s.news = live, true
+	s.live, s.listed = live, s.listed+1
 	s.ring()
 }
 
-// suspects has a signature that could not be read looked at.
+// suspects has a signature or document that could not be read looked at.
 func (s *Store) suspects(d digest.Digest) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

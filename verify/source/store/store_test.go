@@ -25,6 +25,8 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/leaktest"
+	"github.com/tidewaiter/tidewaiter/verify/source/archives"
+	"github.com/tidewaiter/tidewaiter/verify/source/catalog"
 	"github.com/tidewaiter/tidewaiter/verify/source/layout"
 	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
 	"github.com/tidewaiter/tidewaiter/verify/source/store"
@@ -70,12 +72,13 @@ func (l *logged) String() string {
 	return l.b.String()
 }
 
-// A run is a store that runs.
+// A run is a store that runs, with the archives beside it.
 type run struct {
 	*store.Store
-	t    testing.TB
-	log  logged
-	stop func()
+	archives *archives.Archives
+	t        testing.TB
+	log      logged
+	stop     func()
 }
 
 // start runs the store below dir until stop, which writes what waits.
@@ -83,7 +86,10 @@ func start(t testing.TB, dir string, o store.Options, edit ...func(*store.Store)
 	t.Helper()
 	r := begin(t, dir, o, edit...)
 	<-r.Read()
-	<-r.Looked()
+	r.eventually("the archives were read", func() bool {
+		_, err := r.archives.Documents(t.Context(), catalog.Signatures, "", nil)
+		return err == nil || !strings.Contains(err.Error(), "still being read")
+	})
 	return r
 }
 
@@ -95,20 +101,25 @@ func begin(t testing.TB, dir string, o store.Options, edit ...func(*store.Store)
 	if o.Now == nil {
 		o.Now = time.Now
 	}
+	if o.Kinds == nil {
+		o.Kinds = sourcetest.Kinds
+	}
+	r.archives = archives.New(dir, archives.Options{Log: o.Log, Now: o.Now, Kinds: o.Kinds})
+	o.Archives = r.archives
 	r.Store = store.New(dir, o)
-	r.Slowly(func(string) {}, time.Hour) // a machine under load is no disk that hangs
 	for _, e := range edit {
 		e(r.Store)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		if err := r.Run(ctx); err != nil {
-			t.Error(err)
-		}
-	}()
-	r.stop = sync.OnceFunc(func() { cancel(); <-done })
+	var done sync.WaitGroup
+	for _, run := range []func(context.Context) error{r.Run, r.archives.Run} {
+		done.Go(func() {
+			if err := run(ctx); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	r.stop = sync.OnceFunc(func() { cancel(); done.Wait() })
 	t.Cleanup(r.stop)
 	return r
 }
@@ -150,7 +161,7 @@ func (s *site) image(name string) (ocispec.Descriptor, verify.Evidence) {
 }
 
 func (s *site) evidence(subject ocispec.Descriptor, envelope string) verify.Evidence {
-	ev := s.Sign(subject, verify.MediaTypeJWS, envelope)
+	ev := s.Sign(subject, sourcetest.MediaTypeA, envelope)
 	ev.Document = s.Blobs[ev.Manifest.Digest]
 	return ev
 }
@@ -327,7 +338,7 @@ func TestIndexes(t *testing.T) {
 	for range 2 {
 		for _, m := range []ocispec.Descriptor{arm, amd} {
 			n := 0
-			r.Parents(t.Context(), m.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, raw []byte) bool {
+			r.Parents(t.Context(), m.Digest, verify.NewBudget(sourcetest.Kind, verify.Limits{}), func(d digest.Digest, raw []byte) bool {
 				n++
 				if d != index.Digest || digest.FromBytes(raw) != d {
 					t.Error(d, string(raw))
@@ -338,7 +349,7 @@ func TestIndexes(t *testing.T) {
 				t.Errorf("%d indexes list it", n)
 			}
 		}
-		r.Parents(t.Context(), index.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, _ []byte) bool {
+		r.Parents(t.Context(), index.Digest, verify.NewBudget(sourcetest.Kind, verify.Limits{}), func(d digest.Digest, _ []byte) bool {
 			t.Error("the index is listed by", d)
 			return true
 		})
@@ -445,9 +456,13 @@ func TestDamaged(t *testing.T) {
 			m[name] = harm
 			write(t, dir, m)
 			r := start(t, dir, store.Options{})
-			r.has(subjects[0], want[0])
-			got, err := sourcetest.Find(t.Context(), r, subjects[1], verify.Limits{})
-			if err != nil {
+			got, err := sourcetest.Find(t.Context(), r, subjects[0], verify.Limits{})
+			sourcetest.Check(t, got, want[:1], 0)
+			if strange := i == 3; (err != nil) != strange {
+				t.Errorf("of the other: %v", err)
+			}
+			got, err = sourcetest.Find(t.Context(), r, subjects[1], verify.Limits{})
+			if needed := i == 0 || i == 3; errors.Is(err, verify.ErrUnreachable) != needed {
 				t.Error(err)
 			}
 			if needed := i == 0 || i == 3; needed {
@@ -459,7 +474,8 @@ func TestDamaged(t *testing.T) {
 				})
 				r.Keep(verify.Image{Target: subjects[1], Manifest: subjects[1]}, subjects[1], evidence(want[1], was))
 				r.settled()
-				r.has(subjects[1], want[1])
+				got, _ = sourcetest.Find(t.Context(), r, subjects[1], verify.Limits{})
+				sourcetest.Check(t, got, want[1:], 0)
 			} else {
 				sourcetest.Check(t, got, want[1:], 0)
 			}
@@ -882,8 +898,8 @@ func TestCompleted(t *testing.T) {
 	}
 	live := map[digest.Digest]bool{index.Digest: true, amd.Digest: true, bare.Digest: true}
 	listed := func() {
+		mark, ev := c.image(fmt.Sprint("mark ", clock.now())) // before: the store reads c from then on
 		r.Retain(live)
-		mark, ev := c.image(fmt.Sprint("mark ", clock.now()))
 		r.keep(mark, mark, ev) // what is written after it says that it was looked at
 		r.settled()
 	}
@@ -919,23 +935,23 @@ func TestCompleted(t *testing.T) {
 	}
 }
 
-// A document of a signature that a mirror had may lie in a bundle alone.
-func TestCompletedFromBundle(t *testing.T) {
+// A document of a signature that a mirror had may lie in an archive alone.
+func TestCompletedFromArchive(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	var c, bundle site
-	m := bundle.Image("app")
-	c.Content = sourcetest.Content{Blobs: maps.Clone(bundle.Blobs)}
-	put(t, dir, "a", bundle)
+	var c, archive site
+	m := archive.Image("app")
+	c.Content = sourcetest.Content{Blobs: maps.Clone(archive.Blobs)}
+	put(t, dir, "a", archive)
 	ev := c.evidence(m, "envelope")
 	r := start(t, dir, store.Options{})
 	r.keep(m, m, ev)
 	r.settled()
-	if err := os.RemoveAll(filepath.Join(bundles(dir), "a")); err != nil {
+	if err := os.RemoveAll(filepath.Join(below(dir), "a")); err != nil {
 		t.Fatal(err)
 	}
-	r.Look()
-	r.eventually("the bundle is gone", func() bool { return len(r.troubles()) == 0 })
+	r.archives.Rescan()
+	r.eventually("the evidence archive is gone", func() bool { return len(r.troubles()) == 0 })
 	if got := r.parents(c.configIn(m)); !slices.Equal(got, []digest.Digest{m.Digest}) {
 		t.Errorf("parents of the config %v", got)
 	}
@@ -966,10 +982,13 @@ func TestManyListed(t *testing.T) {
 	t.Parallel()
 	var c site
 	dir := t.TempDir()
-	one := digest.FromString("one")
-	entries := strings.Repeat(`{"digest":"`+one.String()+`"},`, 40000)
-	for i := range 2 { // more than all may list together
-		raw := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"manifests":[%s{"digest":%q}]}`, ocispec.MediaTypeImageIndex, entries, digest.FromString(fmt.Sprint(i)))
+	const most = 33 // indexes, more than may list so many together
+	for i := range most {
+		var entries strings.Builder
+		for j := range 2047 {
+			fmt.Fprintf(&entries, `{"digest":%q},`, digest.FromString(fmt.Sprint(i, " ", j)))
+		}
+		raw := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"manifests":[%s{"digest":%q}]}`, ocispec.MediaTypeImageIndex, entries.String(), digest.FromString(fmt.Sprint(i)))
 		c.evidence(c.Add(ocispec.MediaTypeImageIndex, []byte(raw)), fmt.Sprint("index ", i))
 	}
 	m := map[string]string{}
@@ -979,13 +998,13 @@ func TestManyListed(t *testing.T) {
 	write(t, dir, m)
 	r := start(t, dir, store.Options{})
 	shown := 0
-	for i := range 2 {
-		r.Parents(t.Context(), digest.FromString(fmt.Sprint(i)), verify.NewBudget(verify.Limits{}), func(digest.Digest, []byte) bool { shown++; return true })
+	for i := range most {
+		r.Parents(t.Context(), digest.FromString(fmt.Sprint(i)), verify.NewBudget(sourcetest.Kind, verify.Limits{}), func(digest.Digest, []byte) bool { shown++; return true })
 	}
-	if shown != 1 {
-		t.Errorf("%d indexes, want 1 of 2", shown)
+	if shown != most-1 {
+		t.Errorf("%d indexes, want %d of %d", shown, most-1, most)
 	}
-	if n, _ := r.Signatures(); n != 2 {
+	if n, _ := r.Signatures(); n != most {
 		t.Errorf("%d signatures", n)
 	}
 }
@@ -1006,7 +1025,7 @@ func TestRoomShared(t *testing.T) {
 	r.settled()
 	r.has(index, renewed)
 	var got []digest.Digest
-	r.Parents(t.Context(), arm.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, _ []byte) bool {
+	r.Parents(t.Context(), arm.Digest, verify.NewBudget(sourcetest.Kind, verify.Limits{}), func(d digest.Digest, _ []byte) bool {
 		got = append(got, d)
 		return true
 	})
@@ -1081,10 +1100,10 @@ func TestRetain(t *testing.T) {
 		for _, d := range live {
 			m[d.Digest] = true
 		}
-		r.Retain(m)
 		// Something that is written after it says that it was looked at.
 		marks++
 		mark, ev := c.image(fmt.Sprint("mark ", marks))
+		r.Retain(m)
 		r.keep(mark, mark, ev)
 		r.settled()
 	}
@@ -1319,7 +1338,7 @@ func TestUnfit(t *testing.T) {
 	one, first := c.image("one")
 	two, second := c.image("two")
 	// A manifest has room for any annotations, and the store has not.
-	padded := c.Sign(one, verify.MediaTypeJWS, "padded", func(m *ocispec.Manifest) { m.Annotations["x"] = strings.Repeat("x", 64<<10) })
+	padded := c.Sign(one, sourcetest.MediaTypeA, "padded", func(m *ocispec.Manifest) { m.Annotations["x"] = strings.Repeat("x", 64<<10) })
 	padded.Document = c.Blobs[padded.Manifest.Digest]
 	r := start(t, dir, store.Options{})
 	for _, ev := range []verify.Evidence{
@@ -1351,7 +1370,7 @@ func FuzzOpen(f *testing.F) {
 	f.Add(c.Blobs[index.Digest])
 	f.Add(c.Blobs[one.Digest])
 	f.Add([]byte(`{"manifests":[{"digest":"sha256:"}],"subject":{"digest":"` + one.Digest + `"}}`))
-	f.Add([]byte(`{"artifactType":"application/vnd.cncf.notary.signature","config":{},"layers":[{"digest":7}],"subject":{"digest":"` + one.Digest + `"}}`))
+	f.Add([]byte(`{"artifactType":"` + sourcetest.ArtifactType + `","config":{},"layers":[{"digest":7}],"subject":{"digest":"` + one.Digest + `"}}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		dir := t.TempDir()
 		d := digest.FromBytes(raw)
@@ -1363,7 +1382,7 @@ func FuzzOpen(f *testing.F) {
 		})
 		r := start(t, dir, store.Options{})
 		got, err := sourcetest.Find(t.Context(), r, one, verify.Limits{})
-		if err != nil && !errors.Is(err, verify.ErrBudget) {
+		if err != nil && !errors.Is(err, verify.ErrBudget) && !errors.Is(err, verify.ErrUnreachable) { // there is a damaged file
 			t.Error(err)
 		}
 		found := false
@@ -1376,7 +1395,7 @@ func FuzzOpen(f *testing.F) {
 		if !found {
 			t.Error("the good signature is hidden")
 		}
-		r.Parents(t.Context(), one.Digest, verify.NewBudget(verify.Limits{}), func(d digest.Digest, raw []byte) bool {
+		r.Parents(t.Context(), one.Digest, verify.NewBudget(sourcetest.Kind, verify.Limits{}), func(d digest.Digest, raw []byte) bool {
 			if digest.FromBytes(raw) != d {
 				t.Error("an index is not what its digest says")
 			}

@@ -10,7 +10,6 @@ import (
 	"os"
 	"path"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -19,7 +18,9 @@ import (
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/tidewaiter/tidewaiter/verify"
+	"github.com/tidewaiter/tidewaiter/verify/durable"
+	"github.com/tidewaiter/tidewaiter/verify/oci"
+	"github.com/tidewaiter/tidewaiter/verify/source/catalog"
 	"github.com/tidewaiter/tidewaiter/verify/source/layout"
 )
 
@@ -41,7 +42,7 @@ const (
 const lockName = "store.lock"
 
 var (
-	errFull    = errors.New("it is full of signatures of images that are on the node, or were an hour ago")
+	errFull    = errors.New("it is full of signatures of images that are on the node, or were an hour ago, and none has a larger share of it")
 	errStuffed = errors.New("there are files in it that cannot be read, or too many, and those that can leave no room: remove the directory, and what is signed is looked for again")
 )
 
@@ -49,36 +50,29 @@ var (
 type writer struct {
 	*Store
 	state   *os.Root
-	dir     *layout.Dir
+	dir     *layout.Dir // reads what out writes
+	out     *durable.Dir
 	lock    *os.File
 	loaded  bool                        // the directory was read
 	partial bool                        // but not all of it
 	full    bool                        // there was no room for what came last
 	dirty   bool                        // index.json may not say what there is
-	serial  int                         // numbers unfinished files
-	moved   map[string]bool             // directories in which names have changed that may not last yet
-	lacking map[digest.Digest]time.Time // signatures without a document of their image, and when that is tried again
+	lacking map[digest.Digest]time.Time // subjects without a document, and when that is tried again
+
+	// The last listing that was looked at. The catalog of the store changes nowhere but in
+	// this goroutine, which therefore reads it without the lock, and holds that only to
+	// change something.
+	listing map[digest.Digest]bool // nil: none yet
+	lives   map[step]bool          // what is known of it
 }
 
-// Run reads the directory and the bundles, looks at those when they change, and
-// writes what Keep and Retain ask for, until ctx ends and what waits was written once
-// more. It is called once. What fails is logged and tried again; it returns nil.
+// Run reads the directory and writes what Keep and Retain ask for, until ctx ends and
+// what waits was written once more. It is called once. What fails is logged and tried again; it returns nil.
 func (s *Store) Run(ctx context.Context) error {
-	watched := make(chan struct{})
-	go func() {
-		defer close(watched)
-		s.watch(ctx)
-	}()
-	defer func() {
-		select {
-		case <-watched:
-		case <-time.After(imageWait): // a medium that hangs does not keep the program from its end
-		}
-	}()
-	w := &writer{Store: s, moved: map[string]bool{}, lacking: map[digest.Digest]time.Time{}}
+	w := &writer{Store: s, lacking: map[digest.Digest]time.Time{}, lives: map[step]bool{}}
 	defer w.close()
 	w.try(ctx)
-	close(s.read)
+	s.start.Done()
 	for {
 		pause := again
 		if w.work(ctx) && w.dirty {
@@ -103,8 +97,8 @@ func (s *Store) Run(ctx context.Context) error {
 
 func (w *writer) close() {
 	w.mu.Lock()
-	w.place.close()
-	w.place = nil
+	w.reader.Close()
+	w.reader = nil
 	w.mu.Unlock()
 	if w.lock != nil {
 		w.lock.Close()
@@ -113,7 +107,7 @@ func (w *writer) close() {
 		w.dir.Root.Close()
 		w.state.Close()
 	}
-	w.lock, w.dir, w.state, w.loaded = nil, nil, nil, false
+	w.lock, w.dir, w.out, w.state, w.loaded = nil, nil, nil, nil, false
 }
 
 // try opens the directory where it is not open, and takes the lock where it is not
@@ -128,7 +122,7 @@ func (w *writer) try(ctx context.Context) bool {
 			w.say(err.Error())
 			return false
 		}
-		w.state, w.dir = state, &layout.Dir{Root: root}
+		w.state, w.dir, w.out = state, &layout.Dir{Root: root}, durable.NewDir(root)
 	}
 	lock, err := w.takeLock()
 	if err == nil {
@@ -150,6 +144,11 @@ func (w *writer) try(ctx context.Context) bool {
 	for _, name := range l.left {
 		_ = w.dir.Root.Remove(name)
 	}
+	for d := range l.damaged {
+		if !w.broken[d] && !w.losses[d] { // of others nothing but the file says that they were there
+			_ = w.dir.Root.Remove(layout.BlobPath(d))
+		}
+	}
 	w.partial = l.partial
 	w.tidy()
 	return true
@@ -164,7 +163,7 @@ func (w *writer) takeLock() (*os.File, error) {
 	if err == nil && !info.Mode().IsRegular() {
 		err = fmt.Errorf("%s is not a regular file", lockName)
 	}
-	if err == nil && syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) != nil {
+	if err == nil && durable.TryLock(f) != nil {
 		err = errors.New("another process of this node writes to it")
 	}
 	if err != nil {
@@ -177,7 +176,7 @@ func (w *writer) takeLock() (*os.File, error) {
 // prepare makes what every layout has.
 func (w *writer) prepare() error {
 	for _, name := range []string{ocispec.ImageBlobsDir, path.Join(ocispec.ImageBlobsDir, digest.SHA256.String())} {
-		if err := w.mkdir(name); err != nil {
+		if err := w.out.Mkdir(name); err != nil {
 			return err
 		}
 	}
@@ -193,16 +192,18 @@ func (w *writer) work(ctx context.Context) bool {
 	if !w.try(ctx) {
 		return false
 	}
-	w.mend()
+	w.mend(ctx)
+	w.writeOff()
 	trouble := ""
 	for {
 		w.retain(ctx)
+		w.replaced()
 		w.mu.Lock()
-		if n := w.dropped; n > 0 {
-			w.dropped = 0
+		if n := w.waiting.dropped; n > 0 {
+			w.waiting.dropped = 0
 			w.o.Log.Warn("verified signatures came faster than they could be kept on disk", "store", w.Name(), "signatures", n)
 		}
-		if len(w.waiting) == 0 {
+		if len(w.waiting.list) == 0 {
 			w.mu.Unlock()
 			if trouble == "" && w.full {
 				trouble = w.fullness().Error()
@@ -210,9 +211,9 @@ func (w *writer) work(ctx context.Context) bool {
 			w.say(trouble)
 			return true
 		}
-		e := w.waiting[0]
+		e := w.waiting.list[0]
 		w.mu.Unlock()
-		listed := w.listed() // before: a listing that comes meanwhile was not looked at
+		listed := w.listing != nil
 		err := w.write(ctx, e)
 		w.full = errors.Is(err, errFull)
 		if err != nil {
@@ -232,53 +233,75 @@ func (w *writer) work(ctx context.Context) bool {
 			}
 		}
 		w.mu.Lock()
-		w.waiting, w.size = slices.Delete(w.waiting, 0, 1), w.size-int64(len(e.found.Document)+len(e.found.Blob))
+		w.waiting.next()
 		w.mu.Unlock()
 	}
 }
 
-// fullness is what is in the way of what has no room.
-func (w *writer) fullness() error {
-	if w.partial {
-		return errStuffed
+// replaced removes signatures that go when another is there, and is.
+func (w *writer) replaced() {
+	w.mu.Lock()
+	over, done := []*catalog.Blob(nil), map[digest.Digest]int{}
+	for by, olds := range w.instead {
+		if x := w.catalog.Blobs[by]; x != nil && !x.Lost {
+			for _, d := range olds {
+				if b := w.catalog.Blobs[d]; b != nil && b.Subject != "" && d != by {
+					over = append(over, b)
+				}
+			}
+		} else if w.waiting.has(by) {
+			continue
+		}
+		done[by] = len(olds) // or by was not kept, and they stay
 	}
-	return errFull
-}
-
-func (w *writer) listed() bool {
+	w.mu.Unlock()
+	for _, b := range over {
+		_ = w.remove(b)
+	}
+	if len(over) > 0 {
+		w.tidy(over...)
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.live != nil
+	for by, n := range done {
+		if w.instead[by] = w.instead[by][n:]; len(w.instead[by]) == 0 {
+			delete(w.instead, by)
+		}
+	}
 }
 
 var errUnfit = errors.New("the evidence is not what it seemed to be")
 
 // A file is one to be written.
 type file struct {
-	*blob
+	*catalog.Blob
 	raw []byte
 }
 
 // write keeps one signature with the documents of its image.
 func (w *writer) write(ctx context.Context, e evidence) error {
 	ev := e.found
-	envelope, err := verify.EnvelopeIn(ev.Document, e.subject)
+	envelope, err := w.envelope(e)
 	if err != nil || ev.Manifest.Digest.Validate() != nil || ev.Manifest.Digest.Algorithm().FromBytes(ev.Document) != ev.Manifest.Digest ||
 		envelope.Digest.Algorithm().FromBytes(ev.Blob) != envelope.Digest || len(ev.Document) > maxDocument || len(ev.Blob) > maxDocument {
 		return fmt.Errorf("%w: signature %s", errUnfit, ev.Manifest.Digest)
 	}
-	list := []file{{see(envelope.Digest, ev.Blob), ev.Blob}}
+	list := []file{{w.see(envelope.Digest, ev.Blob), ev.Blob}}
+	if list[0].MediaType != "" { // then it is in nobody's share, and leads where its signer wants
+		return fmt.Errorf("%w: the envelope of %s is a manifest or index too", errUnfit, ev.Manifest.Digest)
+	}
+	key := w.key(list[0].Chain)
 	for _, d := range []ocispec.Descriptor{e.subject, e.manifest} {
 		if f, ok := w.document(ctx, d); ok {
 			list = append(list, f)
 		}
 	}
-	// What notation reads of a signature besides: the empty config.
+	// What other programs read of a signature besides: the empty config.
 	if c := configOf(ev.Document); c.Digest == ocispec.DescriptorEmptyJSON.Digest {
-		list = append(list, file{see(c.Digest, ocispec.DescriptorEmptyJSON.Data), ocispec.DescriptorEmptyJSON.Data})
+		list = append(list, file{w.see(c.Digest, ocispec.DescriptorEmptyJSON.Data), ocispec.DescriptorEmptyJSON.Data})
 	}
-	list = append(list, file{see(ev.Manifest.Digest, ev.Document), ev.Document})
-	list, ok := w.room(list)
+	list = append(list, file{w.see(ev.Manifest.Digest, ev.Document), ev.Document})
+	list, ok := w.room(list, key)
 	if !ok {
 		return errFull
 	}
@@ -290,36 +313,58 @@ func (w *writer) write(ctx context.Context, e evidence) error {
 func (w *writer) lay(list []file) error {
 	for i, f := range list {
 		if i == len(list)-1 {
-			if err := w.sync(); err != nil {
+			if err := w.out.Sync(); err != nil {
 				return err
 			}
 		}
-		if err := w.put(layout.BlobPath(f.digest), f.raw); err != nil {
+		if err := w.out.Put(layout.BlobPath(f.Digest), f.raw); err != nil {
 			return err
 		}
 	}
-	if err := w.sync(); err != nil {
+	if err := w.out.Sync(); err != nil {
 		return err
 	}
+	now := w.o.Now().Round(0)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, f := range list {
-		f.seen = w.o.Now().Round(0)
-		w.add(f.blob, maxListed)
+		f.Seen = now
+		w.catalog.Add(f.Blob, maxListed)
+		delete(w.broken, f.Digest)
+		delete(w.losses, f.Digest)
 		w.dirty = true
 	}
+	clear(w.lives)
 	return nil
 }
 
-func configOf(raw []byte) ocispec.Descriptor {
-	var m struct {
-		Config ocispec.Descriptor `json:"config"`
+// envelope returns the descriptor of the one blob of e, which is of the first kind that
+// reads its manifest.
+func (w *writer) envelope(e evidence) (ocispec.Descriptor, error) {
+	for _, k := range w.o.Kinds {
+		if parts, err := k.Open(e.found.Document, e.subject); err == nil && len(parts) == 1 {
+			return parts[0], nil
+		}
 	}
-	_ = json.Unmarshal(raw, &m) // EnvelopeIn has read it
+	return ocispec.Descriptor{}, errUnfit
+}
+
+// artifactType is that of the manifests of a kind.
+func (w *writer) artifactType(kind string) string {
+	for _, k := range w.o.Kinds {
+		if k.Name() == kind {
+			return k.ArtifactType()
+		}
+	}
+	return ""
+}
+
+func configOf(raw []byte) ocispec.Descriptor {
+	m, _ := oci.ReadHead(raw) // its kind has read it
 	return m.Config
 }
 
-// document reads a manifest or index, of the node's or out of a bundle.
+// document reads a manifest or index, of the node's or out of an archive.
 func (w *writer) document(ctx context.Context, d ocispec.Descriptor) (f file, ok bool) {
 	if d.Digest.Validate() != nil || d.Size > maxDocument {
 		return f, false
@@ -331,76 +376,12 @@ func (w *writer) document(ctx context.Context, d ocispec.Descriptor) (f file, ok
 		raw, err = w.o.Image(ctx, d)
 	}
 	if err != nil {
-		raw, err = w.inBundle(ctx, d.Digest)
+		raw, err = w.inArchive(ctx, d.Digest)
 	}
 	if err != nil || d.Digest.Algorithm().FromBytes(raw) != d.Digest {
 		return f, false
 	}
-	return file{see(d.Digest, raw), raw}, true
-}
-
-// put writes a file so that it is there whole or not at all.
-func (w *writer) put(name string, raw []byte) error {
-	root := w.dir.Root
-	if err := w.mkdir(path.Dir(name)); err != nil {
-		return err
-	}
-	w.serial++
-	temp := path.Join(path.Dir(name), unfinished+strconv.Itoa(w.serial))
-	if err := root.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	f, err := root.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(raw)
-	if err == nil {
-		err = f.Sync()
-	}
-	if e := f.Close(); err == nil {
-		err = e
-	}
-	if err == nil {
-		w.moved[path.Dir(name)] = true
-		err = root.Rename(temp, name)
-	}
-	if err != nil {
-		_ = root.Remove(temp)
-	}
-	return err
-}
-
-// mkdir makes a directory whose parent is there, where there is none.
-func (w *writer) mkdir(name string) error {
-	if name == "." {
-		return nil
-	}
-	err := w.dir.Root.Mkdir(name, 0o700)
-	if err == nil {
-		w.moved[path.Dir(name)] = true
-	}
-	if errors.Is(err, fs.ErrExist) {
-		return nil
-	}
-	return err
-}
-
-// sync makes changes of names last.
-func (w *writer) sync() error {
-	for name := range w.moved {
-		f, err := w.dir.Root.Open(name)
-		if err != nil {
-			return err
-		}
-		err = f.Sync()
-		f.Close()
-		if err != nil {
-			return err
-		}
-		delete(w.moved, name)
-	}
-	return nil
+	return file{w.see(d.Digest, raw), raw}, true
 }
 
 // replace writes a file where it does not hold raw already.
@@ -414,10 +395,10 @@ func (w *writer) replace(name string, raw []byte) error {
 	if err == nil && bytes.Equal(was, raw) {
 		return nil
 	}
-	if err := w.put(name, raw); err != nil {
+	if err := w.out.Put(name, raw); err != nil {
 		return err
 	}
-	return w.sync()
+	return w.out.Sync()
 }
 
 // index writes index.json for other programs.
@@ -425,19 +406,17 @@ func (w *writer) index() {
 	if !w.dirty || w.lock == nil {
 		return
 	}
-	w.mu.Lock()
 	list := []ocispec.Descriptor{}
-	for _, b := range w.blobs {
-		if b.mediaType == "" {
+	for _, b := range w.catalog.Blobs {
+		if b.MediaType == "" || b.Lost {
 			continue
 		}
-		d := ocispec.Descriptor{MediaType: b.mediaType, Digest: b.digest, Size: b.size}
-		if b.subject != "" {
-			d.ArtifactType = verify.ArtifactTypeNotation
+		d := ocispec.Descriptor{MediaType: b.MediaType, Digest: b.Digest, Size: b.Size}
+		if b.Subject != "" {
+			d.ArtifactType = w.artifactType(b.Kind)
 		}
 		list = append(list, d)
 	}
-	w.mu.Unlock()
 	slices.SortFunc(list, func(x, y ocispec.Descriptor) int { return strings.Compare(string(x.Digest), string(y.Digest)) })
 	raw, err := json.Marshal(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: list})
 	if err == nil {
@@ -448,255 +427,4 @@ func (w *writer) index() {
 		return
 	}
 	w.dirty = false
-}
-
-// room makes room for those of list that are not there yet, and returns them. What is
-// on the node, or may be, does not have to go. What goes may take with it what list was to share.
-func (w *writer) room(list []file) (missing []file, ok bool) {
-	now := w.o.Now()
-	for {
-		missing = nil
-		var need int64
-		w.mu.Lock()
-		for _, f := range list {
-			if w.blobs[f.digest] == nil {
-				missing, need = append(missing, f), need+f.size
-			}
-		}
-		fits := need <= w.o.Size-w.used && len(missing) <= w.most-len(w.blobs)
-		var oldest *blob
-		for _, list := range w.signed {
-			for _, b := range list {
-				if !fits && w.departed(b, now) && (oldest == nil || b.seen.Before(oldest.seen)) {
-					oldest = b
-				}
-			}
-		}
-		w.mu.Unlock()
-		if fits {
-			return missing, true
-		}
-		if need > w.o.Size || oldest == nil || w.remove(oldest) != nil {
-			return nil, false
-		}
-		w.tidy(oldest)
-	}
-}
-
-// alive reports whether the last listing had an image that b is a signature for: its
-// subject, or what that leads to, down to the config. The lock must be held.
-func (s *Store) alive(b *blob) bool { return s.leads(b.subject, 2) }
-
-func (s *Store) leads(to digest.Digest, depth int) bool {
-	if s.live[to] {
-		return true
-	}
-	x := s.blobs[to]
-	return x != nil && depth > 0 && slices.ContainsFunc(x.names, func(d digest.Digest) bool { return s.leads(d, depth-1) })
-}
-
-// departed reports whether the image of b is not on the node: no listing has had it
-// for an hour, or this process's have not and for days it was not seen before. The
-// lock must be held.
-func (s *Store) departed(b *blob, now time.Time) bool {
-	return !b.gone.IsZero() && !s.alive(b) && (now.Sub(b.gone) >= roomAfter || now.Round(0).Sub(b.seen) > 2*freshEvery)
-}
-
-// remove removes a file, and what is known of it.
-func (w *writer) remove(b *blob) error {
-	if err := w.dir.Root.Remove(layout.BlobPath(b.digest)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.forget(b)
-	w.dirty = true
-	return nil
-}
-
-// tidy removes what no signature needs: its envelope, the document that it is over,
-// and where that is an index, the manifests that it lists. Where not every file could
-// be read nobody knows what those need, and only what belonged to gone is removed.
-func (w *writer) tidy(gone ...*blob) {
-	w.mu.Lock()
-	needed := map[digest.Digest]bool{ocispec.DescriptorEmptyJSON.Digest: true}
-	for _, list := range w.signed {
-		w.needs(needed, list)
-	}
-	theirs := map[digest.Digest]bool{}
-	w.needs(theirs, gone)
-	var useless []*blob
-	for d, b := range w.blobs {
-		if !needed[d] && (!w.partial || theirs[d]) {
-			useless = append(useless, b)
-		}
-	}
-	w.mu.Unlock()
-	for _, b := range useless {
-		_ = w.remove(b)
-	}
-}
-
-// needs adds the files of signatures to set. The lock must be held.
-func (s *Store) needs(set map[digest.Digest]bool, signatures []*blob) {
-	for _, b := range signatures {
-		set[b.digest], set[b.envelope], set[b.subject] = true, true, true
-		if index := s.blobs[b.subject]; index != nil {
-			for _, d := range index.names {
-				set[d] = true
-			}
-		}
-	}
-}
-
-// mend looks at signatures that could not be read, and removes what is not what its
-// digest says, and a signature that has no envelope: then it can be kept anew.
-func (w *writer) mend() {
-	w.mu.Lock()
-	list := w.suspect
-	w.suspect = nil
-	w.mu.Unlock()
-	for _, d := range list {
-		w.mu.Lock()
-		sig := w.blobs[d]
-		w.mu.Unlock()
-		if sig == nil {
-			continue
-		}
-		lost := false
-		for _, d := range []digest.Digest{sig.digest, sig.envelope} {
-			if d == "" {
-				continue
-			}
-			raw, err := w.dir.Read(layout.BlobPath(d), func(n int64) error {
-				if n > maxDocument {
-					return layout.ErrDamaged
-				}
-				return nil
-			})
-			if err == nil && d.Algorithm().FromBytes(raw) == d || layout.Inconclusive(err) {
-				continue
-			}
-			lost = true
-			w.mu.Lock()
-			b := w.blobs[d]
-			w.mu.Unlock()
-			if b != nil {
-				_ = w.remove(b)
-			}
-		}
-		if lost {
-			w.o.Log.Warn("a signature in the store was damaged and is removed; the mirrors are asked for it again", "store", w.Name(), "signature", d.String())
-			_ = w.remove(sig)
-			w.tidy(sig)
-		}
-	}
-}
-
-// lacks reports whether a document that leads from the signature b to what is on the
-// node is not in the store. The lock must be held.
-func (w *writer) lacks(b *blob) bool {
-	x := w.blobs[b.subject]
-	if x == nil {
-		return true
-	}
-	for _, d := range x.names {
-		if w.live[d] && w.blobs[d] == nil && isIndex(x.mediaType) {
-			return true
-		}
-	}
-	return false
-}
-
-// complete gets what the signature b lacks: the runtime was away when it was kept, or
-// the image's manifest came later.
-func (w *writer) complete(ctx context.Context, b *blob) bool {
-	raw, err := w.dir.Blob(b.descriptor(), func(int64) error { return nil })
-	var m ocispec.Manifest
-	if err != nil || verify.Bounded(raw) != nil || json.Unmarshal(raw, &m) != nil || m.Subject == nil {
-		return false // it has its turn when it is asked for
-	}
-	f, ok := w.document(ctx, *m.Subject)
-	if !ok {
-		return false
-	}
-	list := []file{f}
-	if isIndex(f.mediaType) {
-		entries, _ := layout.EntriesOf(f.raw)
-		for _, d := range entries {
-			w.mu.Lock()
-			here := w.live[d.Digest]
-			w.mu.Unlock()
-			if !here {
-				continue
-			}
-			g, got := w.document(ctx, d)
-			if ok = ok && got; got {
-				list = append(list, g)
-			}
-		}
-	}
-	missing, room := w.room(list)
-	if !room {
-		return false
-	}
-	return w.lay(missing) == nil && ok
-}
-
-// retain looks at a listing of the node's images.
-func (w *writer) retain(ctx context.Context) {
-	now := w.o.Now()
-	w.mu.Lock()
-	if !w.news {
-		w.mu.Unlock()
-		return
-	}
-	w.news = false
-	var fresh, over, lacks []*blob
-	for _, list := range w.signed {
-		for _, b := range list {
-			age := now.Round(0).Sub(b.seen)
-			ahead := age < -freshEvery && !now.Before(earliest) // the clock was wrong then, and is not known to be now
-			switch {
-			case w.alive(b):
-				b.gone = time.Time{}
-				if w.lacks(b) && !now.Before(w.lacking[b.digest]) {
-					lacks = append(lacks, b)
-				}
-				if age > min(freshEvery, w.keep/4) || ahead {
-					fresh = append(fresh, b)
-				}
-			case b.gone.IsZero():
-				b.gone = now
-			case now.Sub(b.gone) < min(goneFor, w.keep):
-			case age > w.keep:
-				over = append(over, b)
-			case ahead: // keep begins; not before a wrong clock had its day to be set
-				fresh = append(fresh, b)
-			}
-		}
-	}
-	w.mu.Unlock()
-	for _, b := range fresh {
-		if w.dir.Root.Chtimes(layout.BlobPath(b.digest), now, now) == nil {
-			w.mu.Lock()
-			b.seen = now.Round(0)
-			w.mu.Unlock()
-		}
-	}
-	for _, b := range lacks {
-		if w.complete(ctx, b) {
-			delete(w.lacking, b.digest)
-		} else {
-			w.lacking[b.digest] = now.Add(wholeEvery)
-		}
-	}
-	for _, b := range over {
-		_ = w.remove(b)
-		delete(w.lacking, b.digest)
-	}
-	if len(over) > 0 {
-		w.o.Log.Info("signatures of images that have left the node are removed from the store", "store", w.Name(), "signatures", len(over))
-		w.tidy(over...)
-	}
 }

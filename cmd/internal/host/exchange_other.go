@@ -1,7 +1,0 @@
-//go:build !linux
-
-package host
-
-import "errors"
-
-func exchange(string, string) error { return errors.ErrUnsupported }

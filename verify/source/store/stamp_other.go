@@ -1,9 +1,0 @@
-//go:build !linux
-
-package store
-
-import "io/fs"
-
-// identify adds nothing: the gate runs on Linux, and what is built for another system
-// is tidewaiter verify.
-func (*stamp) identify(fs.FileInfo) {}
