@@ -102,4 +102,8 @@ func TestImagesAnswer(t *testing.T) {
 			t.Errorf("%s: %s: %s", c.name, i.Answer(), text)
 		}
 	}
+	long := control.Images{TooLong: []string{"shop/ : longer than 300 KiB"}}
+	if text := (&imagesOptions{}).table(long); !strings.Contains(text, "denied   POD_TOO_LARGE            shop/ : longer than 300 KiB\n") {
+		t.Errorf("a container that is too long is not listed:\n%s", text)
+	}
 }

@@ -3,19 +3,16 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"regexp"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
 
 	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
@@ -24,7 +21,6 @@ import (
 	"github.com/tidewaiter/tidewaiter/deploy/control"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
-	"github.com/tidewaiter/tidewaiter/verify/source/registry"
 	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
@@ -219,7 +215,7 @@ func (o *imagesOptions) table(l control.Images) string {
 		count[answer]++
 		ends := "-"
 		if i.Allowed && i.Until != nil && i.Ends != "nothing" {
-			ends = date(*i.Until) + " " + i.Ends
+			ends = cli.Date(*i.Until) + " " + i.Ends
 		}
 		fmt.Fprintf(&b, "%-7s  %-23s  %-22s  %s", answer, text.Clean(i.Reason, 32), text.Clean(ends, 32), text.Clean(i.Image, 400))
 		if o.file != "" && i.Target != "" && !strings.Contains(i.Image, "@") {
@@ -288,17 +284,17 @@ func (o *imagesOptions) ahead(ctx context.Context) (l control.Images, err error)
 	if err != nil {
 		return l, err
 	}
-	j, err := newJudging(ctx, c, o.stateDir)
+	j, err := inspect.NewOffline(ctx, c, o.stateDir)
 	if err != nil {
-		return l, err
+		return l, cli.Inconclusive(err, "")
 	}
-	defer j.close()
+	defer j.Close()
 	ctx, cancel := context.WithTimeout(ctx, aheadTimeout)
 	defer cancel()
 	l = control.Images{Schema: control.ImagesSchema, Mode: c.Mode.String(), Epoch: c.Revision.String(), List: []control.Image{}}
 	floor := inspect.FloorOf(c)
 	for _, ref := range refs {
-		l.List = append(l.List, j.row(ctx, ref, floor))
+		l.List = append(l.List, j.Row(ctx, ref, floor))
 		if errors.Is(ctx.Err(), context.Canceled) {
 			return l, cli.Inconclusive(errors.New("interrupted before there was an answer"), "")
 		}
@@ -352,52 +348,4 @@ func (o *imagesOptions) read() ([]string, error) {
 		return nil, cli.Inconclusive(fmt.Errorf("--file: %s names no image", o.file), "")
 	}
 	return refs, nil
-}
-
-// row judges one image, of which ref is the name.
-func (j *judging) row(ctx context.Context, ref string, floor inspect.Floor) control.Image {
-	ctx, cancel := context.WithTimeout(ctx, verifyTimeout)
-	defer cancel()
-	name, err := policy.ParseName(ref)
-	if err != nil {
-		return control.Image{Image: text.Clean(ref, 300), Reason: verify.ImageUnresolved.String(), Detail: text.Clean(err.Error(), 300)}
-	}
-	at := ""
-	if name.Digest == "" {
-		d, source, fault := j.resolve(ctx, name)
-		if fault != nil {
-			return inspect.Row(verify.Image{Name: name, Asked: ref}, verify.Deny(fault.Reason, fault.Detail), floor)
-		}
-		name.Digest, at = d, source
-	}
-	d, img := j.judge(ctx, name, ref, "")
-	row := inspect.Row(img, d, floor)
-	row.Resolved = at
-	return row
-}
-
-// resolve asks the mirrors of the image which one a tag leads to, one after the other
-// until one knows. Layouts are not asked: what is in them has no name.
-func (j *judging) resolve(ctx context.Context, name verify.Name) (digest.Digest, string, *verify.Fault) {
-	known := j.setup.Known(name)
-	tag := cmp.Or(name.Tag, "latest")
-	fault := &verify.Fault{Reason: verify.ImageUnresolved, Detail: "no mirror of " + known.Host + " is configured that could say what the tag leads to; name a digest"}
-	for _, s := range j.sources(known) {
-		m, is := s.(*registry.Source)
-		if !is {
-			continue
-		}
-		ctx, cancel := context.WithTimeout(ctx, j.config.Limits.Or(verify.DefaultLimits).Wall)
-		d, err := m.Resolve(ctx, known, tag)
-		cancel()
-		if err == nil {
-			return d, m.Name(), nil
-		}
-		reason := reasonOf(err)
-		if errors.Is(err, fs.ErrNotExist) && fault.Reason != verify.ImageUnresolved {
-			continue // another one could not be asked, which says more
-		}
-		fault = &verify.Fault{Reason: reason, Detail: text.Clean(m.Name()+": "+err.Error(), verify.MaxMessage)}
-	}
-	return "", "", fault
 }

@@ -134,7 +134,7 @@ func onHost(cmd *cobra.Command, stdout io.Writer, o hostOptions, do func(*instal
 			Ask: func(ctx context.Context) (*control.Status, error) { return control.Ask(ctx, h.Path(o.RunDir)) },
 			Look: func(ctx context.Context) (*control.Status, error) {
 				var s control.Status
-				err := control.Get(ctx, h.Path(o.RunDir), control.Question{Path: "/v1/sweep", Schema: control.StatusSchema, Longest: lookTime + 5*time.Second}, &s)
+				err := control.Get(ctx, h.Path(o.RunDir), control.Question{Path: control.SweepPath, Schema: control.StatusSchema, Longest: control.SweepTime + 5*time.Second}, &s)
 				return &s, err
 			},
 			Gates: func() (int, error) { return gatesOf(h.Path(o.RunDir)) },

@@ -20,9 +20,6 @@ import (
 	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
-// policyPath is where the control socket answers with what is in force.
-const policyPath = "/v1/policy"
-
 func policyCommand(stdout io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "policy",
@@ -102,7 +99,7 @@ instead and asks nobody. Secrets are not shown.`,
 				}
 				s = c.Summary()
 			} else {
-				err := control.Get(cmd.Context(), run, control.Question{Path: policyPath, Schema: config.SummarySchema, Bytes: 16 << 20}, &s)
+				err := control.Get(cmd.Context(), run, control.Question{Path: config.SummaryPath, Schema: config.SummarySchema, Bytes: 16 << 20}, &s)
 				if errors.Is(err, control.ErrRefused) {
 					return cli.Inconclusive(err, "run tidewaiter status")
 				}
@@ -134,7 +131,7 @@ func summary(s config.Summary) string {
 		printStatement(line, st)
 	}
 	for _, a := range s.Stores {
-		line("certificate", "%s: %s, %s to %s, SHA-256 %s", a.File, a.Subject, date(a.NotBefore), date(a.NotAfter), a.Thumbprint)
+		line("certificate", "%s: %s, %s to %s, SHA-256 %s", a.File, a.Subject, cli.Date(a.NotBefore), cli.Date(a.NotAfter), a.Thumbprint)
 	}
 	for _, l := range s.Layouts {
 		line("layout", "%s", l)
@@ -167,9 +164,9 @@ func printStatement(line func(name, format string, args ...any), st config.State
 		level += ", " + check + " " + st.Override[check]
 	}
 	line("statement", "%q: level %s", st.Name, level)
-	line("  scopes", "%s", listOr(st.Scopes, "none"))
-	line("  stores", "%s", listOr(st.TrustStores, "none"))
-	line("  identities", "%s", listOr(st.TrustedIdentities, "none"))
+	line("  scopes", "%s", cli.List(st.Scopes, "none"))
+	line("  stores", "%s", cli.List(st.TrustStores, "none"))
+	line("  identities", "%s", cli.List(st.TrustedIdentities, "none"))
 	if st.VerifyTimestamp != "" {
 		line("  timestamp", "%s", st.VerifyTimestamp)
 	}

@@ -21,6 +21,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/imagetest"
 	"github.com/tidewaiter/tidewaiter/verify"
 )
 
@@ -44,8 +45,8 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
 		Setup: func(env *testscript.Env) error {
-			for name, img := range world().images {
-				env.Setenv(name, img.target.Digest.String())
+			for name, img := range imagetest.World().Images {
+				env.Setenv(name, img.Target.Digest.String())
 			}
 			env.Setenv("GORACE", "atexit_sleep_ms=0")                         // with -race every process would end a second late
 			env.Setenv("TIDEWAITER_RUN_DIR", filepath.Join(env.WorkDir, "r")) // not the machine's

@@ -98,7 +98,7 @@ or the node audits, where nothing is refused; 2 it could not be tried.`,
 // directory holds.
 func inForce(ctx context.Context, run, dir string) (config.Summary, error) {
 	var s config.Summary
-	err := control.Get(ctx, run, control.Question{Path: policyPath, Schema: config.SummarySchema, Bytes: 16 << 20}, &s)
+	err := control.Get(ctx, run, control.Question{Path: config.SummaryPath, Schema: config.SummarySchema, Bytes: 16 << 20}, &s)
 	if err == nil {
 		return s, nil
 	}

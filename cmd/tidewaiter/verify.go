@@ -8,24 +8,17 @@ import (
 	"io"
 	"path/filepath"
 	"strings"
-	"time"
 
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
 	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/inspect"
 	"github.com/tidewaiter/tidewaiter/deploy/config"
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
-	"github.com/tidewaiter/tidewaiter/verify/source/archives"
 	"github.com/tidewaiter/tidewaiter/verify/source/registry"
-	"github.com/tidewaiter/tidewaiter/verify/source/store"
 	"github.com/tidewaiter/tidewaiter/verify/text"
 )
-
-// verifyTimeout bounds one run of the verb: the limits bound each source.
-const verifyTimeout = 2 * time.Minute
 
 const nameHint = "name the image as repository@sha256:..."
 
@@ -93,7 +86,7 @@ func sourceFlags(cmd *cobra.Command, o *verifyOptions, redirects string) {
 }
 
 func verifyImage(ctx context.Context, stdout io.Writer, o verifyOptions, ref string) error {
-	ctx, cancel := context.WithTimeout(ctx, verifyTimeout)
+	ctx, cancel := context.WithTimeout(ctx, inspect.Longest)
 	defer cancel()
 	name, err := policy.ParseName(ref)
 	if err != nil {
@@ -110,12 +103,12 @@ func verifyImage(ctx context.Context, stdout io.Writer, o verifyOptions, ref str
 	if err := o.listed(c); err != nil {
 		return err
 	}
-	j, err := newJudging(ctx, c, o.stateDir)
+	j, err := inspect.NewOffline(ctx, c, o.stateDir)
 	if err != nil {
-		return err
+		return cli.Inconclusive(err, "")
 	}
-	defer j.close()
-	d, img := j.judge(ctx, name, ref, o.namespace)
+	defer j.Close()
+	d, img := j.Judge(ctx, name, ref, o.namespace)
 	if !d.Allowed() && errors.Is(ctx.Err(), context.Canceled) {
 		return cli.Inconclusive(errors.New("interrupted before there was an answer"), "")
 	}
@@ -129,96 +122,6 @@ func verifyImage(ctx context.Context, stdout io.Writer, o verifyOptions, ref str
 		return cli.Exit(cli.ExitInconclusive)
 	}
 	return cli.Exit(cli.ExitNo)
-}
-
-// A judging judges images by a configuration, with no daemon.
-type judging struct {
-	config   *config.Config
-	setup    *verify.Snapshot
-	enforcer verify.Enforcer
-	engine   *verify.Engine
-	store    *store.Reader // nil: none
-	archives *archives.Archives
-}
-
-// newJudging returns a judging that reads what the node keeps in stateDir, unless that
-// is empty.
-func newJudging(ctx context.Context, c *config.Config, stateDir string) (*judging, error) {
-	j := &judging{config: c}
-	if stateDir != "" {
-		o := store.Options{Now: time.Now, Kinds: []verify.Kind{notary.Kind}}
-		if j.archives = archives.Open(ctx, stateDir, time.Now, notary.Kind); j.archives != nil {
-			o.Archives = j.archives
-		}
-		j.store = store.Open(ctx, stateDir, o)
-	}
-	setup, err := c.Snapshot(func(e *verify.Engine) verify.Evaluator {
-		if j.store != nil {
-			e.Store = j.store
-		}
-		j.engine = e
-		return e
-	}, time.Now)
-	if err != nil {
-		j.close()
-		return nil, cli.Inconclusive(err, "")
-	}
-	setup.Mode = verify.Enforce // audit would hide what is asked
-	j.setup = setup
-	j.enforcer.Swap(setup)
-	return j, nil
-}
-
-func (j *judging) close() {
-	j.store.Close()
-	j.archives.Close()
-}
-
-// sources are where the engine looks for signatures of an image of that name.
-func (j *judging) sources(name verify.Name) []verify.Source {
-	list := j.engine.Sources(name)
-	if j.store != nil {
-		list = append([]verify.Source{j.store}, list...)
-	}
-	return list
-}
-
-// judge judges the image of that name, which has a digest; ref is what was asked for.
-func (j *judging) judge(ctx context.Context, name verify.Name, ref, namespace string) (verify.Decision, verify.Image) {
-	// The answer is for nodes whose snapshotter checks what it unpacks, as nearly all do.
-	img := verify.Image{Name: name, Asked: ref, Use: verify.UseQuestion, LayersVerified: true, Pod: verify.Pod{Namespace: namespace}}
-	img.Target = ocispec.Descriptor{Digest: name.Digest}
-	var tried []verify.Attempt
-	partial := false
-	// A rule that denies, or none, is the answer without asking anybody.
-	known := img
-	known.Name = j.setup.Known(name)
-	if rule := j.setup.Policy.Select(known); rule.Fixed != "" {
-		img.Manifest, img.Binding = img.Target, verify.BoundDigest
-	} else {
-		check := func(ctx context.Context, ev verify.Evidence, d ocispec.Descriptor) verify.Finding {
-			var f verify.Finding
-			for _, l := range rule.Require.Leaves() {
-				if f = j.engine.Check(ctx, ev, d, l); f.Reason == verify.Verified {
-					break
-				}
-			}
-			return f
-		}
-		tried, partial = newBinder(known.Name, j.sources(known.Name), j.config.Limits, check).bind(ctx, &img)
-	}
-	d := j.enforcer.Verify(ctx, img)
-	if img.Fault != nil {
-		d.Tried = tried
-	}
-	if d.Made.IsZero() { // no source was asked
-		d.Made = time.Now()
-	}
-	if partial && d.Reason == verify.SignatureMissing {
-		d.Reason = verify.ImageUnresolved
-		d.Detail = "the index has no signature, and which of its manifests this platform would run is not known: they are not where the index is"
-	}
-	return d, img
 }
 
 // listed makes the layouts and mirrors of the command line, if there are any, the

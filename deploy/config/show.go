@@ -33,6 +33,9 @@ type Summary struct {
 	Warnings   []string    `json:"warnings"`
 }
 
+// SummaryPath is where the control socket answers with the Summary of what is in force.
+const SummaryPath = "/v1/policy"
+
 // SummarySchema is that of a Summary. Fields are added and never change.
 const SummarySchema = "tidewaiter.dev/policy/v1"
 

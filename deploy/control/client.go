@@ -22,6 +22,13 @@ const (
 	maxAnswer = int64(1 << 20)  // bytes
 )
 
+// SweepPath is where the control socket answers with the status after what runs was looked
+// at anew, and SweepTime how long that may take: the check rests for ten seconds after each.
+const (
+	SweepPath = "/v1/sweep"
+	SweepTime = 30 * time.Second
+)
+
 // Ask returns the status of the gate whose run directory is dir. Errors say that it
 // could not be found out.
 func Ask(ctx context.Context, dir string) (*Status, error) {

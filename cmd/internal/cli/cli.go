@@ -10,6 +10,8 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"strings"
+	"time"
 )
 
 // Exit statuses of every verb.
@@ -90,4 +92,15 @@ func Count(n int, thing string) string {
 		return "1 " + thing
 	}
 	return fmt.Sprintf("%d %ss", n, thing)
+}
+
+// Date is the day of t, in UTC.
+func Date(t time.Time) string { return t.UTC().Format("2006-01-02") }
+
+// List is a list in a sentence, or otherwise where it is empty.
+func List(list []string, otherwise string) string {
+	if len(list) == 0 {
+		return otherwise
+	}
+	return strings.Join(list, ", ")
 }

@@ -1,8 +1,9 @@
-package main
+// Package daemon puts together what runs on a node: the gate and its session, the caches,
+// the store, the checks in the background and what they tell. tidewaiter run starts it.
+package daemon
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"log/slog"
 	"math/rand/v2"
@@ -15,8 +16,6 @@ import (
 	"syscall"
 	"time"
 
-	containerdlog "github.com/containerd/log"
-	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/tidewaiter/tidewaiter/cache"
@@ -38,55 +37,23 @@ import (
 	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
-type runOptions struct {
-	configDir  string
-	runDir     string
-	stateDir   string // empty: nothing is kept
-	containerd string
-	nri        string
-	node       string
-	logLevel   string
+// Options are where the daemon finds what it works with.
+type Options struct {
+	ConfigDir  string
+	RunDir     string
+	StateDir   string // empty: nothing is kept
+	Containerd string // socket
+	NRI        string // socket
+	Node       string // in messages
 
-	awaitConfig bool // without a configuration the gate does not register
+	AwaitConfig bool // without a configuration the gate does not register
+	Build       cli.Build
 }
 
-func runCommand(stderr io.Writer) *cobra.Command {
-	var o runOptions
-	cmd := &cobra.Command{
-		Use:   "run",
-		Short: "Run the gate on this node",
-		Long: `Run registers with containerd through NRI and decides on every container that is
-to be created. It runs until SIGTERM or SIGINT, stays up without containerd and
-without a configuration (then everything is denied), and reads the configuration
-again when it changes or on SIGHUP. It logs JSON lines to standard error, and says
-how things stand through a socket in the run directory (tidewaiter status).`,
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			var level slog.Level
-			if err := level.UnmarshalText([]byte(o.logLevel)); err != nil {
-				return cli.Inconclusive(fmt.Errorf("--log-level: %s is not debug, info, warn or error", text.Quote(o.logLevel, 40)), "run tidewaiter run --help")
-			}
-			log := slog.New(slog.NewJSONHandler(toJournal(stderr), &slog.HandlerOptions{Level: level}))
-			slog.SetDefault(log)    // what libraries log is JSON lines too
-			containerdlog.UseSlog() // such as ttrpc, below NRI
-			smallShare()
-			return run(cmd.Context(), o, log)
-		},
-	}
-	cli.ConfigDir(cmd, &o.configDir)
-	cli.RunDir(cmd, &o.runDir)
-	cli.StateDir(cmd, &o.stateDir)
-	host, _ := os.Hostname()
-	cmd.Flags().StringVar(&o.containerd, "containerd-socket", cli.Env("TIDEWAITER_CONTAINERD_SOCKET", "/run/containerd/containerd.sock"), "containerd's `SOCKET` (TIDEWAITER_CONTAINERD_SOCKET)")
-	cmd.Flags().StringVar(&o.nri, "nri-socket", cli.Env("TIDEWAITER_NRI_SOCKET", "/var/run/nri/nri.sock"), "containerd's NRI `SOCKET` (TIDEWAITER_NRI_SOCKET)")
-	cmd.Flags().StringVar(&o.node, "node", cli.Env("TIDEWAITER_NODE", host), "`NAME` of this node in messages (TIDEWAITER_NODE)")
-	cmd.Flags().BoolVar(&o.awaitConfig, "await-config", false, "do not register with containerd before there is a valid configuration, instead of denying everything until then; for nodes where nothing depends on the gate")
-	cmd.Flags().StringVar(&o.logLevel, "log-level", "info", "`LEVEL` of the log: debug, info, warn or error")
-	return cmd
-}
-
-func run(ctx context.Context, o runOptions, log *slog.Logger) error {
-	records, err := containerd.Dial(o.containerd)
+// Run is the daemon: it registers the gate with containerd and answers until ctx ends. It
+// fails only if it cannot begin.
+func Run(ctx context.Context, o Options, log *slog.Logger) error {
+	records, err := containerd.Dial(o.Containerd)
 	if err != nil {
 		return cli.Inconclusive(err, "")
 	}
@@ -104,7 +71,7 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 	signal.Notify(hup, syscall.SIGHUP)
 	defer signal.Stop(hup)
 
-	log.Info("starting", "build", thisBuild(), "config", o.configDir)
+	log.Info("starting", "build", o.Build, "config", o.ConfigDir)
 	judge := d.resolver.Explain(&d.enforcer)
 	again := make(chan struct{}, 1) // to count
 	d.tally = tally.New(records, time.Now, func() {
@@ -113,26 +80,26 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 		default:
 		}
 	})
-	gate := &nri.Gate{Resolver: d.resolver, Verifier: judge, Tally: d.tally, Observe: d.observe, Now: time.Now, Node: o.node}
+	gate := &nri.Gate{Resolver: d.resolver, Verifier: judge, Tally: d.tally, Observe: d.observe, Now: time.Now, Node: o.Node}
 	clearer := &reconcile.Clearer{Sandboxes: records, May: d.enforces, Log: log}
-	session := &nri.Session{Gate: gate, Socket: o.nri, Log: log, Audit: d.audits, Large: d.tally.Large, Clear: clearer.Clear}
+	session := &nri.Session{Gate: gate, Socket: o.NRI, Log: log, Audit: d.audits, Large: d.tally.Large, Clear: clearer.Clear}
 	survey := &reconcile.Prefetch{Images: d.resolver, Node: records, Verifier: judge, Log: log}
-	if o.stateDir != "" {
-		d.archives = archives.New(o.stateDir, archives.Options{Log: log, Now: time.Now, Kinds: []verify.Kind{notary.Kind}, Changed: func() {
+	if o.StateDir != "" {
+		d.archives = archives.New(o.StateDir, archives.Options{Log: log, Now: time.Now, Kinds: []verify.Kind{notary.Kind}, Changed: func() {
 			if c := d.stands().cache; c != nil {
 				c.Forget()
 			}
 			survey.Again()
 		}})
-		d.store = store.New(o.stateDir, store.Options{Log: log, Now: time.Now, Image: records.Blob, Kinds: []verify.Kind{notary.Kind}, Archives: d.archives})
+		d.store = store.New(o.StateDir, store.Options{Log: log, Now: time.Now, Image: records.Blob, Kinds: []verify.Kind{notary.Kind}, Archives: d.archives})
 		survey.Listed = d.store.Retain
 	}
 	// The gate needs none of what is in the run directory. Why it cannot be used, the
 	// control socket says.
 	kept := ""
-	if control.MakeDir(o.runDir) == nil {
-		kept, d.kept = o.runDir, o.runDir
-		here, err := nri.Join(filepath.Join(o.runDir, "instances"))
+	if control.MakeDir(o.RunDir) == nil {
+		kept, d.kept = o.RunDir, o.RunDir
+		here, err := nri.Join(filepath.Join(o.RunDir, "instances"))
 		if err != nil {
 			log.Warn("other gates of this node are not told from plugins that use the gate's name", "error", err.Error())
 		} else {
@@ -149,11 +116,11 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 		survey.Refresher = d.refresher
 	}
 	d.witness = reconcile.NewGated(kept, log, d.uptime)
-	lock := reconcile.NewLock(o.runDir)
+	lock := reconcile.NewLock(o.RunDir)
 	defer lock.Release()
 	d.sweep = &reconcile.RunningCheck{
 		Containers: records, Binder: d.resolver, Verifier: judge, Gated: d.witness, Count: d.count, Leader: lock.Held,
-		Log: log, Node: o.node, Now: time.Now, Uptime: d.uptime,
+		Log: log, Node: o.Node, Now: time.Now, Uptime: d.uptime,
 	}
 	survey.Scanned = d.sweep.Wake // which knows by then what leads where
 
@@ -167,12 +134,12 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 		return control.Serve(ctx, l, control.Metrics(text))
 	}, log, time.Now)
 	explainer := &inspect.Explainer{
-		Images: d.resolver, Containers: records, Enforcer: &d.enforcer, Force: d.force, Ring: d.ring, Node: o.node, Now: time.Now,
+		Images: d.resolver, Containers: records, Enforcer: &d.enforcer, Force: d.force, Ring: d.ring, Node: o.Node, Now: time.Now,
 		Assurance: func() string { return d.status(session.State(), ctx.Err() != nil, nil).Assurance },
 	}
-	endpoints := append(explainer.Endpoints(), d.ring.Endpoint(), control.RefreshEndpoint(d.refresh), control.Endpoint{Path: policyPath, Answer: d.policy})
+	endpoints := append(explainer.Endpoints(), d.ring.Endpoint(), control.RefreshEndpoint(d.refresh), control.Endpoint{Path: config.SummaryPath, Answer: d.policy})
 	status := func() control.Status { return d.status(session.State(), ctx.Err() != nil, exporter.Troubles()) }
-	socket := &control.Socket{Dir: o.runDir, Log: log, Handler: control.Handler(status, text, append(endpoints, d.looks(status))...)}
+	socket := &control.Socket{Dir: o.RunDir, Log: log, Handler: control.Handler(status, text, append(endpoints, d.looks(status))...)}
 	g.Go(func() error { d.write(after); return nil })
 	g.Go(func() error { return socket.Run(after) })
 	g.Go(func() error { return exporter.Run(after) })
@@ -199,14 +166,14 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 		return nil
 	})
 	g.Go(func() error {
-		return config.Watch(ctx, o.configDir, nil, hup, func(c *config.Config, err error) {
+		return config.Watch(ctx, o.ConfigDir, nil, hup, func(c *config.Config, err error) {
 			before := d.audits()
 			d.apply(c, err)
 			exporter.Set(d.target())
 			if d.audits() != before {
 				session.Renew() // the hook in which the gate is asked is another
 			}
-			if err == nil || !o.awaitConfig {
+			if err == nil || !o.AwaitConfig {
 				once.Do(func() { close(loaded) })
 			}
 		})
@@ -230,7 +197,7 @@ func run(ctx context.Context, o runOptions, log *slog.Logger) error {
 
 // A daemon is what run holds together.
 type daemon struct {
-	options  runOptions
+	options  Options
 	log      *slog.Logger
 	resolver *containerd.Resolver
 	enforcer verify.Enforcer
@@ -283,7 +250,7 @@ func (d *daemon) apply(c *config.Config, err error) {
 		force := "the last good configuration stays in force"
 		if d.enforcer.Snapshot() == nil {
 			force = "no configuration is in force: every container is denied"
-			if d.options.awaitConfig {
+			if d.options.AwaitConfig {
 				force = "no configuration is in force: the gate does not register with the runtime"
 			}
 		}
@@ -407,7 +374,7 @@ func (d *daemon) print(a *nri.Answer) {
 	if n := d.dropped.Swap(0); n > 0 {
 		d.log.Warn("the log is too slow: answers were given and not written", "answers", n)
 	}
-	r := a.Decision.Report(a.Image, d.options.node)
+	r := a.Decision.Report(a.Image, d.options.Node)
 	level := levelOf(a)
 	refused := level > slog.LevelDebug
 	attrs := []any{"hook", a.Hook, "took", a.Took.String(), "decision", r}
@@ -463,7 +430,7 @@ func (d *daemon) judged(c *config.Config) func(verify.Question, verify.Decision)
 		d.survived(q.Image, dec)
 		dec.Revision = c.Revision
 		d.counters.Asked(dec.Tried)
-		r := dec.Report(q.Image, d.options.node)
+		r := dec.Report(q.Image, d.options.Node)
 		level, attrs := d.news(slog.LevelInfo, control.VerificationLine, "", r, []any{"mode", c.Mode.String(), "decision", r})
 		d.log.Log(context.Background(), level, "verification", attrs...)
 		if d.ring != nil {

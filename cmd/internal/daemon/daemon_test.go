@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"bytes"
@@ -18,6 +18,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/tidewaiter/tidewaiter/cmd/internal/decisionlog"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/imagetest"
 	"github.com/tidewaiter/tidewaiter/deploy/config"
 	"github.com/tidewaiter/tidewaiter/deploy/control"
 	"github.com/tidewaiter/tidewaiter/nri"
@@ -93,7 +94,7 @@ func newDaemon(t *testing.T) (*daemon, *logged) {
 	}
 	t.Cleanup(func() { records.Close() })
 	d := &daemon{
-		options:  runOptions{node: "edge-17"},
+		options:  Options{Node: "edge-17"},
 		log:      slog.New(slog.NewJSONHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		resolver: containerd.NewResolver(records, resolverOptions(nil)),
 		answers:  make(chan *nri.Answer, unwritten),
@@ -110,10 +111,7 @@ func newDaemon(t *testing.T) (*daemon, *logged) {
 // image, with that config.yaml.
 func write(t *testing.T, dir, yaml string) {
 	t.Helper()
-	if err := notarytest.WriteConfig(dir, notarytest.Stores{"ca/acme/root.crt": world().root}, notarytest.Statement("prod", identity)); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "config.yaml"), []byte(yaml), 0o644); err != nil {
+	if err := imagetest.WriteConfig(dir, yaml); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -121,7 +119,7 @@ func write(t *testing.T, dir, yaml string) {
 // ask asks the daemon about an image as the gate does, and gives it some time.
 func ask(t *testing.T, d *daemon, name string) verify.Decision {
 	t.Helper()
-	target := world().images[name].target
+	target := imagetest.World().Images[name].Target
 	n, err := policy.ParseName("registry.test/team/app@" + target.Digest.String())
 	if err != nil {
 		t.Fatal(err)
@@ -163,7 +161,7 @@ func TestApply(t *testing.T) {
 		t.Errorf("after a broken configuration: %s", got.Reason)
 	}
 
-	images, err := content([]string{"unsigned"}, "")
+	images, err := imagetest.Content([]string{"unsigned"}, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -209,7 +207,7 @@ func TestApply(t *testing.T) {
 	}
 	d.retired.Wait()
 	log.entries(t)
-	img := verify.Image{Target: world().images["signed"].target, Manifest: world().images["signed"].target, Config: "sha256:x", Use: verify.UseContainer, Binding: verify.BoundSnapshot}
+	img := verify.Image{Target: imagetest.World().Images["signed"].Target, Manifest: imagetest.World().Images["signed"].Target, Config: "sha256:x", Use: verify.UseContainer, Binding: verify.BoundSnapshot}
 	require, err := verify.SignedBy(verify.Leaf{Kind: "notary", Authority: "prod", Hash: [32]byte{1}})
 	if err != nil {
 		t.Fatal(err)
@@ -251,7 +249,7 @@ func TestApply(t *testing.T) {
 func TestApplyKeepsAnswers(t *testing.T) {
 	d, log := newDaemon(t)
 	dir := t.TempDir()
-	c, err := content([]string{"signed"}, "")
+	c, err := imagetest.Content([]string{"signed"}, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -290,7 +288,7 @@ func TestApplyKeepsAnswers(t *testing.T) {
 		t.Errorf("after another password: %d verifications, %d requests, want none more than %d", s.Started, len(g.Requests()), asked)
 	}
 
-	if err := notarytest.WriteConfig(etc, notarytest.Stores{"ca/acme/another.crt": notarytest.NewCA(notarytest.CAOptions{}).PEM()}, notarytest.Statement("prod", identity)); err != nil {
+	if err := notarytest.WriteConfig(etc, notarytest.Stores{"ca/acme/another.crt": notarytest.NewCA(notarytest.CAOptions{}).PEM()}, notarytest.Statement("prod", imagetest.Identity)); err != nil {
 		t.Fatal(err)
 	}
 	load()
@@ -331,7 +329,7 @@ func TestApplyAsksTheNodeFirst(t *testing.T) {
 		Name: verify.Name{Host: "registry.test", Path: "team/app"}, Use: verify.UseContainer, Binding: verify.BoundSnapshot, Revision: d.enforcer.Snapshot().Revision,
 	}
 	for i := range 10 { // each hangs, or waits for one that does
-		unsigned.Target = world().images["unsigned"].target
+		unsigned.Target = imagetest.World().Images["unsigned"].Target
 		unsigned.Target.Digest = digest.FromString(fmt.Sprint(i))
 		unsigned.Manifest, unsigned.Config = unsigned.Target, unsigned.Target.Digest
 		d.enforcer.Verify(t.Context(), unsigned)
@@ -353,7 +351,7 @@ func TestApplyAsksTheNodeFirst(t *testing.T) {
 func TestMarks(t *testing.T) {
 	d, log := newDaemon(t)
 	dir, run := t.TempDir(), t.TempDir()
-	target := world().images["signed"].target
+	target := imagetest.World().Images["signed"].Target
 	note := filepath.Join(run, "ahead")
 	if err := os.WriteFile(note, []byte(target.Digest.String()+"\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -418,7 +416,7 @@ func TestApplyEndsFlights(t *testing.T) {
 	d.apply(config.Load(etc))
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
-	target := world().images["signed"].target
+	target := imagetest.World().Images["signed"].Target
 	img := verify.Image{
 		Name: verify.Name{Host: "registry.test", Path: "team/app"}, Target: target, Manifest: target, Config: target.Digest,
 		Use: verify.UseContainer, Binding: verify.BoundSnapshot,
@@ -503,9 +501,9 @@ func TestObserveDoesNotBlock(t *testing.T) {
 
 func serveLayout(t *testing.T, dir string, names ...string) {
 	t.Helper()
-	c, err := content(names, "")
+	c, err := imagetest.Content(names, "")
 	if err == nil {
-		err = writeLayout(dir, c)
+		err = imagetest.WriteLayout(dir, c)
 	}
 	if err != nil {
 		t.Fatal(err)

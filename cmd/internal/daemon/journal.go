@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"bytes"
@@ -29,10 +29,10 @@ func (j journal) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// toJournal is out, or where it is a stream to systemd's journal a journal. systemd says
+// ToJournal is out, or where it is a stream to systemd's journal a journal. systemd says
 // which file that is, since what a service starts inherits the variable and perhaps not
 // the file.
-func toJournal(out io.Writer) io.Writer {
+func ToJournal(out io.Writer) io.Writer {
 	f, ok := out.(*os.File)
 	if !ok {
 		return out

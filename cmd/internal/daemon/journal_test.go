@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"bytes"
@@ -44,11 +44,11 @@ func TestJournal(t *testing.T) {
 	is := func(w io.Writer) bool { _, is := w.(journal); return is }
 	for stream, want := range map[string]bool{"": false, "1:2": false, "nonsense": false, fmt.Sprintf("%d:%d", s.Dev, s.Ino): true} {
 		t.Setenv("JOURNAL_STREAM", stream)
-		if is(toJournal(f)) != want {
+		if is(ToJournal(f)) != want {
 			t.Errorf("JOURNAL_STREAM=%q: %v", stream, !want)
 		}
 	}
-	if is(toJournal(&b)) {
+	if is(ToJournal(&b)) {
 		t.Error("a buffer is the journal")
 	}
 }

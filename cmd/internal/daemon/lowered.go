@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"os"
@@ -33,7 +33,7 @@ func (d *daemon) turned(mode verify.Mode) {
 	if was == verify.Enforce.String() && mode == verify.Audit {
 		at = time.Now()
 		d.counters.Lowered.Add(1)
-		d.log.Warn("this node enforced, and audits from now on: everything starts, and what enforce would refuse is recorded", "config", d.options.configDir)
+		d.log.Warn("this node enforced, and audits from now on: everything starts, and what enforce would refuse is recorded", "config", d.options.ConfigDir)
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()

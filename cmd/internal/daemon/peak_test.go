@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"context"
@@ -211,7 +211,7 @@ func (disk) Pulled(context.Context, digest.Digest) (bool, error) { return true, 
 
 // peakChild is the process that is measured.
 func peakChild(t *testing.T) {
-	smallShare()
+	SmallShare()
 	var wg sync.WaitGroup
 	switch kind := os.Getenv("TIDEWAITER_PEAK"); kind {
 	case "image":

@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"bytes"
@@ -13,6 +13,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/tidewaiter/tidewaiter/cmd/internal/imagetest"
 	"github.com/tidewaiter/tidewaiter/deploy/config"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
@@ -29,18 +30,18 @@ func TestStoreRepairs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var node, nothing image
-	plain, healthy, inner := node.manifest("plain", digest.SHA256), node.manifest("healthy", digest.SHA256), node.manifest("inner", digest.SHA256)
-	index := node.index(inner)
+	var node, nothing imagetest.Image
+	plain, healthy, inner := node.Manifest("plain", digest.SHA256), node.Manifest("healthy", digest.SHA256), node.Manifest("inner", digest.SHA256)
+	index := node.Index(inner)
 	config := func(d ocispec.Descriptor) digest.Digest {
 		var m ocispec.Manifest
-		if err := json.Unmarshal(node.content[d.Digest], &m); err != nil {
+		if err := json.Unmarshal(node.Content[d.Digest], &m); err != nil {
 			t.Fatal(err)
 		}
 		return m.Config.Digest
 	}
 	sign := func(d ocispec.Descriptor) notarytest.Artifact {
-		return notarytest.Manifest(notarytest.MustSign(world().signer, d, notarytest.SignOptions{}), notary.MediaTypeJWS, d, notarytest.ArtifactType)
+		return notarytest.Manifest(notarytest.MustSign(imagetest.World().Signer, d, notarytest.SignOptions{}), notary.MediaTypeJWS, d, notarytest.ArtifactType)
 	}
 	ofPlain, ofHealthy, ofIndex := sign(plain), sign(healthy), sign(index)
 	imported := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("made by the runtime"), Size: 19}
@@ -53,10 +54,10 @@ func TestStoreRepairs(t *testing.T) {
 	whole := t.TempDir()
 	k := keep(t, whole, c, time.Now, &node, 0)
 	for _, of := range []struct {
-		target, manifest ocispec.Descriptor
+		Target, manifest ocispec.Descriptor
 		notarytest.Artifact
 	}{{plain, plain, ofPlain}, {healthy, healthy, ofHealthy}, {index, inner, ofIndex}} {
-		k.keeps(of.target, of.manifest, of.Evidence())
+		k.keeps(of.Target, of.manifest, of.Evidence())
 	}
 	k.stop()
 	live := map[digest.Digest]bool{plain.Digest: true, healthy.Digest: true, inner.Digest: true, index.Digest: true}

@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"os"
@@ -6,7 +6,7 @@ import (
 	"runtime/debug"
 )
 
-// smallShare has the daemon take little of a node that is there for its pods. What
+// SmallShare has the daemon take little of a node that is there for its pods. What
 // the environment says (GOMAXPROCS, GOGC) goes before.
 //
 // It uses one processor at a time: a question of the runtime goes from goroutine to
@@ -16,7 +16,7 @@ import (
 // It collects garbage twice as often as Go does by itself: of what a decision takes
 // little stays, so that this costs next to nothing, and it keeps a fifth of the
 // anonymous memory from being garbage (docs/performance.md).
-func smallShare() {
+func SmallShare() {
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(1)
 	}

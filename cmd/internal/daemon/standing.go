@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"context"
@@ -88,15 +88,15 @@ const uncountedAfter = 15 * time.Minute
 // status says how things stand; troubles are what does not work and does not matter
 // to the gate.
 func (d *daemon) status(n nri.State, stopping bool, troubles []string) control.Status {
-	b, at := thisBuild(), d.stands()
+	b, at := d.options.Build, d.stands()
 	s := control.Status{
 		Warnings: append([]string{}, troubles...),
-		Node:     d.options.node, Version: b.Version, Commit: b.Commit, PID: os.Getpid(), Started: d.started.UTC(),
-		Configuration: control.Configuration{Dir: d.options.configDir, Warnings: []string{}, Rejected: at.rejected, WaitingForConfig: d.options.awaitConfig},
+		Node:     d.options.Node, Version: b.Version, Commit: b.Commit, PID: os.Getpid(), Started: d.started.UTC(),
+		Configuration: control.Configuration{Dir: d.options.ConfigDir, Warnings: []string{}, Rejected: at.rejected, WaitingForConfig: d.options.AwaitConfig},
 		Runtime: control.Runtime{
 			Registered: n.Registered, Since: known(n.Since), Name: n.Runtime, Version: n.Version, Hooks: append([]string{}, n.Hooks...),
 			Registrations: n.Registrations, Error: n.Error, ErrorAt: known(n.ErrorAt),
-			Plugins: append([]string{}, n.Plugins...), DuplicatePlugins: n.Strangers, Slow: n.Late, Hung: n.Stuck, Socket: d.options.nri, Audit: n.Audit,
+			Plugins: append([]string{}, n.Plugins...), DuplicatePlugins: n.Strangers, Slow: n.Late, Hung: n.Stuck, Socket: d.options.NRI, Audit: n.Audit,
 			AwaitingSync: known(n.Awaiting), Held: text.Clean(n.Held, verify.MaxMessage),
 		},
 		Decisions: d.counters.Decisions(),
@@ -113,7 +113,7 @@ func (d *daemon) status(n nri.State, stopping bool, troubles []string) control.S
 			s.Configuration.Warnings = append(s.Configuration.Warnings, w.String())
 		}
 	}
-	if since, is := install.Unfinished(d.options.stateDir); is && d.options.stateDir != "" {
+	if since, is := install.Unfinished(d.options.StateDir); is && d.options.StateDir != "" {
 		s.Warnings = append(s.Warnings, install.UnfinishedText(since))
 	}
 	if n.Registered && !n.Audit && s.Mode == verify.Audit.String() {
@@ -152,7 +152,7 @@ func (d *daemon) status(n nri.State, stopping bool, troubles []string) control.S
 		}
 	}
 	if d.store != nil {
-		s.Store = stored(d.store, d.archives, d.options.stateDir)
+		s.Store = stored(d.store, d.archives, d.options.StateDir)
 	}
 	s.Judge()
 	return s
@@ -173,7 +173,7 @@ func stored(s *store.Store, a *archives.Archives, dir string) *control.Store {
 // looks answers with the status after what runs was looked at anew. Where that takes
 // longer than anybody waits, it is the one before: running.at says which.
 func (d *daemon) looks(status func() control.Status) control.Endpoint {
-	return control.Endpoint{Path: "/v1/sweep", Longest: lookTime, Answer: func(ctx context.Context, _ url.Values) (any, error) {
+	return control.Endpoint{Path: control.SweepPath, Longest: control.SweepTime, Answer: func(ctx context.Context, _ url.Values) (any, error) {
 		asked := time.Now()
 		d.sweep.Wake()
 		tick := time.NewTicker(100 * time.Millisecond)
@@ -187,10 +187,6 @@ func (d *daemon) looks(status func() control.Status) control.Endpoint {
 		return status(), nil
 	}}
 }
-
-// lookTime is how long it may take to look at what runs. The sweep rests for ten
-// seconds after each.
-const lookTime = 30 * time.Second
 
 // running is what the last sweep found, for JSON.
 func running(found reconcile.RunningStatus) control.Running {

@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"encoding/json"
@@ -12,6 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/tidewaiter/tidewaiter/cmd/internal/imagetest"
 	"github.com/tidewaiter/tidewaiter/deploy/config"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
@@ -23,7 +24,7 @@ type tenants struct {
 	config *config.Config
 	ca     *notarytest.CA // of a
 	a, b   *notarytest.Signer
-	image
+	imagetest.Image
 }
 
 func newTenants(t *testing.T) *tenants {
@@ -68,7 +69,7 @@ func (w *tenants) stands(t *testing.T, k *keeping, dir string, ask func(*keeping
 	if d := k.judge(ask(k)); d.Reason != want {
 		t.Errorf("%s: %s, want %s", d.Reason, d.Detail, want)
 	}
-	again := keep(t, copied(t, dir), w.config, time.Now, &w.image, 0)
+	again := keep(t, copied(t, dir), w.config, time.Now, &w.Image, 0)
 	defer again.stop()
 	if d := again.judge(ask(again)); d.Reason != want {
 		t.Errorf("after a power cut: %s: %s, want %s", d.Reason, d.Detail, want)
@@ -78,9 +79,9 @@ func (w *tenants) stands(t *testing.T, k *keeping, dir string, ask func(*keeping
 // A tenant who signs another's image many times takes none of its evidence away.
 func TestTenantSignsAnothersImage(t *testing.T) {
 	w, dir := newTenants(t), t.TempDir()
-	app := w.manifest("app", digest.SHA256)
+	app := w.Manifest("app", digest.SHA256)
 	ask := func(k *keeping) verify.Question { return k.question("b/app", app, app, app.Digest) }
-	k := keep(t, dir, w.config, time.Now, &w.image, 0)
+	k := keep(t, dir, w.config, time.Now, &w.Image, 0)
 	k.refresh("b/app", app, w.signature(w.b, app, notarytest.SignOptions{}))
 	var flood []verify.Evidence
 	for i := range 120 {
@@ -101,7 +102,7 @@ func TestTenantSignsAnothersImage(t *testing.T) {
 	w.stands(t, k, dir, ask, verify.Verified)
 }
 
-// The same for signers who are told apart by their identity alone.
+// The same for signers who are told apart by their imagetest.Identity alone.
 func TestSignersTakeTurns(t *testing.T) {
 	dir := t.TempDir()
 	ca := notarytest.NewCA(notarytest.CAOptions{})
@@ -109,7 +110,7 @@ func TestSignersTakeTurns(t *testing.T) {
 	name.Organization = []string{"other"}
 	w := &tenants{a: ca.Leaf(notarytest.CertOptions{Subject: name}), b: ca.Leaf(notarytest.CertOptions{})}
 	conf := t.TempDir()
-	if err := notarytest.WriteConfig(conf, notarytest.Stores{"ca/acme/root.crt": ca.PEM()}, notarytest.Statement("b", identity)); err != nil {
+	if err := notarytest.WriteConfig(conf, notarytest.Stores{"ca/acme/root.crt": ca.PEM()}, notarytest.Statement("b", imagetest.Identity)); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(filepath.Join(conf, "config.yaml"), []byte("version: 1\nmode: enforce\n"), 0o644); err != nil {
@@ -119,8 +120,8 @@ func TestSignersTakeTurns(t *testing.T) {
 	if w.config, err = config.Load(conf); err != nil {
 		t.Fatal(err)
 	}
-	app := w.manifest("app", digest.SHA256)
-	k := keep(t, dir, w.config, time.Now, &w.image, 0)
+	app := w.Manifest("app", digest.SHA256)
+	k := keep(t, dir, w.config, time.Now, &w.Image, 0)
 	k.keeps(app, app, w.signature(w.b, app, notarytest.SignOptions{}))
 	var flood []verify.Evidence
 	for i := range 120 {
@@ -129,11 +130,11 @@ func TestSignersTakeTurns(t *testing.T) {
 	k.keeps(app, app, flood...)
 	w.stands(t, k, dir, func(k *keeping) verify.Question { return k.question("b/app", app, app, app.Digest) }, verify.Verified)
 
-	listed := w.manifest("listed", digest.SHA256)
-	index := w.index(listed)
+	listed := w.Manifest("listed", digest.SHA256)
+	index := w.Index(listed)
 	k.keeps(index, listed, w.signature(w.b, index, notarytest.SignOptions{}))
 	for i := range 12 {
-		theirs := w.index(listed, w.manifest(fmt.Sprint("theirs ", i), digest.SHA256))
+		theirs := w.Index(listed, w.Manifest(fmt.Sprint("theirs ", i), digest.SHA256))
 		k.keeps(theirs, listed, w.signature(w.a, theirs, notarytest.SignOptions{}))
 	}
 	w.stands(t, k, dir, func(k *keeping) verify.Question { return k.question("b/app", listed, listed, listed.Digest) }, verify.Verified)
@@ -149,8 +150,8 @@ func TestTenantClaimsAnothersChain(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			w, dir := newTenants(t), t.TempDir()
-			app := w.manifest("app", digest.SHA256)
-			k := keep(t, dir, w.config, time.Now, &w.image, 0)
+			app := w.Manifest("app", digest.SHA256)
+			k := keep(t, dir, w.config, time.Now, &w.Image, 0)
 			k.keeps(app, app, w.signature(w.b, app, notarytest.SignOptions{}))
 			anchor := k.engine.Checkers[0].Anchors("b")[0]
 			var flood []verify.Evidence
@@ -162,7 +163,7 @@ func TestTenantClaimsAnothersChain(t *testing.T) {
 					t.Fatal(err)
 				}
 				m.Annotations = map[string]string{notarytest.Thumbprints: fmt.Sprintf("[%q,%q]", digest.FromString(fmt.Sprint(i)).Encoded(), anchor)}
-				ev.Document = encode(m)
+				ev.Document = imagetest.Encode(m)
 				ev.Manifest = ocispec.Descriptor{MediaType: m.MediaType, Digest: digest.FromBytes(ev.Document), Size: int64(len(ev.Document))}
 				if f := k.engine.Checkers[0].Check(t.Context(), ev, app, "a"); f.Reason != verify.Verified {
 					t.Fatalf("it does not meet the tenant's own rule: %+v", f)
@@ -179,31 +180,31 @@ func TestTenantClaimsAnothersChain(t *testing.T) {
 // takes none of its evidence away.
 func TestTenantListsAnothersManifest(t *testing.T) {
 	w, dir := newTenants(t), t.TempDir()
-	app := w.manifest("app", digest.SHA256)
+	app := w.Manifest("app", digest.SHA256)
 	var doc ocispec.Manifest
-	if err := json.Unmarshal(w.content[app.Digest], &doc); err != nil {
+	if err := json.Unmarshal(w.Content[app.Digest], &doc); err != nil {
 		t.Fatal(err)
 	}
-	index := w.index(app)
-	k := keep(t, dir, w.config, time.Now, &w.image, 0)
+	index := w.Index(app)
+	k := keep(t, dir, w.config, time.Now, &w.Image, 0)
 	k.keeps(index, app, w.signature(w.b, index, notarytest.SignOptions{}))
 	for i := range 12 {
-		theirs := w.index(app, w.manifest(fmt.Sprint("theirs ", i), digest.SHA256))
+		theirs := w.Index(app, w.Manifest(fmt.Sprint("theirs ", i), digest.SHA256))
 		k.keeps(theirs, app, w.signature(w.a, theirs, notarytest.SignOptions{}))
-		same := w.put(ocispec.MediaTypeImageManifest, encode(ocispec.Manifest{
+		same := w.Put(ocispec.MediaTypeImageManifest, imagetest.Encode(ocispec.Manifest{
 			Versioned: doc.Versioned, MediaType: doc.MediaType, Config: doc.Config, Layers: []ocispec.Descriptor{}, Annotations: map[string]string{"n": fmt.Sprint(i)},
 		}), digest.SHA256)
 		k.keeps(same, same, w.signature(w.a, same, notarytest.SignOptions{}))
 	}
 	byManifest := func(k *keeping) verify.Question { return k.question("b/app", app, app, doc.Config.Digest) }
 	w.stands(t, k, dir, byManifest, verify.Verified)
-	imported := w.put(ocispec.MediaTypeImageManifest, encode(ocispec.Manifest{Versioned: doc.Versioned, MediaType: doc.MediaType, Config: doc.Config, Layers: []ocispec.Descriptor{{Digest: app.Digest}}}), digest.SHA256)
+	imported := w.Put(ocispec.MediaTypeImageManifest, imagetest.Encode(ocispec.Manifest{Versioned: doc.Versioned, MediaType: doc.MediaType, Config: doc.Config, Layers: []ocispec.Descriptor{{Digest: app.Digest}}}), digest.SHA256)
 	w.stands(t, k, dir, func(k *keeping) verify.Question { return k.question("b/app", imported, imported, doc.Config.Digest) }, verify.Verified)
 
 	// What was not looked at is not known.
-	other := w.manifest("other", digest.SHA256)
+	other := w.Manifest("other", digest.SHA256)
 	for i := range 12 {
-		theirs := w.index(other, w.manifest(fmt.Sprint("others ", i), digest.SHA256))
+		theirs := w.Index(other, w.Manifest(fmt.Sprint("others ", i), digest.SHA256))
 		k.keeps(theirs, other, w.signature(w.a, theirs, notarytest.SignOptions{}))
 	}
 	w.stands(t, k, dir, func(k *keeping) verify.Question { return k.question("b/app", other, other, other.Digest) }, verify.LimitExceeded)
@@ -212,7 +213,7 @@ func TestTenantListsAnothersManifest(t *testing.T) {
 // A tenant whose indexes list all that the store remembers leaves others their share.
 func TestTenantFillsTheLinks(t *testing.T) {
 	w, dir := newTenants(t), t.TempDir()
-	k := keep(t, dir, w.config, time.Now, &w.image, 0)
+	k := keep(t, dir, w.config, time.Now, &w.Image, 0)
 	live := map[digest.Digest]bool{}
 	listed := func() {
 		all := map[digest.Digest]bool{}
@@ -227,17 +228,17 @@ func TestTenantFillsTheLinks(t *testing.T) {
 		for j := range 2048 {
 			many = append(many, ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString(fmt.Sprint(i, j)), Size: 7})
 		}
-		theirs := w.index(many...)
+		theirs := w.Index(many...)
 		live[theirs.Digest] = true
 		listed()
 		k.keeps(theirs, theirs, w.signature(w.a, theirs, notarytest.SignOptions{}))
 	}
-	app := w.manifest("app", digest.SHA256)
-	index := w.index(app)
+	app := w.Manifest("app", digest.SHA256)
+	index := w.Index(app)
 	live[index.Digest], live[app.Digest] = true, true
 	listed()
 	k.keeps(index, app, w.signature(w.b, index, notarytest.SignOptions{}))
-	again := keep(t, copied(t, dir), w.config, time.Now, &w.image, 0)
+	again := keep(t, copied(t, dir), w.config, time.Now, &w.Image, 0)
 	for name, k := range map[string]*keeping{"it runs": k, "after a power cut": again} {
 		d := k.judge(k.question("b/app", app, app, app.Digest))
 		for end := time.Now().Add(time.Minute); strings.Contains(d.Detail, "still being read") && time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
@@ -253,10 +254,10 @@ func TestTenantFillsTheLinks(t *testing.T) {
 func TestTenantFillsTheStore(t *testing.T) {
 	w, dir := newTenants(t), t.TempDir()
 	const size = 256 << 10
-	k := keep(t, dir, w.config, time.Now, &w.image, size)
+	k := keep(t, dir, w.config, time.Now, &w.Image, size)
 	live := map[digest.Digest]bool{}
 	large := func(name string, bytes int) ocispec.Descriptor {
-		d := w.put(ocispec.MediaTypeImageManifest, encode(ocispec.Manifest{
+		d := w.Put(ocispec.MediaTypeImageManifest, imagetest.Encode(ocispec.Manifest{
 			MediaType: ocispec.MediaTypeImageManifest, Config: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: digest.FromString(name)},
 			Layers: []ocispec.Descriptor{}, Annotations: map[string]string{"x": strings.Repeat("x", bytes)},
 		}), digest.SHA256)

@@ -1,4 +1,4 @@
-package main
+package inspect
 
 import (
 	"context"
@@ -18,6 +18,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/tidewaiter/tidewaiter/cmd/internal/imagetest"
 	"github.com/tidewaiter/tidewaiter/deploy/config"
 	"github.com/tidewaiter/tidewaiter/nri/containerd"
 	"github.com/tidewaiter/tidewaiter/verify"
@@ -65,18 +66,18 @@ func TestVerifyIsTheGate(t *testing.T) {
 		// since a registry that has served a repository is believed more of it.
 		said, unresolved := map[string]verify.Decision{}, map[string]bool{}
 		for _, name := range asked {
-			j, err := newJudging(t.Context(), c, state)
+			j, err := NewOffline(t.Context(), c, state)
 			if err != nil {
 				t.Fatal(err)
 			}
-			n := verify.Name{Host: sourcetest.Name.Host, Path: sourcetest.Name.Path, Digest: world().images[name].target.Digest}
-			d, img := j.judge(t.Context(), n, n.String(), "")
+			n := verify.Name{Host: sourcetest.Name.Host, Path: sourcetest.Name.Path, Digest: imagetest.World().Images[name].Target.Digest}
+			d, img := j.Judge(t.Context(), n, n.String(), "")
 			said[name], unresolved[name] = d, img.Fault != nil
-			j.close()
+			j.Close()
 		}
 		gate, end := runStore(t, c, state)
 		for _, name := range asked {
-			got, want := said[name], gate().Verify(t.Context(), asGate(t, world().images[name], c.Revision))
+			got, want := said[name], gate().Verify(t.Context(), asGate(t, imagetest.World().Images[name], c.Revision))
 			key := want.Reason.String()
 			switch {
 			case got.Reason == want.Reason && got.Allowed() == want.Allowed() && (!got.Allowed() || slices.Equal(got.Signers, want.Signers) && got.Source == want.Source):
@@ -104,20 +105,20 @@ func TestVerifyIsTheGate(t *testing.T) {
 }
 
 // asGate is an image as the gate knows it when a container is made from it.
-func asGate(t *testing.T, i *image, epoch verify.Revision) verify.Image {
+func asGate(t *testing.T, i *imagetest.Image, epoch verify.Revision) verify.Image {
 	t.Helper()
 	m, doc, err := containerd.Select(t.Context(), func(_ context.Context, d ocispec.Descriptor) ([]byte, error) {
-		raw, ok := i.content[d.Digest]
+		raw, ok := i.Content[d.Digest]
 		if !ok {
 			return nil, fs.ErrNotExist
 		}
 		return raw, nil
-	}, i.target)
+	}, i.Target)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return verify.Image{
-		Name: sourcetest.Name, Target: i.target, Manifest: m, Config: doc.Config.Digest,
+		Name: sourcetest.Name, Target: i.Target, Manifest: m, Config: doc.Config.Digest,
 		LayersVerified: true, Use: verify.UsePrefetch, Binding: verify.BoundRuntime, Revision: epoch,
 	}
 }
@@ -142,7 +143,7 @@ func (g *generator) some(t *testing.T) (sourcetest.Content, string) {
 		}
 	}
 	without := draw(g, "", "", "", "images", "signatures", "manifests")
-	c, err := content(names, without)
+	c, err := imagetest.Content(names, without)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -155,7 +156,7 @@ func (g *generator) node(t *testing.T) string {
 	fmt.Fprintln(&yaml, "version: 1\nmode: enforce\nsources:")
 	add := func(dir string) {
 		c, what := g.some(t)
-		if err := writeLayout(filepath.Join(g.dir, dir), c); err != nil {
+		if err := imagetest.WriteLayout(filepath.Join(g.dir, dir), c); err != nil {
 			t.Fatal(err)
 		}
 		fmt.Fprintf(&text, "%s: %s\n", dir, what)
@@ -204,11 +205,11 @@ func (g *generator) node(t *testing.T) string {
 			fmt.Fprintf(&text, "mirror %d (%s): %s\n", i, does, what)
 		}
 	}
-	s := notarytest.Statement("prod", draw(g, identity, identity, "*", "x509.subject: C=US, ST=WA, O=others"))
+	s := notarytest.Statement("prod", draw(g, imagetest.Identity, imagetest.Identity, "*", "x509.subject: C=US, ST=WA, O=others"))
 	s.Level = draw(g, "strict", "strict", "permissive")
 	s.Scopes = []string{draw(g, "*", "*", "*", "registry.test/team/app", "registry.test/other")}
 	etc := filepath.Join(g.dir, "etc")
-	if err := notarytest.WriteConfig(etc, notarytest.Stores{"ca/acme/root.crt": world().root}, s); err != nil {
+	if err := notarytest.WriteConfig(etc, notarytest.Stores{"ca/acme/root.crt": imagetest.World().Root}, s); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(filepath.Join(etc, "config.yaml"), []byte(yaml.String()), 0o600); err != nil {
@@ -234,8 +235,8 @@ func inMemory(t *testing.T) string {
 func runStore(t *testing.T, c *config.Config, state string) (gate func() *verify.Enforcer, end func()) {
 	t.Helper()
 	s, end := kept(t, state, store.Options{Kinds: []verify.Kind{notary.Kind}, Image: func(_ context.Context, d ocispec.Descriptor) ([]byte, error) {
-		for _, i := range world().images {
-			if raw, ok := i.content[d.Digest]; ok {
+		for _, i := range imagetest.World().Images {
+			if raw, ok := i.Content[d.Digest]; ok {
 				return raw, nil
 			}
 		}
@@ -256,8 +257,8 @@ func runStore(t *testing.T, c *config.Config, state string) (gate func() *verify
 // TestJunkClaims: whoever may push lists manifests that claim the digest to be of other
 // sizes. The signature that counts is found behind them, where nothing holds the image.
 func TestJunkClaims(t *testing.T) {
-	img := world().images["signed"]
-	c, err := content([]string{"signed"}, "images")
+	img := imagetest.World().Images["signed"]
+	c, err := imagetest.Content([]string{"signed"}, "images")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -267,9 +268,9 @@ func TestJunkClaims(t *testing.T) {
 	}
 	stranger := notarytest.NewCA(notarytest.CAOptions{}).Leaf(notarytest.CertOptions{})
 	for i := range 30 {
-		lie := img.target
+		lie := img.Target
 		lie.Size += int64(1 + i)
-		payload := img.target // half of them do not even sign what they claim
+		payload := img.Target // half of them do not even sign what they claim
 		if i%2 == 0 {
 			payload = lie
 		}
@@ -280,11 +281,11 @@ func TestJunkClaims(t *testing.T) {
 		a.Manifest.Descriptor.ArtifactType = notary.ArtifactType
 		junk = append(junk, a.Manifest.Descriptor)
 	}
-	c.Referrers[img.target.Digest] = append(junk, c.Referrers[img.target.Digest]...)
+	c.Referrers[img.Target.Digest] = append(junk, c.Referrers[img.Target.Digest]...)
 	srv := httptest.NewServer(&sourcetest.Registry{Content: c, Repository: sourcetest.Name.Path})
 	defer srv.Close()
 	dir := t.TempDir()
-	if err := notarytest.WriteConfig(dir, notarytest.Stores{"ca/acme/root.crt": world().root}, notarytest.Statement("prod", identity)); err != nil {
+	if err := notarytest.WriteConfig(dir, notarytest.Stores{"ca/acme/root.crt": imagetest.World().Root}, notarytest.Statement("prod", imagetest.Identity)); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(filepath.Join(dir, "config.yaml"), fmt.Appendf(nil, "version: 1\nmode: enforce\nsources:\n  network: mirrors\n  hosts: none\n  mirrors: [{host: registry.test, url: %q}]\n", srv.URL), 0o600); err != nil {
@@ -294,14 +295,14 @@ func TestJunkClaims(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	j, err := newJudging(t.Context(), cfg, "")
+	j, err := NewOffline(t.Context(), cfg, "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer j.close()
+	defer j.Close()
 	n := sourcetest.Name
-	n.Digest = digest.Digest(img.target.Digest)
-	if d, _ := j.judge(t.Context(), n, n.String(), ""); !d.Allowed() {
+	n.Digest = digest.Digest(img.Target.Digest)
+	if d, _ := j.Judge(t.Context(), n, n.String(), ""); !d.Allowed() {
 		t.Errorf("%s: %s", d.Reason, d.Detail)
 	}
 }

@@ -1,4 +1,4 @@
-package main
+package inspect
 
 import (
 	"context"
@@ -13,6 +13,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/tidewaiter/tidewaiter/cmd/internal/imagetest"
 	"github.com/tidewaiter/tidewaiter/deploy/config"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
@@ -69,7 +70,7 @@ func hostile(t *testing.T, dir string, archive bool, files map[digest.Digest][]b
 	if archive {
 		at = "archives/evil"
 	}
-	if err := writeLayout(filepath.Join(dir, at), c); err != nil {
+	if err := imagetest.WriteLayout(filepath.Join(dir, at), c); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -79,17 +80,19 @@ func hostile(t *testing.T, dir string, archive bool, files map[digest.Digest][]b
 // trusted signer of the image, or of an index that lists its manifest.
 func TestHostileStore(t *testing.T) {
 	conf := t.TempDir()
-	write(t, conf, "version: 1\nmode: enforce\n")
+	if err := imagetest.WriteConfig(conf, "version: 1\nmode: enforce\n"); err != nil {
+		t.Fatal(err)
+	}
 	c, err := config.Load(conf)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var i image
-	app, evil := i.manifest("app", digest.SHA256), i.manifest("evil", digest.SHA256)
-	both, mine := i.index(app), i.index(evil)
+	var i imagetest.Image
+	app, evil := i.Manifest("app", digest.SHA256), i.Manifest("evil", digest.SHA256)
+	both, mine := i.Index(app), i.Index(evil)
 	lie := evil
 	lie.Size++
-	lies := i.index(lie)
+	lies := i.Index(lie)
 	stranger := notarytest.SelfSigned(notarytest.CertOptions{Subject: notarytest.Name("release")})
 	artifact := func(by *notarytest.Signer, payload, subject ocispec.Descriptor) notarytest.Artifact {
 		return notarytest.Manifest(notarytest.MustSign(by, payload, notarytest.SignOptions{}), notary.MediaTypeJWS, subject, notarytest.ArtifactType)
@@ -101,12 +104,12 @@ func TestHostileStore(t *testing.T) {
 			pool = append(pool, a.Manifest.Content, a.Envelope.Content, a.Config.Content)
 		}
 	}
-	signer := world().signer
+	signer := imagetest.World().Signer
 	good, goodIndex := artifact(signer, app, app), artifact(signer, both, both)
 	blobs(good, goodIndex,
 		artifact(signer, app, evil), artifact(signer, both, evil), artifact(signer, both, mine), artifact(signer, lies, evil), artifact(signer, lies, lies),
 		artifact(stranger, evil, evil), artifact(stranger, mine, mine), artifact(stranger, app, app))
-	for _, raw := range i.content {
+	for _, raw := range i.Content {
 		pool = append(pool, raw)
 	}
 	verdict, err := json.Marshal(map[string]any{"allowed": true, "reason": "VERIFIED", "target": evil.Digest})
