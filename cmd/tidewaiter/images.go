@@ -3,12 +3,12 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -87,8 +87,6 @@ mirror could answer any digest. Exit status 1 if one would be denied.`,
 	return cmd
 }
 
-var isNamespace = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
-
 func (o *imagesOptions) check(changed func(string) bool) error {
 	const help = "run tidewaiter images --help"
 	if err := cli.CheckOutput(o.output); err != nil {
@@ -105,7 +103,7 @@ func (o *imagesOptions) check(changed func(string) bool) error {
 		return cli.Inconclusive(errors.New("--namespace is for --digests"), help)
 	}
 	for _, n := range o.namespaces {
-		if !isNamespace.MatchString(n) {
+		if !inspect.IsNamespace(n) {
 			return cli.Inconclusive(fmt.Errorf("--namespace: %s is not the name of a namespace", text.Quote(n, 80)), help)
 		}
 	}
@@ -172,7 +170,7 @@ func (o *imagesOptions) print(w io.Writer, l control.Images) error {
 			o.namespaces = []string{policy.DefaultNamespace}
 		}
 		var lines string
-		if lines, status, err = digestLines(l, o.namespaces); err != nil {
+		if lines, status, err = inspect.DigestLines(l, o.namespaces); err != nil {
 			return err
 		}
 		_, err = io.WriteString(w, lines)
@@ -348,4 +346,17 @@ func (o *imagesOptions) read() ([]string, error) {
 		return nil, cli.Inconclusive(fmt.Errorf("--file: %s names no image", o.file), "")
 	}
 	return refs, nil
+}
+
+// places are namespaces for a person.
+func places(namespaces []string) string {
+	list := slices.Clone(namespaces)
+	for i, n := range list {
+		list[i] = text.Clean(cmp.Or(n, "no namespace"), 63)
+	}
+	const shown = 8
+	if len(list) > shown {
+		list = append(list[:shown:shown], fmt.Sprintf("%d more", len(namespaces)-shown))
+	}
+	return strings.Join(list, ",")
 }

@@ -1,4 +1,4 @@
-package main
+package inspect
 
 import (
 	"strings"
@@ -51,7 +51,7 @@ func TestDigestLines(t *testing.T) {
 		{name: "no digest", images: []control.Image{row("", verify.ImageUnresolved)}, status: cli.ExitInconclusive, text: "# no line: registry.test/app:image_unresolved: IMAGE_UNRESOLVED"},
 		{name: "words that are too long", images: []control.Image{{Image: strings.Repeat("x", 900) + "\n" + b, Target: a, Reason: "SIGNATURE_MISSING", Detail: strings.Repeat("y\n", 900), Runs: many}}, want: map[string]string{a: strings.Join(many, ",")}},
 	} {
-		text, status, err := digestLines(control.Images{List: c.images}, c.namespaces)
+		text, status, err := DigestLines(control.Images{List: c.images}, c.namespaces)
 		if err != nil || status != c.status || !strings.Contains(text, c.text) {
 			t.Errorf("%s: status %d, %v: %s", c.name, status, err, text)
 		}
@@ -70,40 +70,10 @@ func TestDigestLines(t *testing.T) {
 	}
 	// Lines for the wrong namespaces are worse than none.
 	half := control.Images{Unseen: "not every container could be looked at", List: []control.Image{row(a, verify.SignatureMissing)}}
-	if text, _, err := digestLines(half, nil); err == nil || text != "" {
+	if text, _, err := DigestLines(half, nil); err == nil || text != "" {
 		t.Errorf("%q, %v", text, err)
 	}
-	if _, _, err := digestLines(half, []string{"shop"}); err != nil {
+	if _, _, err := DigestLines(half, []string{"shop"}); err != nil {
 		t.Error(err)
-	}
-}
-
-// TestImagesAnswer wants a digest that is listed for one namespace to count there alone,
-// as the hook and the check of what runs have it.
-func TestImagesAnswer(t *testing.T) {
-	for _, c := range []struct {
-		name              string
-		reason            verify.Reason
-		listed, runs      []string
-		notImage, allowed bool
-		want, says        string
-	}{
-		{name: "allowed", reason: verify.Verified, allowed: true, want: "allowed"},
-		{name: "listed, does not run", reason: verify.SignatureMissing, listed: []string{"kube-system"}, want: "listed"},
-		{name: "listed where it runs", reason: verify.SignatureMissing, listed: []string{"default", "kube-system"}, runs: []string{"default"}, want: "listed"},
-		{name: "listed elsewhere", reason: verify.SignatureMissing, listed: []string{"kube-system"}, runs: []string{"default"}, want: "denied", says: "listed in kube-system, runs in default"},
-		{name: "listed, runs outside Kubernetes too", reason: verify.SignatureMissing, listed: []string{"default"}, runs: []string{"", "default"}, want: "denied", says: "runs in no namespace,default"},
-		{name: "source away", reason: verify.SourceUnreachable, runs: []string{"default"}, want: "unknown"},
-		{name: "no image", reason: verify.NotAnImage, notImage: true, want: "other", says: "0 images: 0 allowed, 0 denied, 0 unknown\n1 of the records are of no image"},
-	} {
-		i := control.Image{Image: "registry.test/app:1", Reason: c.reason.String(), Allowed: c.allowed, Namespaces: c.listed, Runs: c.runs, NotImage: c.notImage}
-		text := (&imagesOptions{}).table(control.Images{List: []control.Image{i}})
-		if i.Answer() != c.want || !strings.HasPrefix(text, c.want) || !strings.Contains(text, c.says) {
-			t.Errorf("%s: %s: %s", c.name, i.Answer(), text)
-		}
-	}
-	long := control.Images{TooLong: []string{"shop/ : longer than 300 KiB"}}
-	if text := (&imagesOptions{}).table(long); !strings.Contains(text, "denied   POD_TOO_LARGE            shop/ : longer than 300 KiB\n") {
-		t.Errorf("a container that is too long is not listed:\n%s", text)
 	}
 }

@@ -1,9 +1,10 @@
-package main
+package inspect
 
 import (
 	"cmp"
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -16,6 +17,11 @@ import (
 	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
+var namespace = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+// IsNamespace reports whether s can be the name of a namespace.
+func IsNamespace(s string) bool { return namespace.MatchString(s) }
+
 // perLine is how many namespaces a line names, so that it is never too long.
 const perLine = 8
 
@@ -23,11 +29,11 @@ const perLine = 8
 // has signed the image. Other reasons say that something is wrong with it.
 var listable = []verify.Reason{verify.SignatureMissing, verify.PolicyNoMatch, verify.SignerUntrusted}
 
-// digestLines returns lines of a floor file (policy.ParseFloor) for what no signature
+// DigestLines returns lines of a floor file (policy.ParseFloor) for what no signature
 // allows, and the exit status. A digest that has several names is worth what the worst
 // answer to one of them is: a line lets it run under each. namespaces are those of the
 // command line, and empty for those in which each image runs.
-func digestLines(l control.Images, namespaces []string) (string, int, error) {
+func DigestLines(l control.Images, namespaces []string) (string, int, error) {
 	if l.Unseen != "" && len(namespaces) == 0 {
 		return "", 0, cli.Inconclusive(fmt.Errorf("it is not known of all containers which images they run: %s", text.Clean(l.Unseen, 300)), "name the namespaces with --namespace")
 	}
@@ -101,7 +107,7 @@ func from(i control.Image) string {
 func lineNamespaces(i control.Image, asked []string) (in []string, note string) {
 	var runs []string
 	for _, n := range i.Runs {
-		if isNamespace.MatchString(n) {
+		if IsNamespace(n) {
 			runs = append(runs, n)
 		}
 	}
@@ -117,17 +123,4 @@ func lineNamespaces(i control.Image, asked []string) (in []string, note string) 
 		}
 	}
 	return asked, ""
-}
-
-// places are namespaces for a person.
-func places(namespaces []string) string {
-	list := slices.Clone(namespaces)
-	for i, n := range list {
-		list[i] = text.Clean(cmp.Or(n, "no namespace"), 63)
-	}
-	const shown = 8
-	if len(list) > shown {
-		list = append(list[:shown:shown], fmt.Sprintf("%d more", len(namespaces)-shown))
-	}
-	return strings.Join(list, ",")
 }
