@@ -35,7 +35,7 @@ demo: ## a throwaway containerd node where signed images start and others do not
 bench: ## the tables of docs/performance.md; needs root on Linux, a quiet machine and 25 minutes
 	cd test && go run ./bench
 
-flood: ## 10,000 creations on containerd 2.4.2 and 2.2.9 while the mirror fails; needs root on Linux and 15 minutes
+flood: ## 10,000 creations on containerd 2.4.2, 2.3.7 and 2.2.9 each while the mirror fails; needs root on Linux and 15 minutes
 	cd test && go run ./flood
 
 matrix: ## every failure of the gate against NRI 0.11.0, 0.12.0, 0.12.3 and 0.12.5; needs root on Linux and 6 minutes
@@ -74,7 +74,7 @@ cross: ## the other machines of the edge, and one to verify at
 fuzz: ## every parser of outside bytes, $(FUZZTIME) each
 	./test/fuzz.sh $(FUZZTIME)
 
-e2e: ## on real containerd, 2.4.2 and 2.2.9; needs root on Linux
+e2e: ## on real containerd, 2.4.2 and 2.3.7, which is the LTS line; needs root on Linux
 	@if [ "$$(id -u)" != 0 ] || [ "$$(uname -s)" != Linux ]; then \
 	  echo '****************************************************************'; \
 	  echo '** NOT RUN: the end-to-end tests on containerd need root on   **'; \
@@ -86,15 +86,15 @@ e2e: ## on real containerd, 2.4.2 and 2.2.9; needs root on Linux
 cluster: ## a throwaway Kubernetes of one node, to try on it what the documents say; needs root on Linux
 	cd test && go run ./cluster/up -containerd $(CONTAINERD)
 
-e2e-k8s: ## on a real Kubernetes 1.36 of one node, containerd 2.4.2 and 2.2.9; needs root on Linux
+e2e-k8s: ## on a real Kubernetes 1.36 of one node, containerd 2.4.2 and 2.3.7; needs root on Linux
 	cd test && TIDEWAITER_TEST_KUBERNETES=1 go test -count=1 -p 1 -timeout 60m -v ./cluster ./deploy
 
 e2e-all: ## the same on three versions and one older, and every failure 1,000 creations long; needs root and an hour
 	cd test && TIDEWAITER_TEST_CONTAINERD='2.4.2 2.3.7 2.2.9 2.1.9' go test -race -count=1 -p 1 -timeout 60m ./node ./e2e
 	cd test && TIDEWAITER_TEST_CONTAINERD='2.4.2 2.3.7 2.2.9' TIDEWAITER_TEST_CREATIONS=1000 go test -count=1 -v -timeout 90m ./failure
 
-e2e-offline: ## 50 power cuts and every way to feed a node, on two versions; needs root and 40 minutes
-	cd test && TIDEWAITER_TEST_CUTS=50 TIDEWAITER_TEST_CONTAINERD='2.4.2 2.2.9' go test -count=1 -v -timeout 90m ./offline
+e2e-offline: ## 50 power cuts and every way to feed a node, on three versions; needs root and 40 minutes
+	cd test && TIDEWAITER_TEST_CUTS=50 TIDEWAITER_TEST_CONTAINERD='2.4.2 2.3.7 2.2.9' go test -count=1 -v -timeout 90m ./offline
 
 clean:
 	rm -rf bin dist

@@ -61,7 +61,7 @@ func main() {
 	flag.DurationVar(&b.turn, "turn", 20*time.Second, "length of such a turn")
 	flag.StringVar(&b.nodes, "dir", "/tmp", "where containerd's `directory` of that part is made; in /dev/shm it does not wait for the disk")
 	flag.StringVar(&b.parts, "parts", "warm,cold,memory,own,size,pressure", "what to measure")
-	flag.StringVar(&b.versions, "containerd", node.Containerd24+","+node.Containerd22, "releases of the warm and the pressure part")
+	flag.StringVar(&b.versions, "containerd", node.Containerd24+","+node.Containerd23+","+node.Containerd22, "releases of the warm and the pressure part")
 	flag.StringVar(&b.binary, "binary", "", "the `program` to measure instead of this tree's; own and size are this tree's all the same")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)

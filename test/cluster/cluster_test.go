@@ -24,7 +24,7 @@ import (
 const wanted = "TIDEWAITER_TEST_KUBERNETES"
 
 var (
-	versions = node.Versions(node.Containerd24, node.Containerd22)
+	versions = node.Versions(node.Containerd24, node.Containerd23)
 	leftOut  string // why nothing is tested, or empty
 	program  string // tidewaiter
 )

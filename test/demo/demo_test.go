@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 
 func TestRun(t *testing.T) {
 	needRoot(t)
-	for _, version := range node.Versions(node.Containerd24, node.Containerd22) {
+	for _, version := range node.Versions(node.Containerd24, node.Containerd23) {
 		t.Run(version, func(t *testing.T) {
 			var out bytes.Buffer
 			if err := run(t.Context(), version, &out); err != nil {

@@ -35,7 +35,7 @@ func main() {
 		os.Exit(2)
 	}
 	if !strings.HasPrefix(strings.TrimPrefix(*version, "v"), "2.") {
-		fmt.Fprintf(os.Stderr, "demo: -containerd %s: want a release 2.x.y, such as %s or %s\n", *version, node.Containerd24, node.Containerd22)
+		fmt.Fprintf(os.Stderr, "demo: -containerd %s: want a release 2.x.y, such as %s or %s\n", *version, node.Containerd24, node.Containerd23)
 		os.Exit(2)
 	}
 	if os.Geteuid() != 0 {

@@ -109,7 +109,7 @@ func TestPod(t *testing.T) {
 	}
 	dist, err := built()
 	must(t, err)
-	for _, v := range node.Versions(node.Containerd24, node.Containerd22) {
+	for _, v := range node.Versions(node.Containerd24, node.Containerd23) {
 		t.Run(v, func(t *testing.T) {
 			_, err := node.FindTools(t.Context(), v, t.Output()) // built the first time
 			must(t, err)
@@ -145,7 +145,7 @@ func TestWithoutGate(t *testing.T) {
 	if !ok || value != "true" {
 		t.Fatalf("the annotation is %q: %q", key, value)
 	}
-	for _, v := range node.Versions(node.Containerd24, node.Containerd22) {
+	for _, v := range node.Versions(node.Containerd24, node.Containerd23) {
 		t.Run(v, func(t *testing.T) {
 			_, err := node.FindTools(t.Context(), v, t.Output())
 			must(t, err)

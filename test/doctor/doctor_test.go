@@ -349,7 +349,7 @@ func TestKilled(t *testing.T) {
 
 // TestNode goes from a good node to each that is not, and back.
 func TestNode(t *testing.T) {
-	for _, version := range node.Versions(node.Containerd24, node.Containerd22) {
+	for _, version := range node.Versions(node.Containerd24, node.Containerd23) {
 		t.Run(version, func(t *testing.T) {
 			s := newScene(t, version)
 			good := func() {

@@ -26,7 +26,7 @@ import (
 	"github.com/tidewaiter/tidewaiter/verify/leaktest"
 )
 
-var versions = node.Versions(node.Containerd24, node.Containerd22)
+var versions = node.Versions(node.Containerd24, node.Containerd23)
 
 var (
 	notRoot string            // why nothing can be tested, or empty

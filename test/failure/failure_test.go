@@ -40,7 +40,7 @@ import (
 )
 
 var (
-	versions  = node.Versions(node.Containerd24)
+	versions  = node.Versions(node.Containerd24, node.Containerd23)
 	creations = 30 // of each failure, while it lasts
 	short     = true
 

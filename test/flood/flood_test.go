@@ -31,7 +31,7 @@ func TestFlood(t *testing.T) {
 	}
 	o := options{creations: 200, perKind: 3, turns: 2, callers: 4, fails: illnesses[:6], patience: 10 * time.Second, log: t.Logf}
 	var out bytes.Buffer
-	err := all(t.Context(), o, []string{node.Containerd24, node.Containerd22}, &out)
+	err := all(t.Context(), o, []string{node.Containerd24, node.Containerd23}, &out)
 	t.Log(out.String())
 	if err != nil {
 		t.Fatal(err)

@@ -34,7 +34,7 @@ import (
 
 func main() {
 	o := options{fails: illnesses}
-	versions := flag.String("containerd", node.Containerd24+","+node.Containerd22, "releases of containerd, one after the other")
+	versions := flag.String("containerd", node.Containerd24+","+node.Containerd23+","+node.Containerd22, "releases of containerd, one after the other")
 	flag.IntVar(&o.creations, "creations", 10000, "creations that the gate decides, of each release")
 	flag.IntVar(&o.perKind, "images", 40, "images of each kind")
 	flag.IntVar(&o.turns, "turns", 5, "turns, with a new gate each")

@@ -359,7 +359,7 @@ const (
 // TestHost is the life of a gate on a host: audit, enforce, upgrades, what goes wrong,
 // the ways back in, and the end.
 func TestHost(t *testing.T) {
-	for _, version := range node.Versions(node.Containerd24, node.Containerd22) {
+	for _, version := range node.Versions(node.Containerd24, node.Containerd23) {
 		t.Run(version, func(t *testing.T) {
 			m := newMachine(t, version)
 			clean, configured := m.changes(), m.configured()

@@ -51,7 +51,7 @@ func TestMain(m *testing.M) {
 	leaktest.Main(m)
 }
 
-var versions = node.Versions(node.Containerd24, node.Containerd22)
+var versions = node.Versions(node.Containerd24, node.Containerd23)
 
 // each runs a test on every version, the versions side by side.
 func each(t *testing.T, f func(t *testing.T, ctx context.Context, version string)) {
@@ -426,7 +426,7 @@ func TestKilled(t *testing.T) {
 func beVictim() {
 	err := func() error {
 		ctx := context.Background()
-		n, err := node.Start(ctx, node.Options{ContainerdVersion: node.Containerd22, Log: os.Stderr})
+		n, err := node.Start(ctx, node.Options{ContainerdVersion: node.Containerd23, Log: os.Stderr})
 		if err != nil {
 			return err
 		}
