@@ -231,6 +231,18 @@ func (c *Config) Sources() func(verify.Name) []verify.Source {
 	for _, dir := range c.Layouts {
 		layouts = append(layouts, room.New(dir))
 	}
+	registries := c.registries()
+	return func(n verify.Name) []verify.Source {
+		list := append([]verify.Source(nil), layouts...)
+		for _, m := range registries(n) {
+			list = append(list, registry.New(m))
+		}
+		return list
+	}
+}
+
+// registries returns what Sources asks besides layouts.
+func (c *Config) registries() func(verify.Name) []registry.Mirror {
 	tokens := registry.NewTokens(time.Now) // they end after a while, not at a time
 	breaker := registry.NewBreaker(time.Now, rand.Float64)
 	finish := func(m registry.Mirror, named bool) registry.Mirror {
@@ -252,15 +264,14 @@ func (c *Config) Sources() func(verify.Name) []verify.Source {
 	}
 	containerd := c.hostSources(finish)
 	named := c.named()
-	return func(n verify.Name) []verify.Source {
-		list := append([]verify.Source(nil), layouts...)
+	return func(n verify.Name) (list []registry.Mirror) {
 		listed := mirrors[n.Host]
 		if listed == nil {
 			listed = mirrors["*"]
 		}
 		for _, m := range containerd.of(n.Host, listed) {
 			m.Host, m.Named = n.Host, named[n.Host] // a mirror of all hosts asks as the image's host
-			list = append(list, registry.New(m))
+			list = append(list, m)
 		}
 		return list
 	}

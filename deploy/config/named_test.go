@@ -55,3 +55,21 @@ func TestNamedByHosts(t *testing.T) {
 		}
 	}
 }
+
+// TestNamedSources: what the configuration names is told to each source, and so who gives
+// way to whom; a mirror of all hosts asks for hosts that it names and for others.
+func TestNamedSources(t *testing.T) {
+	t.Parallel()
+	c := load1(t, write(t, with(notation(), "trustpolicy.json", trustPolicy("registry.acme.internal/team/app"), "config.yaml",
+		sourcesOf(`network: mirrors`, `hosts: none`, `mirrors: [{host: docker.io, url: "http://127.0.0.1:1"}, {host: "*", url: "http://127.0.0.1:2"}]`))))
+	registries := c.registries()
+	for host, want := range map[string]bool{"docker.io": true, "registry.acme.internal": true, "quay.io": false, "evil.example": false} {
+		list := registries(verify.Name{Host: host, Path: "a/b"})
+		if len(list) != 1 {
+			t.Fatalf("%s: %d registries", host, len(list))
+		}
+		if got := list[0].Named; got != want {
+			t.Errorf("%s: named %t, want %t", host, got, want)
+		}
+	}
+}

@@ -101,8 +101,7 @@ func (x *exchange) list(ctx context.Context, subject ocispec.Descriptor, artifac
 	}
 	err = repo.Referrers(ctx, subject, artifactType, func([]ocispec.Descriptor) error { return fn(listed) })
 	if pages.asked == 1 && unsupported(err) {
-		pages.pages = nil // its bytes have a digest
-		err = byTag(ctx, repo, subject, artifactType, b, passed, fn)
+		err = byTag(ctx, repo, pages, subject, func() error { return fn(listed) })
 	}
 	return cmp.Or(err, cut)
 }
@@ -164,30 +163,41 @@ func unsupported(err error) bool {
 	return errors.Is(err, errdef.ErrUnsupported) || errors.Is(err, errRedirected)
 }
 
-// byTag lists what the index with the referrers tag of subject lists.
-func byTag(ctx context.Context, repo *remote.Repository, subject ocispec.Descriptor, artifactType string, b *verify.Budget, passed *[]error, list func([]ocispec.Descriptor) error) error {
+// byTag calls list after pages, which asks for repo, was handed the index with the
+// referrers tag of subject. Like a page of the API it is read in its turn and nobody keeps
+// it; other than a page, it has a digest.
+func byTag(ctx context.Context, repo *remote.Repository, pages *getter, subject ocispec.Descriptor, list func() error) error {
 	tag := referrersTag(subject.Digest)
-	index, body, err := repo.Manifests().FetchReference(ctx, tag)
+	var whole digest.Digest // of the index; empty: there was none
+	read := pages.pages
+	pages.pages = func(body []byte) ([]byte, error) {
+		whole = digest.FromBytes(body)
+		if said := pages.said; said != "" && said.Validate() == nil {
+			if whole = said.Algorithm().FromBytes(body); whole != said {
+				return nil, errors.New("the index with the referrers tag does not match its Docker-Content-Digest")
+			}
+		}
+		if whole == subject.Digest { // some registries resolve the tag to the subject itself
+			return body[:0], nil
+		}
+		short, err := read(body)
+		if err != nil {
+			err = fmt.Errorf("tag %s: %w", tag, err)
+		}
+		return short, err
+	}
+	_, body, err := repo.Manifests().FetchReference(ctx, tag)
 	if status(err) == http.StatusNotFound {
 		return fmt.Errorf("%w: no Referrers API and no tag %s", verify.ErrNoReferrers, tag)
 	}
 	if err != nil {
 		return err
 	}
-	defer body.Close()
-	// Some registries resolve the tag to the subject itself.
-	if index.MediaType != ocispec.MediaTypeImageIndex || index.Digest == subject.Digest {
+	body.Close()
+	if whole == "" || whole == subject.Digest {
 		return fmt.Errorf("%w: no Referrers API, and tag %s is no index of referrers", verify.ErrNoReferrers, tag)
 	}
-	raw, err := content.ReadAll(body, index)
-	if err != nil {
-		return err
-	}
-	referrers, err := page(raw, artifactType, b, passed)
-	if err != nil && !errors.Is(err, verify.ErrBudget) {
-		return fmt.Errorf("tag %s: %w", tag, err)
-	}
-	return cmp.Or(list(referrers), err)
+	return list()
 }
 
 // referrersTag is the tag of the index of d's referrers, as distribution-spec

@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tidewaiter/tidewaiter/verify"
@@ -35,6 +36,7 @@ type getter struct {
 	pages func([]byte) ([]byte, error) // makes of an index what oras-go is to decode; may be nil
 	as    string                       // the content type that oras-go is to see; empty: what the answer has
 	blob  bool                         // a blob is asked for
+	said  digest.Digest                // of the last answer, by its header; may be anything
 	asked int                          // requests so far, without those that a challenge makes necessary
 
 	signed []string // queries of the URLs that it was redirected to
@@ -124,6 +126,7 @@ func (g *getter) Do(req *http.Request) (*http.Response, error) {
 	if g.as != "" {
 		resp.Header.Set("Content-Type", g.as)
 	}
+	g.said = digest.Digest(resp.Header.Get("Docker-Content-Digest"))
 	if g.pages != nil && (resp.Header.Get("Content-Type") == ocispec.MediaTypeImageIndex || isIndex(body)) {
 		resp.Header.Set("Content-Type", ocispec.MediaTypeImageIndex) // some registries call it JSON, or text
 		if body, err = g.pages(body); err != nil {
