@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/inspect"
 	"github.com/tidewaiter/tidewaiter/deploy/config"
 	"github.com/tidewaiter/tidewaiter/deploy/config/stage"
 	"github.com/tidewaiter/tidewaiter/deploy/control"
@@ -41,8 +43,10 @@ It compares with the archive that had its name, and refuses if a signature would
 that an image on this node may need, or if the gate does not answer, unless --replace.
 
 With --trust it also puts the archive's trust policy and trust store in the place of
-this node's: it prints them with a digest and what would change, and changes it where
---accept names this digest. What was before is kept beside the configuration directory.
+this node's: it prints them with a digest, what would change, and which images of this
+node the gate would answer otherwise, and changes it where --accept names this digest.
+It refuses if an image that is allowed now would not be, or if the gate does not answer,
+unless --replace. What was before is kept beside the configuration directory.
 
 Exit status: 0 imported, 1 refused, or --accept is missing, 2 it could not be done.`,
 		Example: `  tidewaiter evidence import site.tar
@@ -60,7 +64,7 @@ Exit status: 0 imported, 1 refused, or --accept is missing, 2 it could not be do
 	cli.StateDir(cmd, &o.stateDir)
 	cli.RunDir(cmd, &o.runDir)
 	cli.Output(cmd, &o.output)
-	cmd.Flags().BoolVar(&o.replace, "replace", false, "replace an evidence archive though an image on this node may need a signature of it")
+	cmd.Flags().BoolVar(&o.replace, "replace", false, "replace an evidence archive, or with --trust what is trusted, though an image on this node may need it")
 	cmd.Flags().StringVar(&o.name, "name", "", "`NAME` of the evidence archive on this node (default: from the name of the file)")
 	cmd.Flags().BoolVar(&o.trust, "trust", false, "put trust policy and trust store of the evidence archive in force")
 	cmd.Flags().StringVar(&o.accept, "accept", "", "with --trust: the `DIGEST` of the trust that was looked at, to put that in force and no other")
@@ -132,6 +136,9 @@ func importArchive(ctx context.Context, stdin io.Reader, stdout io.Writer, o imp
 			now = &config.Config{} // all that the new one warns of is new
 		}
 		r.Trust.Warn(warnings(next), warnings(now))
+		if trust != nil && r.Trust.Changed {
+			ask(ctx, c, r, o, next)
+		}
 	}
 	outcome := &archive.Outcome{}
 	r.Outcome = outcome
@@ -148,6 +155,8 @@ func importArchive(ctx context.Context, stdin io.Reader, stdout io.Writer, o imp
 		refused = "--trust changes what this node trusts: look at what is above, and add --accept " + r.Trust.Digest
 	case staged != nil && o.accept != r.Trust.Digest:
 		refused = "its trust is " + r.Trust.Digest + ", and not the one that --accept names"
+	case staged != nil && !o.replace && r.Trust.Costs() != "":
+		refused = r.Trust.Costs() + " (--replace puts it in force all the same)"
 	}
 	if refused == "" && !alone {
 		if refused, err = fits(ctx, importer, c, r, o, name); err != nil {
@@ -173,6 +182,29 @@ func importArchive(ctx context.Context, stdin io.Reader, stdout io.Writer, o imp
 		r.Outcome.Trust = next.Dir
 	}
 	return show(stdout, o.output, r, false)
+}
+
+// ask notes which of the images that the gate has it would answer otherwise with next, the
+// configuration with the trust of c, and with the evidence in c.
+func ask(ctx context.Context, c *archive.Contents, r *archive.Report, o importOptions, next *config.Config) {
+	l, err := control.AskImages(ctx, o.runDir)
+	if err != nil {
+		r.Trust.Unknown = text.Clean(err.Error(), 300)
+		return
+	}
+	at, err := filepath.Abs(c.Path())
+	with := *next
+	with.Layouts = append([]string{at}, next.Layouts...)
+	var j *inspect.Offline
+	if err == nil {
+		j, err = inspect.NewOffline(ctx, &with, o.stateDir)
+	}
+	if err != nil {
+		r.Trust.Unknown = text.Clean(err.Error(), 300)
+		return
+	}
+	defer j.Close()
+	r.Trust.Answers, r.Trust.Unknown = j.Changes(ctx, l)
 }
 
 // warnings are those of a configuration.

@@ -100,6 +100,9 @@ func (c *Contents) Close() {
 	}
 }
 
+// Path is that of the layout, which sources can read until it is closed.
+func (c *Contents) Path() string { return c.path }
+
 // take takes n bytes from what may be read.
 func (c *Contents) take(n, limit int64) error {
 	if n > limit || n > c.left {

@@ -35,7 +35,70 @@ type TrustReport struct {
 	Files   []TrustFile `json:"files"`
 	Rules   []TrustRule `json:"statements"`
 
-	Warnings []string `json:"warnings,omitempty"` // of an import: those of the configuration with this trust that it does not have today
+	// Of an import: warnings of the configuration with this trust that it does not have
+	// today, and images of this node to which the gate would give another answer.
+	Warnings []string `json:"warnings,omitempty"`
+	Answers  []Change `json:"answers,omitempty"`
+	Unknown  string   `json:"unknown,omitempty"` // why it is not known of all images what the answer would be
+}
+
+// A Change is an image of the node that is answered otherwise under other trust.
+type Change struct {
+	Image  string        `json:"image"`
+	Target string        `json:"target"`
+	Now    verify.Reason `json:"now"`
+	Then   verify.Reason `json:"then"`
+	Detail string        `json:"detail,omitempty"` // of the answer then
+}
+
+// Lost reports whether the image is allowed now and would not be.
+func (c Change) Lost() bool { return c.Now == verify.Verified && c.Then != verify.Verified }
+
+// maxShown bounds the images that are shown in text, of each kind.
+const maxShown = 10
+
+// Costs returns why putting the trust in force may refuse images of the node that are
+// allowed now; empty if it does not.
+func (r *TrustReport) Costs() string {
+	lost, first := 0, ""
+	for _, c := range r.Answers {
+		if c.Lost() {
+			if lost++; first == "" {
+				first = c.Image
+			}
+		}
+	}
+	switch {
+	case lost > 0:
+		return fmt.Sprintf("%d of this node's images that are allowed now would not be, such as %s", lost, first)
+	case r.Unknown != "":
+		return "it is not known which of this node's images would be refused: " + r.Unknown
+	}
+	return ""
+}
+
+func (r *TrustReport) answers(b *strings.Builder) {
+	for _, lost := range []bool{true, false} {
+		n := 0
+		for _, c := range r.Answers {
+			if c.Lost() != lost {
+				continue
+			}
+			if n++; n <= maxShown {
+				fmt.Fprintf(b, "  answer  %s@%s: %s now, then %s", text.Clean(c.Image, 300), text.Clean(c.Target, 144), c.Now, c.Then)
+				if c.Detail != "" {
+					fmt.Fprintf(b, ": %s", text.Clean(c.Detail, 300))
+				}
+				b.WriteString("\n")
+			}
+		}
+		if n > maxShown {
+			fmt.Fprintf(b, "  answer  %d more like these: --output json\n", n-maxShown)
+		}
+	}
+	if r.Unknown != "" {
+		fmt.Fprintf(b, "  answer  not known of all images: %s\n", text.Clean(r.Unknown, 300))
+	}
 }
 
 // Warn notes those of next, of the configuration with this trust, that are not among now,
@@ -283,6 +346,7 @@ func (r *TrustReport) text(b *strings.Builder) {
 	for _, w := range r.Warnings {
 		fmt.Fprintf(b, "  warning %s\n", w)
 	}
+	r.answers(b)
 }
 
 // mediaTypeOfTrust is that of a file of trust.
