@@ -13,7 +13,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/tidewaiter/tidewaiter/verify"
-	"github.com/tidewaiter/tidewaiter/verify/evidence/notary"
 	"github.com/tidewaiter/tidewaiter/verify/source/registry"
 	"github.com/tidewaiter/tidewaiter/verify/source/sourcetest"
 )
@@ -61,7 +60,7 @@ func TestTaggedIndex(t *testing.T) {
 		{name: "the subject itself", subject: itself, want: "is no index of referrers"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			err := tagged(t, index, tt.said).Find(t.Context(), sourcetest.Name, tt.subject, verify.NewBudget(notary.Kind, verify.Limits{}), func(verify.Evidence) bool { return true })
+			err := tagged(t, index, tt.said).Find(t.Context(), sourcetest.Name, tt.subject, verify.NewBudget(sourcetest.Kind, verify.Limits{}), func(verify.Evidence) bool { return true })
 			if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("%v, want %q", err, tt.want)
 			}
@@ -77,7 +76,7 @@ func TestTaggedIndexIsNotKept(t *testing.T) {
 	head, tail := `{"schemaVersion":2,"mediaType":"`+ocispec.MediaTypeImageIndex+`","manifests":[],"annotations":{"x":"`, `"}}`
 	s := tagged(t, []byte(head+strings.Repeat("x", long-len(head)-len(tail))+tail), "")
 	find := func() {
-		if err := s.Find(t.Context(), sourcetest.Name, subject, verify.NewBudget(notary.Kind, verify.Limits{}), func(verify.Evidence) bool { return true }); err != nil {
+		if err := s.Find(t.Context(), sourcetest.Name, subject, verify.NewBudget(sourcetest.Kind, verify.Limits{}), func(verify.Evidence) bool { return true }); err != nil {
 			t.Fatal(err)
 		}
 	}
