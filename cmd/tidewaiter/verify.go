@@ -6,9 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
 	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
@@ -159,6 +162,9 @@ func (o verifyOptions) only(c *config.Config) error {
 		if err != nil {
 			return cli.Inconclusive(fmt.Errorf("--layout: %w", err), "")
 		}
+		if err := isLayout(dir); err != nil {
+			return cli.Inconclusive(fmt.Errorf("--layout: %w", err), "an image layout is a directory with oci-layout and index.json, as skopeo, oras and tidewaiter evidence export make it, or a tar file of one")
+		}
 		layouts = append(layouts, dir)
 	}
 	for _, m := range o.mirrors {
@@ -179,6 +185,20 @@ func (o verifyOptions) only(c *config.Config) error {
 		mirrors = append(mirrors, config.Mirror{Host: host, URL: u})
 	}
 	c.Only(layouts, mirrors)
+	return nil
+}
+
+// isLayout returns what keeps dir from being a layout or a file, which a typing error is
+// most often; what is in it the source says.
+func isLayout(dir string) error {
+	info, err := os.Stat(dir)
+	if err != nil || !info.IsDir() {
+		return err
+	}
+	_, err = os.Stat(filepath.Join(dir, ocispec.ImageLayoutFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%s is a directory and no image layout: it has no %s", text.Clean(dir, 300), ocispec.ImageLayoutFile)
+	}
 	return nil
 }
 
