@@ -167,6 +167,9 @@ func TestBadArchive(t *testing.T) {
 			os.Symlink("/etc/passwd", at(dir, "index.json"))
 		}), "index.json"},
 		"a manifest is damaged": {file("{}", "blobs", "sha256", manifest.Encoded()), "damaged"},
+		"a manifest is not there": {tagged(func(t *testing.T, dir string) {
+			os.Remove(at(dir, "blobs", "sha256", manifest.Encoded()))
+		}), "lists " + manifest.String() + ", which is not there"},
 		"a manifest lies out": {tagged(func(t *testing.T, dir string) {
 			os.Remove(at(dir, "blobs", "sha256", manifest.Encoded()))
 			os.Symlink("/etc/passwd", at(dir, "blobs", "sha256", manifest.Encoded()))

@@ -206,7 +206,7 @@ func (r *reading) run() error {
 			if err := r.ctx.Err(); err != nil {
 				return err
 			}
-			raw := r.document(t)
+			raw := r.document(t, depth == 0)
 			if raw == nil || !oci.IsIndex(t.MediaType) {
 				continue
 			}
@@ -244,11 +244,17 @@ func (r *reading) fresh(list []verify.Target, entries []ocispec.Descriptor) []ve
 }
 
 // document reads a manifest or index, and takes it into the catalog if it says anything
-// about an image. It returns nil where there is none.
-func (r *reading) document(t verify.Target) []byte {
+// about an image. It returns nil where there is none. named is true if index.json lists it,
+// and then it has to be there; an index may list platforms that this node has nothing of.
+func (r *reading) document(t verify.Target, named bool) []byte {
 	raw, err := r.dir.Blob(ocispec.Descriptor{MediaType: t.MediaType, Digest: t.Digest, Size: t.Size}, r.take)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // as of platforms that this node has nothing of
+		if _, whole := r.damaged[t.Digest]; named && !whole {
+			err = fmt.Errorf("index.json lists %s, which is not there", t.Digest)
+			r.fail(err)
+			r.damaged[t.Digest] = fmt.Errorf("%w: %w", verify.ErrUnreachable, err)
+		}
+		return nil
 	}
 	if errors.Is(err, errLong) {
 		r.fail(err)
