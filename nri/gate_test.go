@@ -205,7 +205,7 @@ func (elsewhere) Started(context.Context, *api.PodSandbox, *api.Container) []ver
 	}}
 }
 
-// lists is a Policy with a floor of one digest.
+// lists is a Policy with an allowlist of one digest.
 type lists digest.Digest
 
 func (l lists) Select(verify.Image) *verify.Rule {

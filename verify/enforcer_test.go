@@ -154,9 +154,9 @@ func TestAnswerIsAboutThisContainer(t *testing.T) {
 	}
 }
 
-// TestFloor: a digest that a file lists needs no signature and no judge, once the
+// TestAllowlist: a digest that a file lists needs no signature and no judge, once the
 // image is bound, and nothing else does.
-func TestFloor(t *testing.T) {
+func TestAllowlist(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		change func(*Question)
@@ -189,7 +189,7 @@ func TestFloor(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			q := with(func(q *Question) {
-				*q.Rule = Rule{Name: "floor/k3s.txt", Fixed: AllowedByDigest, Detail: "listed"}
+				*q.Rule = Rule{Name: "allow/k3s.txt", Fixed: AllowedByDigest, Detail: "listed"}
 				tt.change(q)
 			})
 			s := setup(Enforce)
@@ -201,7 +201,7 @@ func TestFloor(t *testing.T) {
 				return
 			}
 			allowed(t, d, AllowedByDigest)
-			if d.Rule != "floor/k3s.txt" || d.Signed != q.Rule.Digest || len(d.Signers) != 0 || d.Detail != "listed" {
+			if d.Rule != "allow/k3s.txt" || d.Signed != q.Rule.Digest || len(d.Signers) != 0 || d.Detail != "listed" {
 				t.Errorf("decision is %+v", d)
 			}
 		})

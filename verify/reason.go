@@ -40,7 +40,7 @@ const (
 // Reasons of decisions that allow.
 const (
 	Verified        Reason = "VERIFIED"
-	AllowedByDigest Reason = "ALLOWED_BY_DIGEST" // a file of the node lists the digest: the floor
+	AllowedByDigest Reason = "ALLOWED_BY_DIGEST" // a file of the node lists the digest
 	AuditOnly       Reason = "AUDIT_ONLY"        // Decision.Would says what enforce would have answered
 )
 

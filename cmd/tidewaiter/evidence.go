@@ -77,10 +77,10 @@ such as SBOMs, a node uses nothing today: --referrers all takes them along.
 The registries asked are those of the configuration with its credentials; --mirror
 and --layout name others instead, and without a configuration it is the image's own.
 Where one redirects the request for a signature to another public host, as nearly all
-public registries do, it is fetched there: --redirects names the hosts, or none.
+public registries do, it is fetched there: --redirect names the hosts, or none.
 The same images give the same bytes. Exit status: 0 written, 2 not.`,
 		Example: `  tidewaiter evidence export -o site.tar registry.example/app:1.2 registry.example/db@sha256:...
-  tidewaiter evidence export --trust --platform linux/arm64 --file images.txt -o /media/usb/site`,
+  tidewaiter evidence export --trust --platform linux/arm64 --from-file images.txt -o /media/usb/site`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error { return export(cmd.Context(), stdout, stderr, o, args) },
 	}
@@ -89,7 +89,7 @@ The same images give the same bytes. Exit status: 0 written, 2 not.`,
 	// public registries have their blobs wherever they like.
 	sourceFlags(cmd, &o.sources, "*")
 	cmd.Flags().StringVarP(&o.to, "to", "o", "", "`PATH` to write: a tar file if it ends in .tar, - for standard output, else a new directory")
-	cmd.Flags().StringVar(&o.file, "file", "", "`LIST` of further images, one a line, # begins a comment")
+	cmd.Flags().StringVar(&o.file, "from-file", "", "`LIST` of further images, one a line, # begins a comment")
 	cmd.Flags().StringArrayVar(&o.platforms, "platform", nil, "`OS/ARCH` of the manifests to take from an index, instead of all; may be given several times")
 	cmd.Flags().StringVar(&o.referrers, "referrers", "signatures", "`WHICH` referrers to take: signatures or all")
 	cmd.Flags().BoolVar(&o.missing, "allow-missing", false, "say what is not there, an image's signature too, and do without it")
@@ -107,7 +107,7 @@ func export(ctx context.Context, stdout, stderr io.Writer, o exportOptions, imag
 	if o.file != "" {
 		more, err := readList(o.file)
 		if err != nil {
-			return cli.Inconclusive(fmt.Errorf("--file: %w", err), "")
+			return cli.Inconclusive(fmt.Errorf("--from-file: %w", err), "")
 		}
 		images = append(images, more...)
 	}

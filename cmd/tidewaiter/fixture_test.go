@@ -24,7 +24,7 @@ import (
 
 // fixture is the command that makes what scripts work on:
 //
-//	fixture config DIR [mode=audit] [wall=300ms] [level=skip] [scope=host/path] [mirror=HOST=URL] [layout=DIR]
+//	fixture config DIR [mode=audit] [timeout=300ms] [level=skip] [scope=host/path] [mirror=HOST=URL] [layout=DIR]
 //	fixture layout DIR IMAGE... [without=images|signatures|manifests]
 //	fixture tar FILE DIR
 //	fixture break DIR DIGEST other|pipe|link|huge
@@ -99,7 +99,7 @@ func fixtureConfig(ts *testscript.TestScript, dir string, option map[string]stri
 	if w := option["wall"]; w != "" {
 		wall = w
 	}
-	y := fmt.Sprintf("version: 1\nmode: %s\nlimits:\n  wall: %s\n", mode, wall)
+	y := fmt.Sprintf("version: 1\nmode: %s\nlimits:\n  timeout: %s\n", mode, wall)
 	if option["mirror"] != "" || option["layout"] != "" {
 		y += "sources:\n"
 	}

@@ -30,7 +30,7 @@ type imagesOptions struct {
 	stateDir   string // with file
 	file       string
 	before     time.Duration
-	digests    bool
+	allowlist  bool
 	namespaces []string
 	output     string
 	only       []string // starts of names
@@ -45,10 +45,10 @@ func imagesCommand(stdout io.Writer) *cobra.Command {
 in audit, and when an image that is allowed will not be any more. With names it lists
 those of them: a repository, or a host and path that repositories are below.
 
-With --before only images are listed whose answer ends within that time, and the exit
+With --expires-within only images are listed whose answer ends within that time, and the exit
 status is 1 where there are any.
 
-With --digests it prints lines of a floor file (floor: in config.yaml) for the images
+With --allowlist it prints lines of a digest allowlist (allowDigests: in config.yaml) for the images
 that no signature allows: these digests then run without one, each in the namespaces
 in which it runs now (kube-system if it does not run), or in those of --namespace.
 Name the images that are meant; what is listed is trusted for good. Lines of images
@@ -56,14 +56,14 @@ that are denied for another reason than that nobody whom a rule names has signed
 are commented out. Exit status: 0 each image is allowed or has a line; 1 a line is
 commented out; 2 the answer to an image could not be found out, so that it has none.
 
-With --file it judges a list of images before they are on the node, such as that of
+With --from-file it judges a list of images before they are on the node, such as that of
 the next k3s release: with the configuration directory, its sources and what this node
 keeps in its state directory, and with no gate. A tag is looked up at the mirrors, which is only a look ahead: the node itself
-never asks a registry what a tag means. With --digests a tag is an error, since a
+never asks a registry what a tag means. With --allowlist a tag is an error, since a
 mirror could answer any digest. Exit status 1 if one would be denied.`,
-		Example: `  tidewaiter images --before 720h
-  tidewaiter images --digests docker.io/rancher >/etc/tidewaiter/floor/k3s
-  tidewaiter images --file k3s-images.txt`,
+		Example: `  tidewaiter images --expires-within 720h
+  tidewaiter images --allowlist docker.io/rancher >/etc/tidewaiter/allow/k3s
+  tidewaiter images --from-file k3s-images.txt`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			o.only = args
 			if err := o.check(cmd.Flags().Changed); err != nil {
@@ -80,10 +80,10 @@ mirror could answer any digest. Exit status 1 if one would be denied.`,
 	cli.RunDir(cmd, &o.runDir)
 	cli.StateDir(cmd, &o.stateDir)
 	cli.Output(cmd, &o.output)
-	cmd.Flags().StringVar(&o.file, "file", "", "judge the images that `FILE` lists, one a line, instead of those of this node; - is standard input")
-	cmd.Flags().DurationVar(&o.before, "before", 0, "list only what is allowed and will not be any more within `DURATION`, such as 720h")
-	cmd.Flags().BoolVar(&o.digests, "digests", false, "print lines of a floor file for what no signature allows")
-	cmd.Flags().StringSliceVar(&o.namespaces, "namespace", nil, "`NAMES` of the namespaces in lines of a floor file, instead of those in which the images run")
+	cmd.Flags().StringVar(&o.file, "from-file", "", "judge the images that `FILE` lists, one a line, instead of those of this node; - is standard input")
+	cmd.Flags().DurationVar(&o.before, "expires-within", 0, "list only what is allowed and will not be any more within `DURATION`, such as 720h")
+	cmd.Flags().BoolVar(&o.allowlist, "allowlist", false, "print lines of a digest allowlist for what no signature allows")
+	cmd.Flags().StringSliceVar(&o.namespaces, "namespace", nil, "`NAMES` of the namespaces in lines of a digest allowlist, instead of those in which the images run")
 	return cmd
 }
 
@@ -93,14 +93,14 @@ func (o *imagesOptions) check(changed func(string) bool) error {
 		return err
 	}
 	switch {
-	case changed("before") && o.before <= 0:
-		return cli.Inconclusive(errors.New("--before: is not a time ahead"), "for example --before 720h, which is 30 days")
-	case o.before > 0 && o.digests:
-		return cli.Inconclusive(errors.New("--before and --digests: one of them"), help)
-	case o.digests && o.output == "json":
-		return cli.Inconclusive(errors.New("--digests prints lines of a floor file and no JSON"), help)
-	case changed("namespace") && !o.digests:
-		return cli.Inconclusive(errors.New("--namespace is for --digests"), help)
+	case changed("expires-within") && o.before <= 0:
+		return cli.Inconclusive(errors.New("--expires-within: is not a time ahead"), "for example --expires-within 720h, which is 30 days")
+	case o.before > 0 && o.allowlist:
+		return cli.Inconclusive(errors.New("--expires-within and --allowlist: one of them"), help)
+	case o.allowlist && o.output == "json":
+		return cli.Inconclusive(errors.New("--allowlist prints lines of a digest allowlist and no JSON"), help)
+	case changed("namespace") && !o.allowlist:
+		return cli.Inconclusive(errors.New("--namespace is for --allowlist"), help)
 	}
 	for _, n := range o.namespaces {
 		if !inspect.IsNamespace(n) {
@@ -122,7 +122,7 @@ func (o *imagesOptions) list(ctx context.Context) (control.Images, error) {
 			return l, cli.Inconclusive(err, "run tidewaiter status")
 		}
 		if err != nil {
-			return l, cli.Inconclusive(err, cli.GateHint(o.runDir)+"; tidewaiter images --file and tidewaiter verify need no gate")
+			return l, cli.Inconclusive(err, cli.GateHint(o.runDir)+"; tidewaiter images --from-file and tidewaiter verify need no gate")
 		}
 	}
 	if err != nil {
@@ -165,7 +165,7 @@ func (o *imagesOptions) print(w io.Writer, l control.Images) error {
 	var err error
 	status := cli.ExitYes
 	switch {
-	case o.digests:
+	case o.allowlist:
 		if o.file != "" && len(o.namespaces) == 0 {
 			o.namespaces = []string{policy.DefaultNamespace}
 		}
@@ -187,7 +187,7 @@ func (o *imagesOptions) print(w io.Writer, l control.Images) error {
 		if len(l.List) > 0 {
 			return cli.Exit(cli.ExitNo)
 		}
-	case o.file != "" && !o.digests:
+	case o.file != "" && !o.allowlist:
 		has := func(answers ...string) bool {
 			return slices.ContainsFunc(l.List, func(i control.Image) bool { return slices.Contains(answers, i.Answer()) })
 		}
@@ -290,9 +290,9 @@ func (o *imagesOptions) ahead(ctx context.Context) (l control.Images, err error)
 	ctx, cancel := context.WithTimeout(ctx, aheadTimeout)
 	defer cancel()
 	l = control.Images{Schema: control.ImagesSchema, Mode: c.Mode.String(), Epoch: c.Revision.String(), List: []control.Image{}}
-	floor := inspect.FloorOf(c)
+	allowlist := inspect.AllowlistOf(c)
 	for _, ref := range refs {
-		l.List = append(l.List, j.Row(ctx, ref, floor))
+		l.List = append(l.List, j.Row(ctx, ref, allowlist))
 		if errors.Is(ctx.Err(), context.Canceled) {
 			return l, cli.Inconclusive(errors.New("interrupted before there was an answer"), "")
 		}
@@ -306,7 +306,7 @@ func (o *imagesOptions) read() ([]string, error) {
 	if o.file != "-" {
 		f, err := os.Open(o.file)
 		if err != nil {
-			return nil, cli.Inconclusive(fmt.Errorf("--file: %w", err), "")
+			return nil, cli.Inconclusive(fmt.Errorf("--from-file: %w", err), "")
 		}
 		defer f.Close()
 		in = f
@@ -319,7 +319,7 @@ func (o *imagesOptions) read() ([]string, error) {
 		raw, err = config.Text(raw)
 	}
 	if err != nil {
-		return nil, cli.Inconclusive(fmt.Errorf("--file: %s: %w", o.file, err), "")
+		return nil, cli.Inconclusive(fmt.Errorf("--from-file: %s: %w", o.file, err), "")
 	}
 	var refs []string
 	s := bufio.NewScanner(bytes.NewReader(raw))
@@ -332,18 +332,18 @@ func (o *imagesOptions) read() ([]string, error) {
 		}
 		name, err := policy.ParseName(ref)
 		if err != nil {
-			return nil, cli.Inconclusive(fmt.Errorf("--file: %s:%d: %w", o.file, n, err), "a line is the name of an image, as in k3s-images.txt")
+			return nil, cli.Inconclusive(fmt.Errorf("--from-file: %s:%d: %w", o.file, n, err), "a line is the name of an image, as in k3s-images.txt")
 		}
-		if o.digests && name.Digest == "" {
-			return nil, cli.Inconclusive(fmt.Errorf("--digests: %s:%d: %s is a tag, for which a mirror could answer any digest", o.file, n, text.Quote(ref, 160)),
-				"take the digest from who publishes the image and write NAME@sha256:..., or import the release's archive on a node and run tidewaiter images --digests there")
+		if o.allowlist && name.Digest == "" {
+			return nil, cli.Inconclusive(fmt.Errorf("--allowlist: %s:%d: %s is a tag, for which a mirror could answer any digest", o.file, n, text.Quote(ref, 160)),
+				"take the digest from who publishes the image and write NAME@sha256:..., or import the release's archive on a node and run tidewaiter images --allowlist there")
 		}
 		if refs = append(refs, ref); len(refs) > maxListed {
-			return nil, cli.Inconclusive(fmt.Errorf("--file: %s:%d: more than %d images", o.file, n, maxListed), "")
+			return nil, cli.Inconclusive(fmt.Errorf("--from-file: %s:%d: more than %d images", o.file, n, maxListed), "")
 		}
 	}
 	if len(refs) == 0 {
-		return nil, cli.Inconclusive(fmt.Errorf("--file: %s names no image", o.file), "")
+		return nil, cli.Inconclusive(fmt.Errorf("--from-file: %s names no image", o.file), "")
 	}
 	return refs, nil
 }

@@ -149,8 +149,8 @@ func summary(s config.Summary) string {
 	for _, a := range s.Aliases {
 		line("alias", "%s", a)
 	}
-	for _, f := range s.Floor {
-		line("floor", "%s in %s (%s:%d)", f.Digest, strings.Join(f.Namespaces, ","), f.File, f.Line)
+	for _, f := range s.AllowDigests {
+		line("allowlist", "%s in %s (%s:%d)", f.Digest, strings.Join(f.Namespaces, ","), f.File, f.Line)
 	}
 	for _, w := range s.Warnings {
 		line("warning", "%s", w)
@@ -180,7 +180,7 @@ func policyTestCommand(stdout io.Writer) *cobra.Command {
 		Long: `Test reads the configuration directory and says which statement of the trust policy
 speaks of an image of that name, and which sources would be asked for its signatures.
 It asks none of them: tidewaiter verify does. Exit status: 0 a statement asks for
-signatures, or a floor file lists the digest; 1 the answer is no whatever signatures
+signatures, or a digest allowlist lists the digest; 1 the answer is no whatever signatures
 there are; 2 it could not be found out.`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) != 1 {
@@ -196,7 +196,7 @@ there are; 2 it could not be found out.`,
 		},
 	}
 	cli.ConfigDir(cmd, &dir)
-	cmd.Flags().StringVar(&namespace, "namespace", "", "`NAME` of the pod's namespace, for floor files")
+	cmd.Flags().StringVar(&namespace, "namespace", "", "`NAME` of the pod's namespace, for digest allowlists")
 	cli.Output(cmd, &output)
 	return cmd
 }

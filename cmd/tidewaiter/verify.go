@@ -72,20 +72,20 @@ Exit status: 0 allowed, 1 denied, 2 it could not be found out.`,
 	cli.ConfigDir(cmd, &o.configDir)
 	cli.StateDir(cmd, &o.stateDir)
 	sourceFlags(cmd, &o, none)
-	cmd.Flags().StringVar(&o.namespace, "namespace", "", "`NAME` of the pod's namespace, for floor files and the report")
+	cmd.Flags().StringVar(&o.namespace, "namespace", "", "`NAME` of the pod's namespace, for digest allowlists and the report")
 	cli.Output(cmd, &o.output)
 	return cmd
 }
 
-// none is the value of --redirects that adds nothing to what the configuration says.
+// none is the value of --redirect that adds nothing to what the configuration says.
 const none = "none"
 
 // sourceFlags adds the flags that name sources instead of those of the configuration.
-// redirects is the default of --redirects.
+// redirects is the default of --redirect.
 func sourceFlags(cmd *cobra.Command, o *verifyOptions, redirects string) {
 	cmd.Flags().StringArrayVar(&o.layouts, "layout", nil, "OCI image layout `PATH`, directory or tar file, with signatures; may be given several times")
 	cmd.Flags().StringArrayVar(&o.mirrors, "mirror", nil, "`HOST=URL` of a registry with the signatures of HOST's images; HOST * serves every host without a mirror of its own; may be given several times")
-	cmd.Flags().StringArrayVar(&o.redirects, "redirects", []string{redirects}, "`HOST` that signatures may come from where a registry redirects there, besides those of the configuration; *.DOMAIN are the public hosts below a domain, * all public hosts, none no others; may be given several times")
+	cmd.Flags().StringArrayVar(&o.redirects, "redirect", []string{redirects}, "`HOST` that signatures may come from where a registry redirects there, besides those of the configuration; *.DOMAIN are the public hosts below a domain, * all public hosts, none no others; may be given several times")
 }
 
 func verifyImage(ctx context.Context, stdout io.Writer, o verifyOptions, ref string) error {
@@ -140,7 +140,7 @@ func (o verifyOptions) listed(c *config.Config) error {
 		}
 		p, err := registry.ParsePattern(s)
 		if err != nil {
-			return cli.Inconclusive(fmt.Errorf("--redirects: %w", err), "for example --redirects '*.cdn.example'")
+			return cli.Inconclusive(fmt.Errorf("--redirect: %w", err), "for example --redirect '*.cdn.example'")
 		}
 		list = append(list, p)
 	}

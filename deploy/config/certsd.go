@@ -127,7 +127,7 @@ func (c *Config) insecure(found map[string]certsd.Registry) {
 // revision is the directory of one revision of a snap, which is also called current.
 var revision = regexp.MustCompile(`^/var/snap/([^/]+)/[^/]+/`)
 
-const hostsField = "sources.hosts"
+const hostsField = "sources.certsDir"
 
 func (c *Config) warn(format string, a ...any) {
 	c.Warnings = append(c.Warnings, policy.Warning{Field: hostsField, Text: fmt.Sprintf(format, a...)})
@@ -216,7 +216,7 @@ func (c *Config) unmirrored() {
 	if c.Mode != verify.Enforce || c.Network != NetworkMirrors || len(c.Mirrors) > 0 || c.certs != nil && slices.ContainsFunc(slices.Collect(maps.Values(c.certs.of)), func(r certsd.Registry) bool { return len(r.Mirrors) > 0 }) {
 		return
 	}
-	text := "says mirrors, and there is none: no registry is asked for signatures, and images that the node has none of are refused. Write sources.mirrors or sources.hosts, or network: never if that is meant"
+	text := "says mirrors, and there is none: no registry is asked for signatures, and images that the node has none of are refused. Write sources.mirrors or sources.certsDir, or network: never if that is meant"
 	if len(c.Layouts) > 0 {
 		text = "says mirrors, and there is none: only layouts are asked for signatures. Write network: never if that is meant"
 	}

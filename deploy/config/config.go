@@ -57,7 +57,7 @@ type Config struct {
 	StopRunning     bool // stop what runs and is revoked or denied, instead of only reporting it; never in audit
 	Metrics         Metrics
 	Statements      []verify.Statement
-	Floor           []policy.Listed  // digests that run without a signature, in their namespaces
+	AllowDigests    []policy.Listed  // digests that run without a signature, in their namespaces
 	Warnings        []policy.Warning // what the author may not mean
 	Revision        verify.Revision  // digest of every file that was read
 
@@ -164,7 +164,7 @@ func load(d *directory) (*Config, error) {
 	}
 
 	c := &Config{Dir: d.dir, Refresh: DefaultRefresh, Gate: Gate{Wait: DefaultWait}}
-	var from []string // of sources.hosts
+	var from []string // of sources.certsDir
 	if own != nil {
 		if from, err = decode(d, own, c); err != nil {
 			return nil, err
@@ -216,7 +216,7 @@ func (c *Config) Snapshot(build func(*verify.Engine) verify.Evaluator, now func(
 		Alias:     alias,
 		Revision:  c.Revision,
 		Mode:      c.Mode,
-		Policy:    rules.WithFloor(c.Floor),
+		Policy:    rules.WithAllowlist(c.AllowDigests),
 		Evaluator: build(&verify.Engine{Sources: c.Sources(), Closed: c.Network == NetworkNever, Checkers: []verify.Checker{checker}, Limits: c.Limits, Now: now}),
 		Wait:      c.Gate.Wait,
 	}, nil
@@ -311,9 +311,9 @@ func (c *Config) Redirect(list []registry.Pattern) {
 // command line, where there is none or its mirrors do not count.
 func (c *Config) redirects(at string) string {
 	if c.Dir == "" || c.given {
-		return "--redirects"
+		return "--redirect"
 	}
-	return at + ".redirects"
+	return at + ".blobHosts"
 }
 
 // client is one that trusts these CAs alone, if there are any, and shows pair, if
@@ -326,7 +326,7 @@ func client(roots *x509.CertPool, pair *tls.Certificate) *http.Client {
 	return &http.Client{Transport: registry.Transport(config), Timeout: requestTimeout}
 }
 
-// requestTimeout ends one request, and is the largest limits.wall: a larger one would
+// requestTimeout ends one request, and is the largest limits.timeout: a larger one would
 // have no effect. dialTimeout is how long a connection to a host that is its own mirror
 // may take.
 const (

@@ -161,7 +161,7 @@ func TestDocumentation(t *testing.T) {
 		t.Fatal("no example")
 	}
 	cert, key := pairOf(t, "node")
-	dir := write(t, with(notation(), "trustpolicy.json", trustPolicy("*"), "config.yaml", example, "mirror-ca.crt", string(root()), "node.crt", cert, "node.key", key, "auth.json", `{"auths": {"mirror.site.internal:5000": `+auth("u", "p")+`}}`, "floor/k3s.txt", digest.FromString("pause").String()+"\n"))
+	dir := write(t, with(notation(), "trustpolicy.json", trustPolicy("*"), "config.yaml", example, "mirror-ca.crt", string(root()), "node.crt", cert, "node.key", key, "auth.json", `{"auths": {"mirror.site.internal:5000": `+auth("u", "p")+`}}`, "allow/k3s.txt", digest.FromString("pause").String()+"\n"))
 	c := load1(t, dir)
 	if c.Mode != verify.Enforce || len(c.Mirrors) != 3 || len(c.Layouts) != 1 ||
 		c.Limits != (verify.Limits{Referrers: 100, Wall: 5 * time.Second}) ||
@@ -175,8 +175,8 @@ func TestDocumentation(t *testing.T) {
 	if c.Network != NetworkMirrors || len(c.Aliases) != 1 || len(c.Mirrors[0].Rewrite) != 1 || c.Mirrors[0].Rewrite[0].To != "platform/rancher/$1" {
 		t.Errorf("got %+v", c)
 	}
-	if len(c.Floor) != 1 || c.Floor[0].File != "floor/k3s.txt" || c.Floor[0].Digest != digest.FromString("pause") {
-		t.Errorf("floor %+v", c.Floor)
+	if len(c.AllowDigests) != 1 || c.AllowDigests[0].File != "allow/k3s.txt" || c.AllowDigests[0].Digest != digest.FromString("pause") {
+		t.Errorf("allowDigests %+v", c.AllowDigests)
 	}
 	if !c.Mirrors[2].NS || c.Credentials != filepath.Join(dir, "auth.json") || c.Helpers != "/usr/local/lib/tidewaiter" {
 		t.Errorf("got %+v", c)
@@ -188,10 +188,10 @@ func TestDocumentation(t *testing.T) {
 		t.Errorf("warnings %v", c.Warnings)
 	}
 	for _, key := range []string{
-		"version", "mode", "sources.mirrors", "….host", "….url", "….ca", "….cert`, `….key", "….realm", "….ns", "….rewrite", "….redirects", "sources.redirects", "sources.network", "sources.hosts", "aliases", "sources.credentials", "sources.helpers", "sources.layouts", "sources.keep` | 720h |", "sources.refresh` | 24h |",
+		"version", "mode", "sources.mirrors", "….host", "….url", "….ca", "….cert`, `….key", "….realm", "….ns", "….rewrite", "….blobHosts", "sources.blobHosts", "sources.network", "sources.certsDir", "aliases", "sources.credentials", "sources.helpers", "sources.layouts", "sources.retention` | 720h |", "sources.refreshInterval` | 24h |",
 		"limits.pages` | 24 |", "limits.referrers` | 200 |", "limits.signatures` | 100 |", "limits.certificates` | 10 |",
-		"limits.manifestBytes` | 4194304 |", "limits.envelopeBytes` | 262144 |", "limits.totalBytes` | 16777216 |", "limits.wall` | 10s |",
-		"gate.wait` | 50ms |", "gate.snapshotters", "gate.runtimes", "floor", "running", "metrics.listen", "metrics.file",
+		"limits.manifestBytes` | 4194304 |", "limits.envelopeBytes` | 262144 |", "limits.totalBytes` | 16777216 |", "limits.timeout` | 10s |",
+		"gate.wait` | 50ms |", "gate.snapshotters", "gate.runtimes", "allowDigests", "runningContainers", "metrics.listen", "metrics.file",
 	} {
 		if !strings.Contains(string(doc), "| `"+key) {
 			t.Errorf("no row for %s", key)
@@ -204,14 +204,14 @@ func TestDocumentation(t *testing.T) {
 
 // What runs is only reported, unless the file says otherwise.
 func TestRunning(t *testing.T) {
-	for text, want := range map[string]bool{"": false, "running: report\n": false, "running: stop\n": true} {
+	for text, want := range map[string]bool{"": false, "runningContainers: report\n": false, "runningContainers: stop\n": true} {
 		c := load1(t, write(t, with(notation(), "config.yaml", "version: 1\nmode: enforce\n"+text)))
 		if c.StopRunning != want || len(c.Warnings) > 0 != want { // there is nothing to stop yet
 			t.Errorf("%q: stops %v, warnings %v", text, c.StopRunning, c.Warnings)
 		}
 	}
-	c := load1(t, write(t, with(notation(), "config.yaml", minimal+"running: stop\n")))
-	if len(c.Warnings) != 1 || c.Warnings[0].Field != "running" {
+	c := load1(t, write(t, with(notation(), "config.yaml", minimal+"runningContainers: stop\n")))
+	if len(c.Warnings) != 1 || c.Warnings[0].Field != "runningContainers" {
 		t.Errorf("in audit: warnings %v", c.Warnings)
 	}
 }
@@ -223,7 +223,7 @@ func TestRefresh(t *testing.T) {
 	} {
 		yaml := minimal
 		if text != "" {
-			yaml += "sources: {refresh: " + text + "}\n"
+			yaml += "sources: {refreshInterval: " + text + "}\n"
 		}
 		if c := load1(t, write(t, with(notation(), "config.yaml", yaml))); c.Refresh != want {
 			t.Errorf("%q: every %v", text, c.Refresh)
@@ -252,135 +252,135 @@ func TestMetrics(t *testing.T) {
 func TestConfigErrors(t *testing.T) {
 	mirror := func(rest string) string { return minimal + "sources:\n  mirrors:\n    - " + rest }
 	for name, c := range map[string]struct{ yaml, want string }{
-		"empty":              {"# nothing\n", ": is empty"},
-		"null":               {"---\n", ":2: the file must be a mapping of version, mode"},
-		"list":               {"- a\n", ":1: the file must be a mapping"},
-		"syntax":             {"version: 1\nmode: [enforce\n", ": not YAML: "},
-		"syntax in line 1":   {"}\n", ":1: not YAML: "},
-		"tab":                {"version: 1\nsources:\n\tmirrors: []\n", ":3: not YAML: found character that cannot start any token"},
-		"two documents":      {minimal + "---\nversion: 1\n", ":3: has more than one document"},
-		"control character":  {minimal + "\x01", ":1: not YAML: control characters"},
-		"not UTF-8":          {"version: 1\nmode: \"\xff\"\n", "not YAML: "},
-		"too long":           {minimal + strings.Repeat("#", 1<<20), ": larger than 1048576 bytes"},
-		"nested":             {strings.Repeat("[", 1<<19), ": not YAML: exceeded max depth"},
-		"anchor":             {"version: &v 1\nmode: audit\n", ":1: anchors and aliases are not supported"},
-		"bomb":               {"a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c]\n", ":1: anchors"},
-		"merge":              {minimal + "<<: {gate: {wait: 1ms}}\n", ":3: <<: unknown key"},
-		"unknown":            {minimal + "rules: []\n", ":3: rules: unknown key; known are version, mode, sources, limits, gate, floor"},
-		"upper-case":         {"Version: 1\n", ":1: Version: unknown key"},
-		"key twice":          {minimal + "mode: audit\n", ":3: mode: given twice"},
-		"quoted key twice":   {minimal + "\"mode\": audit\n", ":3: mode: given twice"},
-		"number as key":      {minimal + "1: 2\n", ":3: 1: unknown key"},
-		"list as key":        {minimal + "[a]: 2\n", "unknown key"},
-		"no version":         {"mode: audit\n", ":1: version: is required"},
-		"version 2":          {"mode: audit\nversion: 2\n", ":2: version: must be 1"},
-		"version 1.0":        {"version: 1.0\n", ":1: version: must be a whole number"},
-		"version as text":    {"version: \"1\"\n", ":1: version: must be a whole number"},
-		"metrics":            {minimal + "metrics: true\n", ":3: metrics: must be a mapping of listen, file"},
-		"metrics unknown":    {minimal + "metrics: {port: 1}\n", ":3: metrics.port: unknown key"},
-		"metrics name":       {minimal + "metrics:\n  listen: localhost:9464\n", ":4: metrics.listen: must be an IP address and a port"},
-		"metrics no port":    {minimal + "metrics: {listen: 127.0.0.1}\n", ":3: metrics.listen: must be an IP address and a port"},
-		"metrics port 0":     {minimal + "metrics: {listen: '127.0.0.1:0'}\n", ":3: metrics.listen: must be an IP address and a port"},
-		"metrics zone":       {minimal + "metrics: {listen: '[fe80::1%eth0]:9464'}\n", ":3: metrics.listen: must be an IP address and a port"},
-		"metrics relative":   {minimal + "metrics: {file: x.prom}\n", ":3: metrics.file: must be the absolute path"},
-		"metrics other file": {minimal + "metrics: {file: /etc/passwd}\n", ":3: metrics.file: must be the absolute path of a file whose name ends in .prom"},
-		"running":            {minimal + "running: restart\n", ":3: running: \"restart\" is not report or stop"},
-		"running number":     {minimal + "running: 1\n", ":3: running: must be text"},
-		"no mode":            {"version: 1\n", ":1: mode: is required: enforce or audit"},
-		"bad mode":           {"version: 1\nmode: Enforce\n", `:2: mode: "Enforce" is not enforce or audit`},
-		"mode null":          {"version: 1\nmode:\n", ":2: mode: must be text"},
-		"mode with tag":      {"version: 1\nmode: !x audit\n", ":2: mode: must be text"},
-		"sources null":       {minimal + "sources:\n", ":3: sources: must be a mapping of network, hosts, acceptPlainHTTP, mirrors, layouts"},
-		"floor text":         {minimal + "floor: a.txt\n", ":3: floor: must be a list"},
-		"floor empty":        {minimal + "floor: []\n", ":3: floor: is empty"},
-		"floor not there":    {minimal + "floor: [floor/none.txt]\n", ":3: floor[0]: "},
-		"floor number":       {minimal + "floor: [1]\n", ":3: floor[0]: must be text"},
-		"sources list":       {minimal + "sources: []\n", ":3: sources: must be a mapping"},
-		"network":            {minimal + "sources:\n  network: auto\n", ":4: sources.network: \"auto\" is not never, mirrors or origin"},
-		"network list":       {minimal + "sources:\n  network: [never]\n", ":4: sources.network: must be text"},
-		"hosts":              {minimal + "sources:\n  hosts: certs.d\n", ":4: sources.hosts: must be auto, none or absolute paths"},
-		"rewrite":            {minimal + "sources:\n  mirrors: [{host: a.b, url: 'http://a.b', rewrite: {'(': x}}]\n", `:4: sources.mirrors[0].rewrite: "(" is no regular expression`},
-		"rewrite list":       {minimal + "sources:\n  mirrors: [{host: a.b, url: 'http://a.b', rewrite: [x]}]\n", ":4: sources.mirrors[0].rewrite: must be a mapping"},
-		"rewrite twice":      {minimal + "sources:\n  mirrors: [{host: a.b, url: 'http://a.b', rewrite: {x: y, x: z}}]\n", `:4: sources.mirrors[0].rewrite: "x" is given twice`},
-		"alias":              {minimal + "aliases: [{from: a.b}]\n", ":3: aliases[0].to: is required"},
-		"alias host":         {minimal + "aliases: [{from: '*', to: a.b}]\n", ":3: aliases[0]: scope"},
-		"alias path":         {minimal + "aliases: [{from: a.b/C, to: a.b}]\n", ":3: aliases[0]: scope"},
-		"alias itself":       {minimal + "aliases: [{from: docker.io, to: index.docker.io/}]\n", ":3: aliases[0]: scope"},
-		"aliases":            {minimal + "aliases: [" + strings.Repeat("a,", 101) + "]\n", ":3: aliases: has more than 100"},
-		"mirrors mapping":    {minimal + "sources:\n  mirrors: {host: a}\n", ":4: sources.mirrors: must be a list"},
-		"mirrors empty":      {minimal + "sources:\n  mirrors: []\n", ":4: sources.mirrors: is empty"},
-		"many mirrors":       {minimal + "sources:\n  mirrors: [" + strings.Repeat("a,", 101) + "]\n", ":4: sources.mirrors: has more than 100"},
-		"mirror text":        {mirror("a"), ":5: sources.mirrors[0]: must be a mapping"},
-		"no host":            {mirror("url: https://a.b"), ":5: sources.mirrors[0].host: is required"},
-		"no url":             {mirror("host: a.b"), ":5: sources.mirrors[0].url: is required"},
-		"host with path":     {mirror("host: a.b/c\n      url: https://a.b"), ":5: sources.mirrors[0].host: \"a.b/c\" is not a registry's host"},
-		"host with scheme":   {mirror("host: https://a.b\n      url: https://a.b"), ":5: sources.mirrors[0].host: "},
-		"host empty":         {mirror("host: \"\"\n      url: https://a.b"), ":5: sources.mirrors[0].host: "},
-		"host null":          {mirror("host:\n      url: https://a.b"), ":5: sources.mirrors[0].host: must be text"},
-		"url scheme":         {mirror("host: a.b\n      url: ftp://a.b"), ":6: sources.mirrors[0].url: must start with http"},
-		"url bare":           {mirror("host: a.b\n      url: a.b:5000"), ":6: sources.mirrors[0].url: is not a URL"},
-		"url host":           {mirror("host: a.b\n      url: https:///x"), ":6: sources.mirrors[0].url: "},
-		"url port":           {mirror("host: a.b\n      url: https://a.b:70000"), ":6: sources.mirrors[0].url: \"70000\" is not a port"},
-		"url password":       {mirror("host: a.b\n      url: https://u:geheim@a.b"), ":6: sources.mirrors[0].url: must not hold a user"},
-		"url password, bad":  {mirror("host: a.b\n      url: https://u:geheim@a.b:x"), ":6: sources.mirrors[0].url: is not a URL"},
-		"url query":          {mirror("host: a.b\n      url: https://a.b?ns=x"), ":6: sources.mirrors[0].url: must not have a query"},
-		"url empty query":    {mirror("host: a.b\n      url: https://a.b?"), ":6: sources.mirrors[0].url: must not have a query"},
-		"url fragment":       {mirror("host: a.b\n      url: \"https://a.b#x\""), ":6: sources.mirrors[0].url: must not have a query or fragment"},
-		"url path":           {mirror("host: a.b\n      url: https://a.b/../x"), ":6: sources.mirrors[0].url: has a path"},
-		"url escaped path":   {mirror("host: a.b\n      url: https://a.b/a%2fb"), ":6: sources.mirrors[0].url: has a path"},
-		"mirror twice":       {mirror("{host: docker.io, url: https://a.b}\n    - {host: Docker.io, url: https://a.b/}"), ":6: sources.mirrors[1]: host docker.io is listed with this URL before"},
-		"ca missing":         {mirror("{host: a.b, url: https://a.b,\n       ca: none.crt}"), ":6: sources.mirrors[0].ca: \"none.crt\": "},
-		"ca missing outside": {mirror("{host: a.b, url: https://a.b,\n       ca: /nonexistent/ca.crt}"), ":6: sources.mirrors[0].ca: \"/nonexistent/ca.crt\": open /nonexistent/ca.crt: no such file"},
-		"ca directory":       {mirror("{host: a.b, url: https://a.b,\n       ca: truststore}"), "truststore: not a regular file"},
-		"ca no PEM":          {mirror("{host: a.b, url: https://a.b,\n       ca: config.yaml}"), "holds no certificate in PEM"},
-		"ca empty":           {mirror("{host: a.b, url: https://a.b,\n       ca: \"\"}"), ":6: sources.mirrors[0].ca: must be a file"},
-		"ca with http":       {mirror("{host: a.b, url: http://a.b,\n       ca: config.yaml}"), ":6: sources.mirrors[0].ca: has no use without https"},
-		"redirects text":     {mirror("{host: a.b, url: https://a.b,\n       redirects: c.d}"), ":6: sources.mirrors[0].redirects: must be a list"},
-		"redirects empty":    {mirror("{host: a.b, url: https://a.b,\n       redirects: []}"), ":6: sources.mirrors[0].redirects: is empty: leave it out"},
-		"redirects URL":      {mirror("{host: a.b, url: https://a.b,\n       redirects: [c.d, \"https://c.d\"]}"), ":6: sources.mirrors[0].redirects[1]: has no port from 1 to 65535"},
-		"redirects path":     {mirror("{host: a.b, url: https://a.b,\n       redirects: [c.d/x]}"), ":6: sources.mirrors[0].redirects[0]: must be a host"},
-		"redirects wide":     {mirror("{host: a.b, url: https://a.b,\n       redirects: [\"*.com\"]}"), `:6: sources.mirrors[0].redirects[0]: must have a domain behind "*.", with a dot in it`},
-		"redirects twice":    {mirror("{host: a.b, url: https://a.b,\n       redirects: [C.d, \"c.d:443\"]}"), ":6: sources.mirrors[0].redirects[1]: is listed twice"},
-		"redirects by http":  {mirror("{host: a.b, url: http://a.b,\n       redirects: [c.d]}"), ":6: sources.mirrors[0].redirects: has no use without https"},
-		"redirects number":   {minimal + "sources:\n  redirects: [1]\n", ":4: sources.redirects[0]: must be text"},
-		"redirects of never": {minimal + "sources:\n  network: never\n  redirects: [c.d]\n", ":5: sources.redirects: has no use with network: never"},
-		"mirror's user":      {mirror("{host: a.b, url: https://a.b,\n       user: x}"), ":6: sources.mirrors[0].user: unknown key"},
-		"layouts text":       {minimal + "sources:\n  layouts: /a\n", ":4: sources.layouts: must be a list"},
-		"layout relative":    {minimal + "sources:\n  layouts: [a]\n", ":4: sources.layouts[0]: must be the absolute path"},
-		"layout number":      {minimal + "sources:\n  layouts: [1]\n", ":4: sources.layouts[0]: must be text"},
-		"keep too short":     {minimal + "sources:\n  keep: 59m\n", ":4: sources.keep: must be from 1h0m0s to "},
-		"refresh too often":  {minimal + "sources:\n  refresh: 599s\n", ":4: sources.refresh: must be never, or from 10m0s to 8784h0m0s: each image of the node is asked about as often"},
-		"refresh too seldom": {minimal + "sources:\n  refresh: 8785h\n", ":4: sources.refresh: must be never, or from "},
-		"refresh negative":   {minimal + "sources:\n  refresh: -24h\n", ":4: sources.refresh: must be never, or from "},
-		"refresh in days":    {minimal + "sources:\n  refresh: 1d\n", ":4: sources.refresh: must be never, or a duration with its unit, for example 24h"},
-		"refresh no unit":    {minimal + "sources:\n  refresh: 24\n", ":4: sources.refresh: must be never, or a duration with its unit"},
-		"refresh list":       {minimal + "sources:\n  refresh: [24h]\n", ":4: sources.refresh: must be never, or a duration with its unit"},
-		"refresh null":       {minimal + "sources:\n  refresh:\n", ":4: sources.refresh: must be never, or a duration with its unit"},
-		"keep in days":       {minimal + "sources:\n  keep: 30d\n", ":4: sources.keep: must be a duration"},
-		"layout twice":       {minimal + "sources:\n  layouts: [/a, /b/../a/]\n", ":4: sources.layouts[1]: is listed twice"},
-		"limits unknown":     {minimal + "limits:\n  referers: 1\n", ":4: limits.referers: unknown key; known are pages, referrers"},
-		"limits zero":        {minimal + "limits: {pages: 0}\n", ":3: limits.pages: must be from 1 to 100"},
-		"limits negative":    {minimal + "limits: {signatures: -1}\n", ":3: limits.signatures: must be from 1 to 1000"},
-		"limits large":       {minimal + "limits: {certificates: 51}\n", ":3: limits.certificates: must be from 1 to 50"},
-		"limits overflow":    {minimal + "limits: {referrers: 99999999999999999999}\n", ":3: limits.referrers: must be a whole number"},
-		"limits text":        {minimal + "limits: {totalBytes: 16MiB}\n", ":3: limits.totalBytes: must be a whole number"},
-		"limits bytes":       {minimal + "limits: {envelopeBytes: 16383}\n", ":3: limits.envelopeBytes: must be from 16384 to 4194304"},
-		"limits manifest":    {minimal + "limits: {manifestBytes: 16777217}\n", ":3: limits.manifestBytes: must be from 16384 to 16777216"},
-		"limits total":       {minimal + "limits: {totalBytes: 1024, envelopeBytes: 16384, certificates: 1}\n", ":3: limits.totalBytes: must be from 32768 to"},
-		"limits contradict":  {minimal + "limits: {totalBytes: 40000, envelopeBytes: 65536}\n", ":3: limits.envelopeBytes: is 65536, and no more than 40000 are read of everything"},
-		"limits signatures":  {minimal + "limits:\n  signatures: 1000\n", ":4: limits.signatures: is 1000, and no more than 200 referrers are listed"},
-		"refresh zero":       {minimal + "sources: {refresh: 0}\n", ":3: sources.refresh: must be never, if"},
-		"refresh zero time":  {minimal + "sources: {refresh: 0s}\n", ":3: sources.refresh: must be never, if"},
-		"limits wall":        {minimal + "limits: {wall: 61s}\n", ":3: limits.wall: must be from 100ms to 1m0s"},
-		"wall without unit":  {minimal + "limits: {wall: 10}\n", ":3: limits.wall: must be a duration with its unit"},
-		"gate unknown":       {minimal + "gate: {maxWaitPercent: 5}\n", ":3: gate.maxWaitPercent: unknown key"},
-		"wait too long":      {minimal + "gate: {wait: 1001ms}\n", ":3: gate.wait: must be from 0s to 1s"},
-		"wait negative":      {minimal + "gate: {wait: -1ms}\n", ":3: gate.wait: must be from 0s to 1s"},
-		"wait list":          {minimal + "gate: {wait: [1ms]}\n", ":3: gate.wait: must be a duration"},
-		"snapshotter":        {minimal + "gate: {snapshotters: [a/b]}\n", `:3: gate.snapshotters[0]: "a/b" is not a snapshotter`},
-		"snapshotter twice":  {minimal + "gate:\n  snapshotters:\n    - a\n    - a\n", ":6: gate.snapshotters[1]: is listed twice"},
-		"runtime":            {minimal + "gate: {runtimes: [\"a b\"]}\n", `:3: gate.runtimes[0]: "a b" is not a runtime type`},
-		"runtimes empty":     {minimal + "gate: {runtimes: []}\n", ":3: gate.runtimes: is empty"},
+		"empty":               {"# nothing\n", ": is empty"},
+		"null":                {"---\n", ":2: the file must be a mapping of version, mode"},
+		"list":                {"- a\n", ":1: the file must be a mapping"},
+		"syntax":              {"version: 1\nmode: [enforce\n", ": not YAML: "},
+		"syntax in line 1":    {"}\n", ":1: not YAML: "},
+		"tab":                 {"version: 1\nsources:\n\tmirrors: []\n", ":3: not YAML: found character that cannot start any token"},
+		"two documents":       {minimal + "---\nversion: 1\n", ":3: has more than one document"},
+		"control character":   {minimal + "\x01", ":1: not YAML: control characters"},
+		"not UTF-8":           {"version: 1\nmode: \"\xff\"\n", "not YAML: "},
+		"too long":            {minimal + strings.Repeat("#", 1<<20), ": larger than 1048576 bytes"},
+		"nested":              {strings.Repeat("[", 1<<19), ": not YAML: exceeded max depth"},
+		"anchor":              {"version: &v 1\nmode: audit\n", ":1: anchors and aliases are not supported"},
+		"bomb":                {"a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c]\n", ":1: anchors"},
+		"merge":               {minimal + "<<: {gate: {wait: 1ms}}\n", ":3: <<: unknown key"},
+		"unknown":             {minimal + "rules: []\n", ":3: rules: unknown key; known are version, mode, sources, limits, gate, allowDigests"},
+		"upper-case":          {"Version: 1\n", ":1: Version: unknown key"},
+		"key twice":           {minimal + "mode: audit\n", ":3: mode: given twice"},
+		"quoted key twice":    {minimal + "\"mode\": audit\n", ":3: mode: given twice"},
+		"number as key":       {minimal + "1: 2\n", ":3: 1: unknown key"},
+		"list as key":         {minimal + "[a]: 2\n", "unknown key"},
+		"no version":          {"mode: audit\n", ":1: version: is required"},
+		"version 2":           {"mode: audit\nversion: 2\n", ":2: version: must be 1"},
+		"version 1.0":         {"version: 1.0\n", ":1: version: must be a whole number"},
+		"version as text":     {"version: \"1\"\n", ":1: version: must be a whole number"},
+		"metrics":             {minimal + "metrics: true\n", ":3: metrics: must be a mapping of listen, file"},
+		"metrics unknown":     {minimal + "metrics: {port: 1}\n", ":3: metrics.port: unknown key"},
+		"metrics name":        {minimal + "metrics:\n  listen: localhost:9464\n", ":4: metrics.listen: must be an IP address and a port"},
+		"metrics no port":     {minimal + "metrics: {listen: 127.0.0.1}\n", ":3: metrics.listen: must be an IP address and a port"},
+		"metrics port 0":      {minimal + "metrics: {listen: '127.0.0.1:0'}\n", ":3: metrics.listen: must be an IP address and a port"},
+		"metrics zone":        {minimal + "metrics: {listen: '[fe80::1%eth0]:9464'}\n", ":3: metrics.listen: must be an IP address and a port"},
+		"metrics relative":    {minimal + "metrics: {file: x.prom}\n", ":3: metrics.file: must be the absolute path"},
+		"metrics other file":  {minimal + "metrics: {file: /etc/passwd}\n", ":3: metrics.file: must be the absolute path of a file whose name ends in .prom"},
+		"running":             {minimal + "runningContainers: restart\n", ":3: runningContainers: \"restart\" is not report or stop"},
+		"running number":      {minimal + "runningContainers: 1\n", ":3: runningContainers: must be text"},
+		"no mode":             {"version: 1\n", ":1: mode: is required: enforce or audit"},
+		"bad mode":            {"version: 1\nmode: Enforce\n", `:2: mode: "Enforce" is not enforce or audit`},
+		"mode null":           {"version: 1\nmode:\n", ":2: mode: must be text"},
+		"mode with tag":       {"version: 1\nmode: !x audit\n", ":2: mode: must be text"},
+		"sources null":        {minimal + "sources:\n", ":3: sources: must be a mapping of network, certsDir, acceptPlainHTTP, mirrors, layouts"},
+		"allowlist text":      {minimal + "allowDigests: a.txt\n", ":3: allowDigests: must be a list"},
+		"allowlist empty":     {minimal + "allowDigests: []\n", ":3: allowDigests: is empty"},
+		"allowlist not there": {minimal + "allowDigests: [allow/none.txt]\n", ":3: allowDigests[0]: "},
+		"allowlist number":    {minimal + "allowDigests: [1]\n", ":3: allowDigests[0]: must be text"},
+		"sources list":        {minimal + "sources: []\n", ":3: sources: must be a mapping"},
+		"network":             {minimal + "sources:\n  network: auto\n", ":4: sources.network: \"auto\" is not never, mirrors or origin"},
+		"network list":        {minimal + "sources:\n  network: [never]\n", ":4: sources.network: must be text"},
+		"hosts":               {minimal + "sources:\n  certsDir: certs.d\n", ":4: sources.certsDir: must be auto, none or absolute paths"},
+		"rewrite":             {minimal + "sources:\n  mirrors: [{host: a.b, url: 'http://a.b', rewrite: {'(': x}}]\n", `:4: sources.mirrors[0].rewrite: "(" is no regular expression`},
+		"rewrite list":        {minimal + "sources:\n  mirrors: [{host: a.b, url: 'http://a.b', rewrite: [x]}]\n", ":4: sources.mirrors[0].rewrite: must be a mapping"},
+		"rewrite twice":       {minimal + "sources:\n  mirrors: [{host: a.b, url: 'http://a.b', rewrite: {x: y, x: z}}]\n", `:4: sources.mirrors[0].rewrite: "x" is given twice`},
+		"alias":               {minimal + "aliases: [{from: a.b}]\n", ":3: aliases[0].to: is required"},
+		"alias host":          {minimal + "aliases: [{from: '*', to: a.b}]\n", ":3: aliases[0]: scope"},
+		"alias path":          {minimal + "aliases: [{from: a.b/C, to: a.b}]\n", ":3: aliases[0]: scope"},
+		"alias itself":        {minimal + "aliases: [{from: docker.io, to: index.docker.io/}]\n", ":3: aliases[0]: scope"},
+		"aliases":             {minimal + "aliases: [" + strings.Repeat("a,", 101) + "]\n", ":3: aliases: has more than 100"},
+		"mirrors mapping":     {minimal + "sources:\n  mirrors: {host: a}\n", ":4: sources.mirrors: must be a list"},
+		"mirrors empty":       {minimal + "sources:\n  mirrors: []\n", ":4: sources.mirrors: is empty"},
+		"many mirrors":        {minimal + "sources:\n  mirrors: [" + strings.Repeat("a,", 101) + "]\n", ":4: sources.mirrors: has more than 100"},
+		"mirror text":         {mirror("a"), ":5: sources.mirrors[0]: must be a mapping"},
+		"no host":             {mirror("url: https://a.b"), ":5: sources.mirrors[0].host: is required"},
+		"no url":              {mirror("host: a.b"), ":5: sources.mirrors[0].url: is required"},
+		"host with path":      {mirror("host: a.b/c\n      url: https://a.b"), ":5: sources.mirrors[0].host: \"a.b/c\" is not a registry's host"},
+		"host with scheme":    {mirror("host: https://a.b\n      url: https://a.b"), ":5: sources.mirrors[0].host: "},
+		"host empty":          {mirror("host: \"\"\n      url: https://a.b"), ":5: sources.mirrors[0].host: "},
+		"host null":           {mirror("host:\n      url: https://a.b"), ":5: sources.mirrors[0].host: must be text"},
+		"url scheme":          {mirror("host: a.b\n      url: ftp://a.b"), ":6: sources.mirrors[0].url: must start with http"},
+		"url bare":            {mirror("host: a.b\n      url: a.b:5000"), ":6: sources.mirrors[0].url: is not a URL"},
+		"url host":            {mirror("host: a.b\n      url: https:///x"), ":6: sources.mirrors[0].url: "},
+		"url port":            {mirror("host: a.b\n      url: https://a.b:70000"), ":6: sources.mirrors[0].url: \"70000\" is not a port"},
+		"url password":        {mirror("host: a.b\n      url: https://u:geheim@a.b"), ":6: sources.mirrors[0].url: must not hold a user"},
+		"url password, bad":   {mirror("host: a.b\n      url: https://u:geheim@a.b:x"), ":6: sources.mirrors[0].url: is not a URL"},
+		"url query":           {mirror("host: a.b\n      url: https://a.b?ns=x"), ":6: sources.mirrors[0].url: must not have a query"},
+		"url empty query":     {mirror("host: a.b\n      url: https://a.b?"), ":6: sources.mirrors[0].url: must not have a query"},
+		"url fragment":        {mirror("host: a.b\n      url: \"https://a.b#x\""), ":6: sources.mirrors[0].url: must not have a query or fragment"},
+		"url path":            {mirror("host: a.b\n      url: https://a.b/../x"), ":6: sources.mirrors[0].url: has a path"},
+		"url escaped path":    {mirror("host: a.b\n      url: https://a.b/a%2fb"), ":6: sources.mirrors[0].url: has a path"},
+		"mirror twice":        {mirror("{host: docker.io, url: https://a.b}\n    - {host: Docker.io, url: https://a.b/}"), ":6: sources.mirrors[1]: host docker.io is listed with this URL before"},
+		"ca missing":          {mirror("{host: a.b, url: https://a.b,\n       ca: none.crt}"), ":6: sources.mirrors[0].ca: \"none.crt\": "},
+		"ca missing outside":  {mirror("{host: a.b, url: https://a.b,\n       ca: /nonexistent/ca.crt}"), ":6: sources.mirrors[0].ca: \"/nonexistent/ca.crt\": open /nonexistent/ca.crt: no such file"},
+		"ca directory":        {mirror("{host: a.b, url: https://a.b,\n       ca: truststore}"), "truststore: not a regular file"},
+		"ca no PEM":           {mirror("{host: a.b, url: https://a.b,\n       ca: config.yaml}"), "holds no certificate in PEM"},
+		"ca empty":            {mirror("{host: a.b, url: https://a.b,\n       ca: \"\"}"), ":6: sources.mirrors[0].ca: must be a file"},
+		"ca with http":        {mirror("{host: a.b, url: http://a.b,\n       ca: config.yaml}"), ":6: sources.mirrors[0].ca: has no use without https"},
+		"redirects text":      {mirror("{host: a.b, url: https://a.b,\n       blobHosts: c.d}"), ":6: sources.mirrors[0].blobHosts: must be a list"},
+		"redirects empty":     {mirror("{host: a.b, url: https://a.b,\n       blobHosts: []}"), ":6: sources.mirrors[0].blobHosts: is empty: leave it out"},
+		"redirects URL":       {mirror("{host: a.b, url: https://a.b,\n       blobHosts: [c.d, \"https://c.d\"]}"), ":6: sources.mirrors[0].blobHosts[1]: has no port from 1 to 65535"},
+		"redirects path":      {mirror("{host: a.b, url: https://a.b,\n       blobHosts: [c.d/x]}"), ":6: sources.mirrors[0].blobHosts[0]: must be a host"},
+		"redirects wide":      {mirror("{host: a.b, url: https://a.b,\n       blobHosts: [\"*.com\"]}"), `:6: sources.mirrors[0].blobHosts[0]: must have a domain behind "*.", with a dot in it`},
+		"redirects twice":     {mirror("{host: a.b, url: https://a.b,\n       blobHosts: [C.d, \"c.d:443\"]}"), ":6: sources.mirrors[0].blobHosts[1]: is listed twice"},
+		"redirects by http":   {mirror("{host: a.b, url: http://a.b,\n       blobHosts: [c.d]}"), ":6: sources.mirrors[0].blobHosts: has no use without https"},
+		"redirects number":    {minimal + "sources:\n  blobHosts: [1]\n", ":4: sources.blobHosts[0]: must be text"},
+		"redirects of never":  {minimal + "sources:\n  network: never\n  blobHosts: [c.d]\n", ":5: sources.blobHosts: has no use with network: never"},
+		"mirror's user":       {mirror("{host: a.b, url: https://a.b,\n       user: x}"), ":6: sources.mirrors[0].user: unknown key"},
+		"layouts text":        {minimal + "sources:\n  layouts: /a\n", ":4: sources.layouts: must be a list"},
+		"layout relative":     {minimal + "sources:\n  layouts: [a]\n", ":4: sources.layouts[0]: must be the absolute path"},
+		"layout number":       {minimal + "sources:\n  layouts: [1]\n", ":4: sources.layouts[0]: must be text"},
+		"keep too short":      {minimal + "sources:\n  retention: 59m\n", ":4: sources.retention: must be from 1h0m0s to "},
+		"refresh too often":   {minimal + "sources:\n  refreshInterval: 599s\n", ":4: sources.refreshInterval: must be never, or from 10m0s to 8784h0m0s: each image of the node is asked about as often"},
+		"refresh too seldom":  {minimal + "sources:\n  refreshInterval: 8785h\n", ":4: sources.refreshInterval: must be never, or from "},
+		"refresh negative":    {minimal + "sources:\n  refreshInterval: -24h\n", ":4: sources.refreshInterval: must be never, or from "},
+		"refresh in days":     {minimal + "sources:\n  refreshInterval: 1d\n", ":4: sources.refreshInterval: must be never, or a duration with its unit, for example 24h"},
+		"refresh no unit":     {minimal + "sources:\n  refreshInterval: 24\n", ":4: sources.refreshInterval: must be never, or a duration with its unit"},
+		"refresh list":        {minimal + "sources:\n  refreshInterval: [24h]\n", ":4: sources.refreshInterval: must be never, or a duration with its unit"},
+		"refresh null":        {minimal + "sources:\n  refreshInterval: \n", ":4: sources.refreshInterval: must be never, or a duration with its unit"},
+		"keep in days":        {minimal + "sources:\n  retention: 30d\n", ":4: sources.retention: must be a duration"},
+		"layout twice":        {minimal + "sources:\n  layouts: [/a, /b/../a/]\n", ":4: sources.layouts[1]: is listed twice"},
+		"limits unknown":      {minimal + "limits:\n  referers: 1\n", ":4: limits.referers: unknown key; known are pages, referrers"},
+		"limits zero":         {minimal + "limits: {pages: 0}\n", ":3: limits.pages: must be from 1 to 100"},
+		"limits negative":     {minimal + "limits: {signatures: -1}\n", ":3: limits.signatures: must be from 1 to 1000"},
+		"limits large":        {minimal + "limits: {certificates: 51}\n", ":3: limits.certificates: must be from 1 to 50"},
+		"limits overflow":     {minimal + "limits: {referrers: 99999999999999999999}\n", ":3: limits.referrers: must be a whole number"},
+		"limits text":         {minimal + "limits: {totalBytes: 16MiB}\n", ":3: limits.totalBytes: must be a whole number"},
+		"limits bytes":        {minimal + "limits: {envelopeBytes: 16383}\n", ":3: limits.envelopeBytes: must be from 16384 to 4194304"},
+		"limits manifest":     {minimal + "limits: {manifestBytes: 16777217}\n", ":3: limits.manifestBytes: must be from 16384 to 16777216"},
+		"limits total":        {minimal + "limits: {totalBytes: 1024, envelopeBytes: 16384, certificates: 1}\n", ":3: limits.totalBytes: must be from 32768 to"},
+		"limits contradict":   {minimal + "limits: {totalBytes: 40000, envelopeBytes: 65536}\n", ":3: limits.envelopeBytes: is 65536, and no more than 40000 are read of everything"},
+		"limits signatures":   {minimal + "limits:\n  signatures: 1000\n", ":4: limits.signatures: is 1000, and no more than 200 referrers are listed"},
+		"refresh zero":        {minimal + "sources: {refreshInterval: 0}\n", ":3: sources.refreshInterval: must be never, if"},
+		"refresh zero time":   {minimal + "sources: {refreshInterval: 0s}\n", ":3: sources.refreshInterval: must be never, if"},
+		"limits wall":         {minimal + "limits: {timeout: 61s}\n", ":3: limits.timeout: must be from 100ms to 1m0s"},
+		"wall without unit":   {minimal + "limits: {timeout: 10}\n", ":3: limits.timeout: must be a duration with its unit"},
+		"gate unknown":        {minimal + "gate: {maxWaitPercent: 5}\n", ":3: gate.maxWaitPercent: unknown key"},
+		"wait too long":       {minimal + "gate: {wait: 1001ms}\n", ":3: gate.wait: must be from 0s to 1s"},
+		"wait negative":       {minimal + "gate: {wait: -1ms}\n", ":3: gate.wait: must be from 0s to 1s"},
+		"wait list":           {minimal + "gate: {wait: [1ms]}\n", ":3: gate.wait: must be a duration"},
+		"snapshotter":         {minimal + "gate: {snapshotters: [a/b]}\n", `:3: gate.snapshotters[0]: "a/b" is not a snapshotter`},
+		"snapshotter twice":   {minimal + "gate:\n  snapshotters:\n    - a\n    - a\n", ":6: gate.snapshotters[1]: is listed twice"},
+		"runtime":             {minimal + "gate: {runtimes: [\"a b\"]}\n", `:3: gate.runtimes[0]: "a b" is not a runtime type`},
+		"runtimes empty":      {minimal + "gate: {runtimes: []}\n", ":3: gate.runtimes: is empty"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := write(t, with(notation(), "config.yaml", c.yaml))
@@ -550,7 +550,7 @@ func TestSources(t *testing.T) {
     - {host: "[2001:DB8:0::1]:5000", url: "https://[2001:db8::2]"}
     - {host: "*", url: "https://rest.site"}
   layouts: [/media/usb]
-  keep: 48h
+  retention: 48h
 `)))
 	if c.Keep != 48*time.Hour {
 		t.Errorf("keep is %v", c.Keep)
@@ -653,9 +653,9 @@ func TestWarnings(t *testing.T) {
 // runs.
 func FuzzConfig(f *testing.F) {
 	for _, s := range []string{
-		minimal, minimal + "gate: {wait: 0s, snapshotters: [a]}\n", minimal + "limits: {pages: 0x10, wall: 1m}\n",
+		minimal, minimal + "gate: {wait: 0s, snapshotters: [a]}\n", minimal + "limits: {pages: 0x10, timeout: 1m}\n",
 		minimal + "sources:\n  mirrors: [{host: \"*\", url: \"http://[::1]:5000/a\"}]\n  layouts: [/a]\n",
-		minimal + "sources:\n  mirrors: [{host: \"*\", url: \"https://a.b\", redirects: [\"*.c.d:8443\", \"[::1]\"]}]\n  redirects: [\"*\"]\n",
+		minimal + "sources:\n  mirrors: [{host: \"*\", url: \"https://a.b\", blobHosts: [\"*.c.d:8443\", \"[::1]\"]}]\n  blobHosts: [\"*\"]\n",
 		"version: &a 1\nmode: *a\n", "a: &a [*a]", "{", "? [a]\n: b", "%YAML 1.1\n---\nversion: 1\n...\n", "\xff\xfev\x00", "version: !!int \"1\"\nmode: |-\n  audit\n",
 	} {
 		f.Add([]byte(s))

@@ -578,7 +578,7 @@ func TestHelperIsAskedAboutNamedHosts(t *testing.T) {
 	scopes := trustPolicy(`scoped.example/app", "docker.io/library/nginx`)
 	for _, network := range []string{"", "  network: origin\n"} {
 		c := load1(t, write(t, with(notation(), "trustpolicy.json", scopes, "auth.json", `{"auths": {"entry.example": {}, "login.example": `+auth("v", "q")+`}, "credHelpers": {"own.example": "x"}, "credsStore": "x"}`,
-			"config.yaml", minimal+"sources:\n"+network+"  credentials: auth.json\n  helpers: "+dir+"\n  hosts: "+certs+"\n  mirrors:\n    - {host: mirrored.example, url: 'https://mirror.example'}\n")))
+			"config.yaml", minimal+"sources:\n"+network+"  credentials: auth.json\n  helpers: "+dir+"\n  certsDir: "+certs+"\n  mirrors:\n    - {host: mirrored.example, url: 'https://mirror.example'}\n")))
 		h := c.hostSources(func(m registry.Mirror, named bool) registry.Mirror {
 			m.Credentials = c.credentials.of(m.URL, named)
 			return m

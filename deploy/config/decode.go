@@ -25,19 +25,19 @@ import (
 
 // Limits of config.yaml besides its length.
 const (
-	maxMirrors   = 100
-	maxLayouts   = 20
-	maxFloors    = 32   // files
-	maxRewrites  = 64   // of one mirror
-	maxRewrite   = 1024 // bytes of one side of one
-	maxRedirects = 64   // patterns of one mirror
-	maxAliases   = 100
-	maxNames     = 50  // snapshotters, and runtimes
-	maxName      = 128 // bytes of one; not in the expressions, where each repetition would be compiled
-	maxWait      = time.Second
-	maxKeep      = 10 * 366 * 24 * time.Hour
-	minRefresh   = 10 * time.Minute
-	maxRefresh   = 366 * 24 * time.Hour
+	maxMirrors    = 100
+	maxLayouts    = 20
+	maxAllowlists = 32   // files
+	maxRewrites   = 64   // of one mirror
+	maxRewrite    = 1024 // bytes of one side of one
+	maxRedirects  = 64   // patterns of one mirror
+	maxAliases    = 100
+	maxNames      = 50  // snapshotters, and runtimes
+	maxName       = 128 // bytes of one; not in the expressions, where each repetition would be compiled
+	maxWait       = time.Second
+	maxKeep       = 10 * 366 * 24 * time.Hour
+	minRefresh    = 10 * time.Minute
+	maxRefresh    = 366 * 24 * time.Hour
 
 	// A signature with its chain and timestamp has up to so much, and a list that
 	// names it, or an index of some platforms.
@@ -54,7 +54,7 @@ var (
 
 // decode reads config.yaml into c. It keeps to a small part of YAML, so that a
 // file means one thing: one document, no anchors, aliases or merge keys, no key
-// twice, no null, and each value of exactly its type. It returns what sources.hosts
+// twice, no null, and each value of exactly its type. It returns what sources.certsDir
 // names.
 func decode(d *directory, raw []byte, c *Config) (hosts []string, err error) {
 	r := &reader{dir: d, file: d.path("config.yaml")}
@@ -112,9 +112,9 @@ func (r *reader) plain(n *yaml.Node) {
 	}
 }
 
-// config returns what sources.hosts names.
+// config returns what sources.certsDir names.
 func (r *reader) config(n *yaml.Node, c *Config) (hosts []string) {
-	top := r.mapping(n, "", "version", "mode", "sources", "limits", "gate", "floor", "metrics", "running", "aliases")
+	top := r.mapping(n, "", "version", "mode", "sources", "limits", "gate", "allowDigests", "metrics", "runningContainers", "aliases")
 	if v, there := top["version"]; !there {
 		r.fail(n, "version", "is required: version: 1")
 	} else if r.integer(v, "version", 0, 1<<31) != 1 {
@@ -141,10 +141,10 @@ func (r *reader) config(n *yaml.Node, c *Config) (hosts []string) {
 	if v, there := top["gate"]; there {
 		r.gate(v, &c.Gate)
 	}
-	r.floor(top["floor"], c)
+	r.allowDigests(top["allowDigests"], c)
 	r.aliases(top["aliases"], c)
-	if v, there := top["running"]; there {
-		switch s := r.text(v, "running"); s {
+	if v, there := top["runningContainers"]; there {
+		switch s := r.text(v, "runningContainers"); s {
 		case "report":
 		case "stop":
 			c.StopRunning = true
@@ -152,9 +152,9 @@ func (r *reader) config(n *yaml.Node, c *Config) (hosts []string) {
 			if c.Mode == verify.Audit {
 				why = "nothing is stopped in mode audit"
 			}
-			c.Warnings = append(c.Warnings, policy.Warning{Field: "running", Text: why})
+			c.Warnings = append(c.Warnings, policy.Warning{Field: "runningContainers", Text: why})
 		default:
-			r.fail(v, "running", "%s is not report or stop", text.Quote(s, 64))
+			r.fail(v, "runningContainers", "%s is not report or stop", text.Quote(s, 64))
 		}
 	}
 	if v, there := top["metrics"]; there {
@@ -163,30 +163,30 @@ func (r *reader) config(n *yaml.Node, c *Config) (hosts []string) {
 	return hosts
 }
 
-// floor reads the files of digests that need no signature.
-func (r *reader) floor(n *yaml.Node, c *Config) {
-	for i, v := range r.sequence(n, "floor", maxFloors) {
-		at := index("floor", i)
+// allowDigests reads the files of digests that need no signature.
+func (r *reader) allowDigests(n *yaml.Node, c *Config) {
+	for i, v := range r.sequence(n, "allowDigests", maxAllowlists) {
+		at := index("allowDigests", i)
 		name, raw := r.named(v, at)
 		if r.err != nil {
 			return
 		}
-		list, err := policy.ParseFloor(name, raw)
+		list, err := policy.ParseAllowlist(name, raw)
 		if e := (*policy.Error)(nil); errors.As(err, &e) {
 			r.err = &Error{File: absolute(r.dir.dir, name), Line: e.Line, Text: e.Text}
 			return
 		}
-		c.Floor = append(c.Floor, list...)
+		c.AllowDigests = append(c.AllowDigests, list...)
 	}
 }
 
 // sources returns the directories of containerd's that it names, see network.
 func (r *reader) sources(n *yaml.Node, c *Config) (hosts []string) {
-	f := r.mapping(n, "sources", "network", "hosts", "acceptPlainHTTP", "mirrors", "layouts", "redirects", "credentials", "helpers", "keep", "refresh")
+	f := r.mapping(n, "sources", "network", "certsDir", "acceptPlainHTTP", "mirrors", "layouts", "blobHosts", "credentials", "helpers", "retention", "refreshInterval")
 	hosts = r.network(f, c)
-	c.Redirects = r.redirects(f["redirects"], "sources.redirects")
-	c.Keep = r.duration(f["keep"], "sources.keep", time.Hour, maxKeep)
-	r.refresh(f["refresh"], c)
+	c.Redirects = r.redirects(f["blobHosts"], "sources.blobHosts")
+	c.Keep = r.duration(f["retention"], "sources.retention", time.Hour, maxKeep)
+	r.refresh(f["refreshInterval"], c)
 	for i, v := range r.sequence(f["mirrors"], "sources.mirrors", maxMirrors) {
 		path := index("sources.mirrors", i)
 		m := r.mirror(v, path)
@@ -229,7 +229,7 @@ func (r *reader) sources(n *yaml.Node, c *Config) (hosts []string) {
 
 // refresh reads how often signatures are looked for again.
 func (r *reader) refresh(n *yaml.Node, c *Config) {
-	const at = "sources.refresh"
+	const at = "sources.refreshInterval"
 	if n == nil {
 		return
 	}
@@ -300,7 +300,7 @@ func (r *reader) named(n *yaml.Node, at string) (name string, raw []byte) {
 }
 
 func (r *reader) mirror(n *yaml.Node, path string) (m Mirror) {
-	f := r.mapping(n, path, "host", "url", "ca", "cert", "key", "realm", "ns", "rewrite", "redirects")
+	f := r.mapping(n, path, "host", "url", "ca", "cert", "key", "realm", "ns", "rewrite", "blobHosts")
 	for _, must := range []string{"host", "url"} {
 		if f[must] == nil {
 			r.fail(n, path+"."+must, "is required")
@@ -321,7 +321,7 @@ func (r *reader) mirror(n *yaml.Node, path string) (m Mirror) {
 	if r.err != nil {
 		return m
 	}
-	for _, key := range []string{"ca", "cert", "key", "redirects"} {
+	for _, key := range []string{"ca", "cert", "key", "blobHosts"} {
 		if f[key] != nil && m.URL.Scheme != "https" {
 			r.fail(f[key], path+"."+key, "has no use without https")
 		}
@@ -345,7 +345,7 @@ func (r *reader) mirror(n *yaml.Node, path string) (m Mirror) {
 		m.NS = r.boolean(n, path+".ns")
 	}
 	m.Rewrite = r.rewrites(f["rewrite"], path+".rewrite")
-	m.Redirects = r.redirects(f["redirects"], path+".redirects")
+	m.Redirects = r.redirects(f["blobHosts"], path+".blobHosts")
 	return m
 }
 
@@ -439,7 +439,7 @@ func pool(raw []byte, roots *x509.CertPool) (*x509.CertPool, error) {
 
 func (r *reader) limits(n *yaml.Node) (l verify.Limits) {
 	f := r.mapping(n, "limits", "pages", "referrers", "signatures", "certificates",
-		"manifestBytes", "envelopeBytes", "totalBytes", "wall")
+		"manifestBytes", "envelopeBytes", "totalBytes", "timeout")
 	count := func(key string, hi int64) int {
 		return int(r.integer(f[key], "limits."+key, 1, hi))
 	}
@@ -453,7 +453,7 @@ func (r *reader) limits(n *yaml.Node) (l verify.Limits) {
 	l.ManifestBytes = size("manifestBytes", minManifest, 16<<20)
 	l.EnvelopeBytes = size("envelopeBytes", minEnvelope, 4<<20)
 	l.TotalBytes = size("totalBytes", minManifest+minEnvelope, 256<<20)
-	l.Wall = r.duration(f["wall"], "limits.wall", 100*time.Millisecond, requestTimeout)
+	l.Wall = r.duration(f["timeout"], "limits.timeout", 100*time.Millisecond, requestTimeout)
 	// One that another makes pointless was meant otherwise. What is not written gives way.
 	all := l.Or(verify.DefaultLimits)
 	if n := f["signatures"]; n != nil && all.Signatures > all.Referrers {

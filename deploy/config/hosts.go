@@ -169,40 +169,40 @@ func remote(config *tls.Config) *http.Client {
 // anybody is shared by all hosts of which no file says anything.
 var anybody = remote(nil)
 
-// network reads sources.network and sources.hosts, and what contradicts them. It returns
+// network reads sources.network and sources.certsDir, and what contradicts them. It returns
 // the directories to read, nil for those of containerd, or [none].
 func (r *reader) network(f map[string]*yaml.Node, c *Config) (dirs []string) {
-	const at, hostsAt = "sources.network", "sources.hosts"
+	const at, hostsAt = "sources.network", "sources.certsDir"
 	if n := f["network"]; n != nil {
 		s := r.text(n, at)
 		if c.Network = networks[s]; c.Network == NetworkDefault {
 			r.fail(n, at, "%s is not never, mirrors or origin", text.Quote(s, 64))
 		}
 	}
-	if n := f["hosts"]; n != nil {
+	if n := f["certsDir"]; n != nil {
 		dirs = r.directories(n, hostsAt)
 	}
 	r.accepted(f["acceptPlainHTTP"], c)
 	if c.Network == NetworkNever {
-		for _, key := range []string{"mirrors", "credentials", "redirects"} {
+		for _, key := range []string{"mirrors", "credentials", "blobHosts"} {
 			if n := f[key]; n != nil {
 				r.fail(n, "sources."+key, "has no use with network: never")
 			}
 		}
-		if n := f["hosts"]; n != nil && !slices.Equal(dirs, none) {
+		if n := f["certsDir"]; n != nil && !slices.Equal(dirs, none) {
 			r.fail(n, hostsAt, "has no use with network: never")
 		}
 	}
 	return dirs
 }
 
-// none is the value of sources.hosts that reads nothing.
+// none is the value of sources.certsDir that reads nothing.
 var none = []string{"none"}
 
-// maxDirectories bounds those of sources.hosts.
+// maxDirectories bounds those of sources.certsDir.
 const maxDirectories = 8
 
-// directories reads sources.hosts: auto (nil), none, or directories, in a list or with
+// directories reads sources.certsDir: auto (nil), none, or directories, in a list or with
 // colons between them as containerd's config_path has them.
 func (r *reader) directories(n *yaml.Node, at string) (dirs []string) {
 	var all []string

@@ -85,13 +85,13 @@ func TestHosts(t *testing.T) {
 		"named twice": {twice, []string{"network: origin"}, map[string]string{
 			"docker.io": "https://m.site https://m.site/hub/v2", "quay.io": "https://quay.io", "r.site": "https://r.site",
 			"s.site": "https://m.site https://m.site", "t.site": "https://m.site https://m.site"}},
-		"none": {files, []string{"network: mirrors", "hosts: none"}, map[string]string{"docker.io": "", "quay.io": ""}},
+		"none": {files, []string{"network: mirrors", "certsDir: none"}, map[string]string{"docker.io": "", "quay.io": ""}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			lines := tt.lines
-			if !strings.Contains(fmt.Sprint(lines), "hosts: none") {
-				lines = append(lines, "hosts: "+certsD(t, tt.files...))
+			if !strings.Contains(fmt.Sprint(lines), "certsDir: none") {
+				lines = append(lines, "certsDir: "+certsD(t, tt.files...))
 			}
 			c := load1(t, write(t, with(notation(), "config.yaml", sourcesOf(lines...))))
 			for host, want := range tt.want {
@@ -154,7 +154,7 @@ func TestHostsUsual(t *testing.T) {
 			}
 		}
 	}
-	if _, err := Load(write(t, with(notation(), "config.yaml", sourcesOf("hosts: /nowhere/certs.d")))); err == nil {
+	if _, err := Load(write(t, with(notation(), "config.yaml", sourcesOf("certsDir: /nowhere/certs.d")))); err == nil {
 		t.Error("a directory that is named and not there is no error")
 	}
 }
@@ -171,7 +171,7 @@ func TestHostsSeveral(t *testing.T) {
 		one + ":" + all + ":" + two:  {"https://one.site", "https://all.site"},
 		"/nowhere/certs.d:" + two:    {"https://two.site", "https://ghcr.site"},
 	} {
-		c, err := Load(write(t, with(notation(), "config.yaml", sourcesOf("network: mirrors", "hosts: "+hosts))))
+		c, err := Load(write(t, with(notation(), "config.yaml", sourcesOf("network: mirrors", "certsDir: "+hosts))))
 		must(t, err)
 		for i, host := range []string{"docker.io", "ghcr.io"} {
 			if got := namesOf(c, host); got != want[i] {
@@ -188,7 +188,7 @@ func TestHostsSeveral(t *testing.T) {
 		"/nowhere/a:/nowhere/b":          "/nowhere/a: no such file or directory",
 		strings.Repeat("/a/b:", 8) + one: "names",
 	} {
-		if _, err := Load(write(t, with(notation(), "config.yaml", sourcesOf("hosts: "+quoted(hosts))))); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := Load(write(t, with(notation(), "config.yaml", sourcesOf("certsDir: "+quoted(hosts))))); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", hosts, err)
 		}
 	}
@@ -208,7 +208,7 @@ func TestPlainHTTP(t *testing.T) {
 	t.Parallel()
 	dir := certsD(t, "docker.io/hosts.toml", "server = 'http://10.0.0.5:5000'\n[host.'http://10.0.0.5:5000']\n", "quay.io/hosts.toml", "[host.'http://10.0.0.5:5000']\n", "ghcr.io/hosts.toml", "[host.'https://skip.site']\n  skip_verify = true\n")
 	count := func(more ...string) (n int, c *Config) {
-		c, err := Load(write(t, with(notation(), "config.yaml", sourcesOf(append([]string{"hosts: " + dir, "mirrors: [{host: a.site, url: 'http://b.site'}]"}, more...)...))))
+		c, err := Load(write(t, with(notation(), "config.yaml", sourcesOf(append([]string{"certsDir: " + dir, "mirrors: [{host: a.site, url: 'http://b.site'}]"}, more...)...))))
 		must(t, err)
 		for _, w := range c.Warnings {
 			if strings.Contains(w.Text, "anybody on the way") {
@@ -281,9 +281,9 @@ func TestPlainHTTPSecrets(t *testing.T) {
 		"itself, without checking": {"skip_verify = true\n", accept, true, "can hide signatures"},
 	} {
 		dir := certsD(t, "10.0.0.5:5000/hosts.toml", tt.file)
-		all := with(notation(), "config.yaml", sourcesOf("hosts: "+dir, tt.accept))
+		all := with(notation(), "config.yaml", sourcesOf("certsDir: "+dir, tt.accept))
 		if tt.login {
-			all = with(notation(), "config.yaml", sourcesOf("hosts: "+dir, tt.accept, "credentials: logins.json"), "logins.json", login)
+			all = with(notation(), "config.yaml", sourcesOf("certsDir: "+dir, tt.accept, "credentials: logins.json"), "logins.json", login)
 		}
 		c, err := Load(write(t, all))
 		must(t, err)
@@ -307,13 +307,13 @@ func TestNoMirror(t *testing.T) {
 		text string
 		want bool
 	}{
-		"none":             {"version: 1\nmode: enforce\nsources: {network: mirrors, hosts: none}\n", true},
-		"in audit":         {"version: 1\nmode: audit\nsources: {network: mirrors, hosts: none}\n", false},
-		"a mirror":         {"version: 1\nmode: enforce\nsources: {network: mirrors, hosts: none, mirrors: [{host: docker.io, url: 'https://b.site'}]}\n", false},
-		"a hosts.toml":     {"version: 1\nmode: enforce\nsources: {network: mirrors, hosts: " + some + "}\n", false},
-		"an empty certs.d": {"version: 1\nmode: enforce\nsources: {network: mirrors, hosts: " + t.TempDir() + "}\n", true},
+		"none":             {"version: 1\nmode: enforce\nsources: {network: mirrors, certsDir: none}\n", true},
+		"in audit":         {"version: 1\nmode: audit\nsources: {network: mirrors, certsDir: none}\n", false},
+		"a mirror":         {"version: 1\nmode: enforce\nsources: {network: mirrors, certsDir: none, mirrors: [{host: docker.io, url: 'https://b.site'}]}\n", false},
+		"a hosts.toml":     {"version: 1\nmode: enforce\nsources: {network: mirrors, certsDir: " + some + "}\n", false},
+		"an empty certs.d": {"version: 1\nmode: enforce\nsources: {network: mirrors, certsDir: " + t.TempDir() + "}\n", true},
 		"never":            {"version: 1\nmode: enforce\nsources: {network: never}\n", false},
-		"the host itself":  {"version: 1\nmode: enforce\nsources: {hosts: none}\n", false},
+		"the host itself":  {"version: 1\nmode: enforce\nsources: {certsDir: none}\n", false},
 	} {
 		c, err := Load(write(t, with(notation(), "config.yaml", tt.text)))
 		must(t, err)
@@ -339,7 +339,7 @@ func TestHostsBroken(t *testing.T) {
 	} {
 		certs := certsD(t, "docker.io/hosts.toml", text)
 		must(t, syscall.Mkfifo(filepath.Join(certs, "docker.io", "pipe"), 0o600))
-		_, err := Load(write(t, with(notation(), "config.yaml", sourcesOf("hosts: "+certs))))
+		_, err := Load(write(t, with(notation(), "config.yaml", sourcesOf("certsDir: "+certs))))
 		e := (*Error)(nil)
 		if !errors.As(err, &e) || !strings.HasPrefix(err.Error(), certs) || strings.Contains(err.Error(), "geheim") {
 			t.Errorf("%q: got %v", text, err)
@@ -349,7 +349,7 @@ func TestHostsBroken(t *testing.T) {
 	}
 	certs := certsD(t, "docker.io/hosts.toml", "#")
 	must(t, os.Chmod(certs+"/docker.io/hosts.toml", 0o666))
-	if _, err := Load(write(t, with(notation(), "config.yaml", sourcesOf("hosts: "+certs)))); err == nil || !strings.Contains(err.Error(), "everybody can write") {
+	if _, err := Load(write(t, with(notation(), "config.yaml", sourcesOf("certsDir: "+certs)))); err == nil || !strings.Contains(err.Error(), "everybody can write") {
 		t.Errorf("a file that everybody can write: %v", err)
 	}
 }
@@ -357,7 +357,7 @@ func TestHostsBroken(t *testing.T) {
 func TestWatchHosts(t *testing.T) {
 	certs := filepath.Join(t.TempDir(), "certs.d")
 	fill(t, certs, map[string]string{"docker.io/hosts.toml": "[host.'https://a.site']"})
-	dir := write(t, with(notation(), "config.yaml", sourcesOf("network: mirrors", "hosts: "+certs)))
+	dir := write(t, with(notation(), "config.yaml", sourcesOf("network: mirrors", "certsDir: "+certs)))
 	first := load1(t, dir)
 	w := startWatching(t, dir, first, time.Hour)
 	w.quiet("the start")
@@ -444,7 +444,7 @@ func TestHostsTLS(t *testing.T) {
 	all := "[host.'" + srv.URL + "/x/v2']\ncapabilities = ['pull', 'resolve']\noverride_path = true\nca = ['ca.crt']\nclient = [['node.crt', 'node.key']]\n" +
 		"[host.'" + srv.URL + "/x/v2'.rewrite]\n'^rancher/(.*)' = 'mirrorproject/rancher-images/$1'\n[host.'" + srv.URL + "/x/v2'.header]\nX-Site = 'geheim-geheim'\n"
 	load := func(text string) *Config {
-		return load1(t, write(t, with(notation(), "config.yaml", sourcesOf("network: mirrors", "hosts: "+certsD(t,
+		return load1(t, write(t, with(notation(), "config.yaml", sourcesOf("network: mirrors", "certsDir: "+certsD(t,
 			"docker.io/hosts.toml", text, "docker.io/ca.crt", ca, "docker.io/node.crt", cert, "docker.io/node.key", key)))))
 	}
 	c := load(all)
@@ -515,25 +515,25 @@ func TestRedirects(t *testing.T) {
 		"registry.test/ca.crt", ca, "registry.test/node.crt", cert, "registry.test/node.key", key)
 	itself := certsD(t, strings.Replace(direct.Host, ":", "_", 1)+"_/ca.crt", ca)
 	unchecked := certsD(t, "registry.test/hosts.toml", "[host.'"+direct.String()+"']\nskip_verify = true\n")
-	redirects := "redirects: [\"" + cdn.Host + "\"]"
+	redirects := "blobHosts: [\"" + cdn.Host + "\"]"
 	for name, tt := range map[string]struct {
 		host, sources, hosts, with, field string
 		shown, followed                   bool
 	}{
 		"mirror":               {"registry.test", fmt.Sprintf(listed, ", "+redirects), "none", "", "", true, true},
-		"mirror, not listed":   {"registry.test", fmt.Sprintf(listed, ""), "none", redirects, "sources.mirrors[0].redirects", true, false},
+		"mirror, not listed":   {"registry.test", fmt.Sprintf(listed, ""), "none", redirects, "sources.mirrors[0].blobHosts", true, false},
 		"mirror, command line": {"registry.test", fmt.Sprintf(listed, ""), "none", "", "", true, true},
 		"hosts.toml":           {"registry.test", "", toml, redirects, "", true, true},
-		"hosts.toml, nothing":  {"registry.test", "", toml, "", "sources.redirects", true, false},
+		"hosts.toml, nothing":  {"registry.test", "", toml, "", "sources.blobHosts", true, false},
 		"the host itself":      {direct.Host, "", itself, redirects, "", false, true},
-		"the host, nothing":    {direct.Host, "", itself, "", "sources.redirects", false, false},
-		"any host, no address": {direct.Host, "", itself, "redirects: [\"*:" + cdn.Port() + "\"]", "sources.redirects", false, false},
+		"the host, nothing":    {direct.Host, "", itself, "", "sources.blobHosts", false, false},
+		"any host, no address": {direct.Host, "", itself, "blobHosts: [\"*:" + cdn.Port() + "\"]", "sources.blobHosts", false, false},
 		"unchecked":            {"registry.test", "", unchecked, redirects, "", false, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			blobs.Store(0)
 			known.Store(0)
-			lines := []string{"hosts: " + tt.hosts}
+			lines := []string{"certsDir: " + tt.hosts}
 			for _, l := range []string{tt.sources, tt.with} {
 				if l != "" {
 					lines = append(lines, l)
@@ -591,14 +591,14 @@ func TestHostsLocalhost(t *testing.T) {
 	for _, at := range []string{plain.Listener.Addr().String(), secure.Listener.Addr().String()} {
 		dir := strings.Replace(at, ":", "_", 1) + "_/hosts.toml"
 		for _, text := range []string{"#", "server = 'https://" + at + "'", "[host.'https://" + at + "']"} {
-			c := load1(t, write(t, with(notation(), "config.yaml", sourcesOf("hosts: "+certsD(t, dir, text)))))
+			c := load1(t, write(t, with(notation(), "config.yaml", sourcesOf("certsDir: "+certsD(t, dir, text)))))
 			if errs := find(t, c, at, "a"); len(errs) != 1 || !errors.Is(errs[0], verify.ErrUnreachable) || got.all() != "" {
 				t.Errorf("%s, %s: %v", at, text, errs)
 			}
 		}
 	}
 	at := plain.Listener.Addr().String()
-	c := load1(t, write(t, with(notation(), "config.yaml", sourcesOf("hosts: "+certsD(t, strings.Replace(at, ":", "_", 1)+"_/hosts.toml", "server = 'http://"+at+"'")))))
+	c := load1(t, write(t, with(notation(), "config.yaml", sourcesOf("certsDir: "+certsD(t, strings.Replace(at, ":", "_", 1)+"_/hosts.toml", "server = 'http://"+at+"'")))))
 	if errs := find(t, c, at, "a"); errs != nil || got.all() != "nobody /v2/a/referrers ns=" {
 		t.Error("what is written is not asked", errs)
 	}
@@ -658,22 +658,22 @@ func TestNetworkNever(t *testing.T) {
 		t.Error("a node without any mirror takes its empty store for an answer")
 	}
 	for _, line := range []string{"network: never", "network: mirrors"} {
-		if d := ask(line, "hosts: none"); d.Allowed() || d.Reason != verify.SourceUnreachable || !strings.Contains(d.Detail, "no source of signatures is configured") || n.Load() != 0 {
+		if d := ask(line, "certsDir: none"); d.Allowed() || d.Reason != verify.SourceUnreachable || !strings.Contains(d.Detail, "no source of signatures is configured") || n.Load() != 0 {
 			t.Errorf("%s: %s %s, %d connections", line, d.Reason, d.Detail, n.Load())
 		}
 	}
 	certs := certsD(t, "_default/hosts.toml", "[host.'http://"+at+"']")
-	if d := ask("network: mirrors", "hosts: "+certs); d.Reason != verify.SourceUnreachable || n.Load() == 0 {
+	if d := ask("network: mirrors", "certsDir: "+certs); d.Reason != verify.SourceUnreachable || n.Load() == 0 {
 		t.Errorf("mirrors: %s, %d connections", d.Reason, n.Load())
 	}
 	n.Store(0)
-	if d := ask("hosts: none"); d.Reason != verify.SourceUnreachable || n.Load() == 0 {
+	if d := ask("certsDir: none"); d.Reason != verify.SourceUnreachable || n.Load() == 0 {
 		t.Errorf("its own mirror: %s, %d connections", d.Reason, n.Load())
 	}
 	for lines, want := range map[string]string{
 		"mirrors: [{host: docker.io, url: 'http://" + at + "'}]": "sources.mirrors: has no use with network: never",
-		"hosts: " + certs:        "sources.hosts: has no use with network: never",
-		"hosts: auto":            "sources.hosts: has no use with network: never",
+		"certsDir: " + certs:     "sources.certsDir: has no use with network: never",
+		"certsDir: auto":         "sources.certsDir: has no use with network: never",
 		"credentials: auth.json": "sources.credentials: has no use with network: never",
 	} {
 		if _, err := Load(write(t, with(notation(), "config.yaml", sourcesOf("network: never", lines), "auth.json", "{}"))); err == nil || !strings.HasSuffix(err.Error(), want) {
@@ -706,7 +706,7 @@ func TestDeniedAsksNobody(t *testing.T) {
 func TestLinkLocal(t *testing.T) {
 	t.Parallel()
 	for _, from := range []string{"none", certsD(t, "_default/hosts.toml", "skip_verify = true")} {
-		c := load1(t, write(t, with(notation(), "config.yaml", sourcesOf("hosts: "+from))))
+		c := load1(t, write(t, with(notation(), "config.yaml", sourcesOf("certsDir: "+from))))
 		for _, host := range []string{"169.254.169.254", "[fe80::1]:5000"} {
 			if errs := find(t, c, host, "a"); len(errs) != 1 || !errors.Is(errs[0], verify.ErrUnreachable) || !strings.Contains(errs[0].Error(), "link-local") {
 				t.Errorf("%s: %v", host, errs)
@@ -721,7 +721,7 @@ func TestAliases(t *testing.T) {
 	var got asked
 	srv := httptest.NewServer(&got)
 	defer srv.Close()
-	c := load1(t, write(t, with(notation(), "config.yaml", minimal+"aliases:\n  - {from: 127.0.0.1:31999/, to: docker.io/}\nsources:\n  hosts: none\n  mirrors:\n    - {host: docker.io, url: '"+srv.URL+"', ns: true, rewrite: {'^library/(.*)$': 'hub/$1'}}\n")))
+	c := load1(t, write(t, with(notation(), "config.yaml", minimal+"aliases:\n  - {from: 127.0.0.1:31999/, to: docker.io/}\nsources:\n  certsDir: none\n  mirrors:\n    - {host: docker.io, url: '"+srv.URL+"', ns: true, rewrite: {'^library/(.*)$': 'hub/$1'}}\n")))
 	setup, err := c.Snapshot(judgeItself, time.Now)
 	must(t, err)
 	setup.Mode = verify.Enforce

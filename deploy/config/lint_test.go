@@ -22,7 +22,7 @@ func TestLint(t *testing.T) {
 	}
 	past := notarytest.CertOptions{NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(-time.Hour)}
 	mirrors := func(list string) string {
-		return minimal + "sources:\n  network: mirrors\n  hosts: none\n  mirrors:\n" + list
+		return minimal + "sources:\n  network: mirrors\n  certsDir: none\n  mirrors:\n" + list
 	}
 	const hub = "    - {host: docker.io, url: 'https://10.0.0.5:5000'}\n"
 	helpers := helper(t, "there", "")
@@ -43,14 +43,14 @@ func TestLint(t *testing.T) {
 		"credentials, scheme":    {[]string{"config.yaml", mirrors(hub) + "  credentials: a.json\n", "a.json", `{"auths": {"http://10.0.0.5:5000": ` + auth("u", "geheim") + `}}`}, []string{"is not for https://10.0.0.5:5000"}},
 		"credentials, elsewhere": {[]string{"config.yaml", mirrors(hub) + "  credentials: a.json\n", "a.json", `{"auths": {"other.test": ` + auth("u", "geheim") + `}}`}, []string{`auths: "other.test" is sent nowhere`}},
 		"credentials, right":     {[]string{"config.yaml", mirrors(hub) + "  credentials: a.json\n", "a.json", `{"auths": {"10.0.0.5:5000": ` + auth("u", "geheim") + `}}`}, nil},
-		"credentials, itself":    {[]string{"config.yaml", minimal + "sources: {hosts: none, credentials: a.json}\n", "a.json", `{"auths": {"docker.io": ` + auth("u", "geheim") + `}}`}, nil},
-		"credentials, anybody":   {[]string{"trustpolicy.json", trustPolicy("*"), "config.yaml", minimal + "sources: {hosts: none, credentials: a.json}\n", "a.json", `{"auths": {"other.test": ` + auth("u", "geheim") + `}}`}, nil},
+		"credentials, itself":    {[]string{"config.yaml", minimal + "sources: {certsDir: none, credentials: a.json}\n", "a.json", `{"auths": {"docker.io": ` + auth("u", "geheim") + `}}`}, nil},
+		"credentials, anybody":   {[]string{"trustpolicy.json", trustPolicy("*"), "config.yaml", minimal + "sources: {certsDir: none, credentials: a.json}\n", "a.json", `{"auths": {"other.test": ` + auth("u", "geheim") + `}}`}, nil},
 		"mirror, misspelt":       {[]string{"config.yaml", mirrors("    - {host: dokcer.io, url: 'https://10.0.0.5:5000'}\n")}, []string{"sources.mirrors[0].host: no statement names an image of dokcer.io", "sources.network: mirrors, and there is none for docker.io"}},
 		"mirror of all":          {[]string{"config.yaml", mirrors("    - {host: '*', url: 'https://10.0.0.5:5000'}\n")}, nil},
 		"mirror at /x/v2":        {[]string{"config.yaml", mirrors("    - {host: docker.io, url: 'https://10.0.0.5:5000/proxy/v2'}\n")}, []string{"sources.mirrors[0].url: is asked for /v2/proxy/v2/REPOSITORY"}},
 		"crl":                    {[]string{"crl/ca.crl", "x"}, []string{"/crl: nothing reads it: revocation lists have no effect yet"}},
 		"misspelt files":         {[]string{"trust-store/x509/ca/acme/root.crt", string(root()), "trustpolicy.yaml", "x"}, []string{"/trust-store: nothing reads it", "/trustpolicy.yaml: nothing reads it"}},
-		"files of others":        {[]string{"floor/k3s.txt", digest.FromString("x").String(), "config.yaml", minimal + "floor: [floor/k3s.txt]\n", ".git/x", "x", "localkeys/x", "x", "signingkeys.json", "{}"}, nil},
+		"files of others":        {[]string{"allow/k3s.txt", digest.FromString("x").String(), "config.yaml", minimal + "allowDigests: [allow/k3s.txt]\n", ".git/x", "x", "localkeys/x", "x", "signingkeys.json", "{}"}, nil},
 	} {
 		dir := write(t, with(notation(), c.files...))
 		got := load1(t, dir)
@@ -87,7 +87,7 @@ func TestMirrorURL(t *testing.T) {
 func TestEncodings(t *testing.T) {
 	certs := t.TempDir()
 	files := map[string]string{
-		"config.yaml": minimal + "floor: [f.txt]\nsources:\n  credentials: a.json\n  hosts: " + certs + "\n  mirrors:\n    - {host: docker.io, url: 'https://m.test', ca: ca.pem}\n",
+		"config.yaml": minimal + "allowDigests: [f.txt]\nsources:\n  credentials: a.json\n  certsDir: " + certs + "\n  mirrors:\n    - {host: docker.io, url: 'https://m.test', ca: ca.pem}\n",
 		"f.txt":       digest.FromString("x").String() + "\n", "a.json": `{"auths": {"m.test": ` + auth("u", "p") + `}}`, "ca.pem": string(root()),
 		"trustpolicy.json": trustPolicy("docker.io/library/nginx"), "truststore/x509/ca/acme/root.crt": string(root()), "hosts.toml": "server = \"https://registry.example\"\n",
 	}
@@ -117,7 +117,7 @@ func TestEncodings(t *testing.T) {
 			delete(changed, "hosts.toml")
 			c, err := Load(write(t, changed))
 			if encoding == "mark" {
-				if err != nil || len(c.Floor) != 1 || len(c.Mirrors) != 1 || c.credentials == nil || len(c.Warnings) != 0 {
+				if err != nil || len(c.AllowDigests) != 1 || len(c.Mirrors) != 1 || c.credentials == nil || len(c.Warnings) != 0 {
 					t.Errorf("%s, %s: %+v, %v", name, encoding, c, err)
 				}
 			} else if err == nil || !strings.Contains(err.Error(), "is UTF-16: save it as UTF-8") || !strings.Contains(err.Error(), filepath.Base(name)) {

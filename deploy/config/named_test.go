@@ -11,7 +11,7 @@ import (
 func TestNamed(t *testing.T) {
 	t.Parallel()
 	named := func(scopes string, sources ...string) *Config {
-		return load1(t, write(t, with(notation(), "trustpolicy.json", trustPolicy(scopes), "config.yaml", sourcesOf(append(sources, "hosts: none")...))))
+		return load1(t, write(t, with(notation(), "trustpolicy.json", trustPolicy(scopes), "config.yaml", sourcesOf(append(sources, "certsDir: none")...))))
 	}
 	for _, tt := range []struct {
 		name             string
@@ -48,7 +48,7 @@ func TestNamed(t *testing.T) {
 func TestNamedByHosts(t *testing.T) {
 	t.Parallel()
 	dir := certsD(t, "docker.io/hosts.toml", "server = 'https://registry-1.docker.io'\n", "_default/hosts.toml", "[host.'https://any.site']\n")
-	named := load1(t, write(t, with(notation(), "trustpolicy.json", trustPolicy("*"), "config.yaml", sourcesOf("hosts: "+dir)))).Named()
+	named := load1(t, write(t, with(notation(), "trustpolicy.json", trustPolicy("*"), "config.yaml", sourcesOf("certsDir: "+dir)))).Named()
 	for host, want := range map[string]bool{"docker.io": true, "quay.io": false, "*": false} {
 		if h, r := named(verify.Name{Host: host, Path: "a/b"}); h != want || r {
 			t.Errorf("%s: %t, %t", host, h, r)
@@ -61,7 +61,7 @@ func TestNamedByHosts(t *testing.T) {
 func TestNamedSources(t *testing.T) {
 	t.Parallel()
 	c := load1(t, write(t, with(notation(), "trustpolicy.json", trustPolicy("registry.acme.internal/team/app"), "config.yaml",
-		sourcesOf(`network: mirrors`, `hosts: none`, `mirrors: [{host: docker.io, url: "http://127.0.0.1:1"}, {host: "*", url: "http://127.0.0.1:2"}]`))))
+		sourcesOf(`network: mirrors`, `certsDir: none`, `mirrors: [{host: docker.io, url: "http://127.0.0.1:1"}, {host: "*", url: "http://127.0.0.1:2"}]`))))
 	registries := c.registries()
 	for host, want := range map[string]bool{"docker.io": true, "registry.acme.internal": true, "quay.io": false, "evil.example": false} {
 		list := registries(verify.Name{Host: host, Path: "a/b"})

@@ -17,20 +17,20 @@ import (
 // A Summary is what a configuration says, for people and scripts. It holds no secret:
 // no credentials, no header, no key.
 type Summary struct {
-	Schema     string      `json:"schema"`
-	Dir        string      `json:"dir"`
-	Epoch      string      `json:"epoch"`
-	Mode       string      `json:"mode"`
-	Statements []Statement `json:"statements"`
-	Stores     []Anchor    `json:"trustStores"` // every certificate of every store
-	Layouts    []string    `json:"layouts"`
-	Mirrors    []Listed    `json:"mirrors"` // those of config.yaml and of hosts.toml, in the order of hosts
-	Network    string      `json:"network"`
-	Redirects  []string    `json:"redirects"` // where blobs may come from besides registries that config.yaml does not list
-	Hosts      string      `json:"hosts"`     // directories of hosts.toml that were read, with colons between them; empty: none
-	Aliases    []string    `json:"aliases"`
-	Floor      []Floor     `json:"floor"`
-	Warnings   []string    `json:"warnings"`
+	Schema       string         `json:"schema"`
+	Dir          string         `json:"dir"`
+	Epoch        string         `json:"epoch"`
+	Mode         string         `json:"mode"`
+	Statements   []Statement    `json:"statements"`
+	Stores       []Anchor       `json:"trustStores"` // every certificate of every store
+	Layouts      []string       `json:"layouts"`
+	Mirrors      []Listed       `json:"mirrors"` // those of config.yaml and of hosts.toml, in the order of hosts
+	Network      string         `json:"network"`
+	Redirects    []string       `json:"blobHosts"` // where blobs may come from besides registries that config.yaml does not list
+	Hosts        string         `json:"certsDir"`  // directories of hosts.toml that were read, with colons between them; empty: none
+	Aliases      []string       `json:"aliases"`
+	AllowDigests []AllowDigests `json:"allowDigests"`
+	Warnings     []string       `json:"warnings"`
 }
 
 // SummaryPath is where the control socket answers with the Summary of what is in force.
@@ -65,11 +65,11 @@ type Listed struct {
 	URL  string `json:"url"`
 	File string `json:"file"` // that says so
 
-	Redirects []string `json:"redirects"` // where its blobs may come from besides
+	Redirects []string `json:"blobHosts"` // where its blobs may come from besides
 }
 
-// A Floor is a digest that runs without a signature.
-type Floor struct {
+// A AllowDigests is a digest that runs without a signature.
+type AllowDigests struct {
 	Digest     string   `json:"digest"`
 	Namespaces []string `json:"namespaces"`
 	File       string   `json:"file"`
@@ -137,7 +137,7 @@ func (n Network) String() string {
 func (c *Config) Summary() Summary {
 	s := Summary{
 		Schema: SummarySchema, Dir: c.Dir, Epoch: c.Revision.String(), Mode: c.Mode.String(), Statements: []Statement{}, Stores: c.Anchors(),
-		Layouts: orNone(c.Layouts), Mirrors: []Listed{}, Network: c.Network.String(), Redirects: spelled(c.Redirects), Hosts: c.Hosts, Aliases: []string{}, Floor: []Floor{}, Warnings: []string{},
+		Layouts: orNone(c.Layouts), Mirrors: []Listed{}, Network: c.Network.String(), Redirects: spelled(c.Redirects), Hosts: c.Hosts, Aliases: []string{}, AllowDigests: []AllowDigests{}, Warnings: []string{},
 	}
 	for _, st := range c.Statements {
 		s.Statements = append(s.Statements, Describe(st))
@@ -159,8 +159,8 @@ func (c *Config) Summary() Summary {
 	for _, a := range c.Aliases {
 		s.Aliases = append(s.Aliases, a.String())
 	}
-	for _, l := range c.Floor {
-		s.Floor = append(s.Floor, Floor{l.Digest.String(), l.Namespaces, l.File, l.Line})
+	for _, l := range c.AllowDigests {
+		s.AllowDigests = append(s.AllowDigests, AllowDigests{l.Digest.String(), l.Namespaces, l.File, l.Line})
 	}
 	for _, w := range c.Warnings {
 		s.Warnings = append(s.Warnings, w.String())

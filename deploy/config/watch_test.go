@@ -244,14 +244,14 @@ func TestWatchFilesElsewhere(t *testing.T) {
 // A file in a directory below that the configuration names.
 func TestWatchFilesBelow(t *testing.T) {
 	one, two := digest.FromString("one").String(), digest.FromString("two").String()
-	dir := write(t, with(notation(), "floor/k3s.txt", one+"\n", "config.yaml", minimal+"floor: [floor/k3s.txt]\n"))
+	dir := write(t, with(notation(), "allow/k3s.txt", one+"\n", "config.yaml", minimal+"allowDigests: [allow/k3s.txt]\n"))
 	w := startWatching(t, dir, load1(t, dir), time.Hour)
-	replace(t, dir, "floor/k3s.txt", one+"\n"+two+"\n")
-	if c := w.good("a digest more"); len(c.Floor) != 2 {
-		t.Errorf("floor %+v", c.Floor)
+	replace(t, dir, "allow/k3s.txt", one+"\n"+two+"\n")
+	if c := w.good("a digest more"); len(c.AllowDigests) != 2 {
+		t.Errorf("allowDigests %+v", c.AllowDigests)
 	}
-	replace(t, dir, "floor/k3s.txt", one+"\nnginx:1\n")
-	w.bad("a tag", "floor/k3s.txt:2: ")
+	replace(t, dir, "allow/k3s.txt", one+"\nnginx:1\n")
+	w.bad("a tag", "allow/k3s.txt:2: ")
 }
 
 // What the kernel does not tell of is noticed all the same.

@@ -49,7 +49,7 @@ type Image struct {
 	Until      *time.Time `json:"expiresAt,omitempty"`      // when an allow ends
 	Ends       string     `json:"expiresBecause,omitempty"` // what it is that ends: signature, certificate, or nothing, and it is only looked at again
 	Resolved   string     `json:"resolved,omitempty"`       // of a list that is judged ahead: the mirror that said which image a tag leads to
-	Namespaces []string   `json:"namespaces,omitempty"`     // where a floor file lets it run whatever the reason says
+	Namespaces []string   `json:"namespaces,omitempty"`     // where a digest allowlist lets it run whatever the reason says
 	Runs       []string   `json:"runs,omitempty"`           // namespaces of the pods that run it; "" is outside Kubernetes
 	NotImage   bool       `json:"notImage,omitempty"`       // the record is of something else, such as a signature that was imported
 }

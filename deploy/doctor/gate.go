@@ -247,7 +247,7 @@ func (x *examination) sources() {
 		return
 	}
 	if c := x.Config; len(x.Sources) == 0 && c.Mode == verify.Enforce && c.Network == config.NetworkMirrors && len(c.Summary().Mirrors) == 0 {
-		x.add(Warn, check, "write sources.mirrors or sources.hosts; or network: never, if that is meant", "nobody is asked for signatures: images that the node has none of are refused")
+		x.add(Warn, check, "write sources.mirrors or sources.certsDir; or network: never, if that is meant", "nobody is asked for signatures: images that the node has none of are refused")
 		return
 	}
 	if len(x.Sources) == 0 {

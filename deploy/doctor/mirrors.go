@@ -55,7 +55,7 @@ func (x *examination) mirrors() {
 		if len(its) > 0 {
 			line = "[" + strings.Join(its, ", ") + "]"
 		}
-		x.add(Warn, check, "write into config.yaml: sources: {hosts: "+line+"}", "containerd looks for hosts.toml files %s, and the gate %s", where, gate)
+		x.add(Warn, check, "write into config.yaml: sources: {certsDir: "+line+"}", "containerd looks for hosts.toml files %s, and the gate %s", where, gate)
 	}
 	if len(its) > 0 && len(filepath.SplitList(path)) > 1 && e.LocalPull == "" {
 		x.add(Warn, check, fmt.Sprintf("write one directory: config_path = %q below [plugins.%q.registry], then %s", its[0], registryKey[1], x.Restart),

@@ -31,9 +31,9 @@ func TestMirrors(t *testing.T) {
 	}{
 		"the same":              {containerd: node.Effective{CertsD: one}, gate: config.Config{HostsAuto: true, Hosts: one}},
 		"the same by a link":    {containerd: node.Effective{CertsD: one}, gate: config.Config{HostsAuto: true, Hosts: alias}},
-		"elsewhere":             {containerd: node.Effective{CertsD: one}, file: registry + "config_path = '" + one + "'\n", gate: config.Config{HostsAuto: true, Hosts: two}, want: "containerd looks for hosts.toml files in " + one + " (config_path, /etc/containerd/conf.d/50.toml:3), and the gate in " + two, next: "write into config.yaml: sources: {hosts: [" + one + "]}"},
-		"the gate nowhere":      {containerd: node.Effective{CertsD: one}, gate: config.Config{HostsAuto: true}, want: "and the gate nowhere", next: "hosts: [" + one + "]"},
-		"containerd nowhere":    {containerd: node.Effective{CertsD: "/nowhere/certs.d"}, gate: config.Config{HostsAuto: true, Hosts: two}, want: "containerd looks for hosts.toml files nowhere that is there", next: "{hosts: none}"},
+		"elsewhere":             {containerd: node.Effective{CertsD: one}, file: registry + "config_path = '" + one + "'\n", gate: config.Config{HostsAuto: true, Hosts: two}, want: "containerd looks for hosts.toml files in " + one + " (config_path, /etc/containerd/conf.d/50.toml:3), and the gate in " + two, next: "write into config.yaml: sources: {certsDir: [" + one + "]}"},
+		"the gate nowhere":      {containerd: node.Effective{CertsD: one}, gate: config.Config{HostsAuto: true}, want: "and the gate nowhere", next: "certsDir: [" + one + "]"},
+		"containerd nowhere":    {containerd: node.Effective{CertsD: "/nowhere/certs.d"}, gate: config.Config{HostsAuto: true, Hosts: two}, want: "containerd looks for hosts.toml files nowhere that is there", next: "{certsDir: none}"},
 		"named":                 {containerd: node.Effective{CertsD: one}, gate: config.Config{Hosts: two}},
 		"never":                 {containerd: node.Effective{CertsD: one}, gate: config.Config{Network: config.NetworkNever}},
 		"two, local pulls":      {containerd: node.Effective{CertsD: one + ":" + two, LocalPull: "use_local_image_pull"}, gate: config.Config{HostsAuto: true, Hosts: one + ":" + two}},

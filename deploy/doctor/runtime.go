@@ -310,10 +310,10 @@ func (x *examination) pause() {
 				return
 			}
 			if slices.Contains(i.Namespaces, policy.DefaultNamespace) {
-				x.ok("pause", "the pause image %s%s is named by digest, which a floor file lists", image, at)
+				x.ok("pause", "the pause image %s%s is named by digest, which a digest allowlist lists", image, at)
 				return
 			}
-			x.strict(Warn, "pause", "sign it, or list its digest in a floor file, for kube-system: tidewaiter explain "+image, "the pause image %s%s is named by digest, and would be refused if it were asked about: %s", image, at, i.Reason)
+			x.strict(Warn, "pause", "sign it, or list its digest in a digest allowlist, for kube-system: tidewaiter explain "+image, "the pause image %s%s is named by digest, and would be refused if it were asked about: %s", image, at, i.Reason)
 			return
 		}
 	}

@@ -161,7 +161,7 @@ func (i *Installation) mayEnforce(ctx context.Context) error {
 		}
 		i.Say("warn", "would be refused: %s", b)
 	}
-	next := "sign them, or list their digests in a floor file"
+	next := "sign them, or list their digests in a digest allowlist"
 	if m := r.Reasons["POD_TOO_LARGE"]; m > 0 {
 		next += "; shorten the pods that are POD_TOO_LARGE (environment, labels, annotations; enableServiceLinks: false leaves out most of a long environment)"
 	}

@@ -2,7 +2,7 @@
 // created now, and whether a gate ever did. It works in the background, outside
 // every hook: nothing waits for it, and it lets nothing run.
 //
-// A node that is told to (running: stop) has those stopped whose image is revoked.
+// A node that is told to (runningContainers: stop) has those stopped whose image is revoked.
 // That is the one thing that this package does to a container.
 package reconcile
 
@@ -139,7 +139,7 @@ const (
 	maxPauses        = 16
 
 	// pauseNamespace is where the image of sandboxes is judged: it is no pod's own,
-	// and one line of a floor, which counts in a namespace, is to do for all of them.
+	// and one line of a digest allowlist, which counts in a namespace, is to do for all of them.
 	pauseNamespace = "kube-system"
 	maxLogged      = 100 // lines of one check
 )

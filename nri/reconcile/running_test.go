@@ -232,11 +232,11 @@ func TestReport(t *testing.T) {
 		s.r.run(1, "good")
 		s.r.run(2, "bad")
 		s.r.run(3, "pruned")
-		s.r.run(4, "floor")
+		s.r.run(4, "listed")
 		s.r.run(9, "good")
 		s.r.set(func() {
 			s.r.list = append(s.r.list, containerd.Container{ID: "ctr-run", Image: "good"})
-			s.r.reasons = map[string]verify.Reason{"good": verify.Verified, "bad": verify.PolicyNoMatch, "floor": verify.AllowedByDigest}
+			s.r.reasons = map[string]verify.Reason{"good": verify.Verified, "bad": verify.PolicyNoMatch, "listed": verify.AllowedByDigest}
 		})
 		s.pass(time.Hour)
 		if s.r.checks != 0 {
@@ -264,7 +264,7 @@ func TestReport(t *testing.T) {
 		}
 		s.want("a day later")
 		s.r.set(func() {
-			s.r.reasons = map[string]verify.Reason{"good": verify.PolicyNoMatch, "bad": verify.Verified, "pruned": verify.Verified, "floor": verify.Verified}
+			s.r.reasons = map[string]verify.Reason{"good": verify.PolicyNoMatch, "bad": verify.Verified, "pruned": verify.Verified, "listed": verify.Verified}
 		})
 		s.checkNow()
 		const fine = "a running container would be allowed again: "
@@ -394,7 +394,7 @@ func TestPause(t *testing.T) {
 	})
 }
 
-// A line of a floor is for a namespace, and sandboxes are in all of them.
+// A line of a digest allowlist is for a namespace, and sandboxes are in all of them.
 func TestPauseNamespace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, end := start(t, enforcing, 0)

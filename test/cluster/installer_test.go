@@ -19,7 +19,7 @@ components: [%s]
 namespace: tidewaiter-system
 configMapGenerator:
   - name: tidewaiter
-    files: [config.yaml, trustpolicy.json, floor.txt]
+    files: [config.yaml, trustpolicy.json, allow.txt]
   - name: tidewaiter-truststore
     files: [ca.crt]
 generatorOptions:

@@ -21,7 +21,7 @@ components: [../deploy/enforce]
 namespace: tidewaiter-system
 configMapGenerator:
   - name: tidewaiter
-    files: [config.yaml, trustpolicy.json, floor.txt]
+    files: [config.yaml, trustpolicy.json, allow.txt]
   - name: tidewaiter-truststore
     files: [ca.crt]
 generatorOptions:
@@ -100,22 +100,22 @@ func TestUpgrade(t *testing.T) {
 }
 
 // site writes /tmp/site: the kustomization for a site with its configuration, with
-// the gate's own images in a floor.
+// the gate's own images in a digest allowlist.
 func (s *scene) site(mode string, images ...string) {
 	s.Helper()
 	c := s.policy(mode)
 	c.Stores = map[string][]byte{"ca/node/ca.crt": acme.PEM()}
 	c.Statements[0].TrustStores = []string{"ca:node"}
-	c.More = map[string]any{"floor": []string{"floor.txt"}}
+	c.More = map[string]any{"allowDigests": []string{"allow.txt"}}
 	dir := s.TempDir()
 	s.must(node.WriteConfig(dir, c))
-	var floor strings.Builder
+	var list strings.Builder
 	for _, image := range images {
 		out, err := s.Ctr(s.ctx, "images", "list", "name=="+image)
 		s.must(err)
 		for _, f := range strings.Fields(out) {
 			if strings.HasPrefix(f, "sha256:") {
-				fmt.Fprintln(&floor, f, namespace)
+				fmt.Fprintln(&list, f, namespace)
 			}
 		}
 	}
@@ -124,7 +124,7 @@ func (s *scene) site(mode string, images ...string) {
 		s.must(err)
 		s.must(s.WriteFile("/tmp/site/"+name, string(b)))
 	}
-	s.must(s.WriteFile("/tmp/site/floor.txt", floor.String()))
+	s.must(s.WriteFile("/tmp/site/allow.txt", list.String()))
 	s.must(s.WriteFile("/tmp/site/ca.crt", string(acme.PEM())))
 }
 

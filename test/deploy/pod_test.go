@@ -252,7 +252,7 @@ func testPod(t *testing.T, ctx context.Context, n *node.Node, dist string) {
 
 	// A configuration that changes is read, and one that is broken is not in force.
 	epoch := status.Configuration.Epoch
-	files["config.yaml"] += "running: report\n"
+	files["config.yaml"] += "runningContainers: report\n"
 	publish(t, config, files)
 	first.eventually(ctx, t, "the new configuration is in force", func() bool {
 		s := first.status(ctx, t)

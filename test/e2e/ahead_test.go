@@ -226,7 +226,7 @@ func TestSweep(t *testing.T) {
 		// The signer is trusted no more: said, and nothing else.
 		policy := s.policy()
 		policy.Stores = notarytest.Stores{"ca/acme/root.crt": rival.PEM()}
-		policy.More = map[string]any{"running": "stop"}
+		policy.More = map[string]any{"runningContainers": "stop"}
 		mark := s.gate.Mark()
 		s.configure(policy)
 		l = s.wait(mark, about("a running container would be refused", c))

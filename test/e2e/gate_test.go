@@ -131,7 +131,7 @@ func (s *scene) but(h http.HandlerFunc) {
 func TestMirror(t *testing.T) {
 	each(t, func(s *scene) {
 		c := s.policy()
-		c.More = map[string]any{"limits": map[string]any{"wall": "3s"}}
+		c.More = map[string]any{"limits": map[string]any{"timeout": "3s"}}
 		s.configure(c)
 		s.start()
 		known := s.signed("app:known", "known")

@@ -33,7 +33,7 @@ func TestRotation(t *testing.T) {
 			for name, ca := range cas {
 				c.Stores["ca/acme/"+name+".crt"] = ca.PEM()
 			}
-			sources := map[string]any{"mirrors": c.Mirrors, "refresh": refresh}
+			sources := map[string]any{"mirrors": c.Mirrors, "refreshInterval": refresh}
 			if refresh == "" {
 				sources = map[string]any{"network": "never"}
 			}

@@ -130,8 +130,8 @@ func TestSeeing(t *testing.T) {
 		})
 		s.says(out, `^allowed  VERIFIED +20[0-9-]+ certificate +registry.example/app:see$`, `^denied   SIGNATURE_MISSING +- +registry.example/app:see-evil$`,
 			`^denied   SIGNER_UNTRUSTED +- +registry.example/app:see-strange$`)
-		s.says(s.run(1, "images", "--before", "1000000h", good.Name), `^1 images that are allowed now will not be`)
-		s.says(s.run(0, "images", "--before", "1h", good.Name), `^0 images`)
+		s.says(s.run(1, "images", "--expires-within", "1000000h", good.Name), `^1 images that are allowed now will not be`)
+		s.says(s.run(0, "images", "--expires-within", "1h", good.Name), `^0 images`)
 		var list struct {
 			Schema string
 			Images []struct{ Image, Target, Reason, Ends, ID string }
@@ -146,18 +146,18 @@ func TestSeeing(t *testing.T) {
 		// A list is judged before anything of it is pulled, with tags.
 		release := filepath.Join(s.TempDir(), "images.txt")
 		s.must(os.WriteFile(release, []byte(good.Name+"\n"+evil.Name+"\n"), 0o600))
-		s.says(s.run(1, "images", "--file", release), `^allowed  VERIFIED .*@`+good.Target.Digest.String()+`  by mirror http`, `^denied   SIGNATURE_MISSING .*@`+evil.Target.Digest.String())
+		s.says(s.run(1, "images", "--from-file", release), `^allowed  VERIFIED .*@`+good.Target.Digest.String()+`  by mirror http`, `^denied   SIGNATURE_MISSING .*@`+evil.Target.Digest.String())
 
 		// What must run without a signature is listed by its digest, for its namespace.
-		lines := s.run(0, "images", "--digests", "--namespace", s.pod.Namespace, evil.Name)
-		s.must(os.WriteFile(filepath.Join(s.dir, "floor"), []byte(lines), 0o600))
-		c.More = map[string]any{"floor": []string{"floor"}}
+		lines := s.run(0, "images", "--allowlist", "--namespace", s.pod.Namespace, evil.Name)
+		s.must(os.WriteFile(filepath.Join(s.dir, "allow"), []byte(lines), 0o600))
+		c.More = map[string]any{"allowDigests": []string{"allow"}}
 		s.configure(c)
 		s.eventually("the listed image is known", func() bool {
 			return strings.Contains(s.run(0, "images", evil.Name), "listed in "+s.pod.Namespace)
 		})
 		listed := s.allowed(evil.Name, "see-evil", node.ContainerOptions{})
-		s.says(s.run(0, "explain", listed.ID), `^  now        allowed \[ALLOWED_BY_DIGEST\]`, `^  because    line 1 of .*floor lists `+evil.Target.Digest.String())
+		s.says(s.run(0, "explain", listed.ID), `^  now        allowed \[ALLOWED_BY_DIGEST\]`, `^  because    line 1 of .*allow lists `+evil.Target.Digest.String())
 
 		s.says(s.run(1, "explain", "registry.example/app@"+evil.Target.Digest.String()), `^  now        denied \[SIGNATURE_MISSING\]`, `^  listed     in `+s.pod.Namespace+`: `)
 

@@ -154,7 +154,7 @@ func newFixture(ctx context.Context, version, nodes, dir string, images int, pat
 		Statements: []verify.Statement{statement},
 		// A mirror that hangs is given up sooner than by default, so that more of the
 		// flood meets verifications at work than a queue of them.
-		More: map[string]any{"limits": map[string]any{"wall": "1s"}},
+		More: map[string]any{"limits": map[string]any{"timeout": "1s"}},
 	})
 }
 

@@ -336,7 +336,7 @@ func (w *world) configure(dir string, r *node.Registry) error {
 	return node.WriteConfig(dir, node.Config{
 		Mode: "enforce", Mirrors: []node.Mirror{r.Mirror()}, Stores: w.stores,
 		Statements: []verify.Statement{notarytest.Statement("all")},
-		More:       map[string]any{"limits": map[string]any{"wall": "1s"}},
+		More:       map[string]any{"limits": map[string]any{"timeout": "1s"}},
 	})
 }
 

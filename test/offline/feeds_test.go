@@ -364,7 +364,7 @@ func k3s(s *site) {
 		})
 	})
 	rewritten.Forget()
-	s.survives(policy(map[string]any{"hosts": s.CertsDir, "network": "mirrors"}), good, bad)
+	s.survives(policy(map[string]any{"certsDir": s.CertsDir, "network": "mirrors"}), good, bad)
 	asked := 0
 	for _, q := range rewritten.Requests() {
 		if !strings.HasPrefix(q.UserAgent, "tidewaiter") {

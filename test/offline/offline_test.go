@@ -95,7 +95,7 @@ func policy(sources map[string]any) node.Config {
 
 // mirrors are sources that are registries, and nothing that containerd knows.
 func mirrors(list ...node.Mirror) map[string]any {
-	return map[string]any{"hosts": "none", "network": "mirrors", "mirrors": list}
+	return map[string]any{"certsDir": "none", "network": "mirrors", "mirrors": list}
 }
 
 // A site is a node whose gate keeps its state on a disk that loses what was not

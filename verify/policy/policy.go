@@ -22,9 +22,9 @@ import (
 // It does not change and is safe for concurrent use. The zero Policy matches
 // nothing, which denies everything.
 type Policy struct {
-	exact map[repository]*verify.Rule
-	any   *verify.Rule // of scope "*"; nil without one
-	floor floor        // goes before all statements
+	exact     map[repository]*verify.Rule
+	any       *verify.Rule // of scope "*"; nil without one
+	allowlist allowlist    // goes before all statements
 }
 
 var _ verify.Policy = (*Policy)(nil)
@@ -76,7 +76,7 @@ func New(statements []verify.Statement, mode verify.Mode, requirement func(state
 
 // Select implements [verify.Policy]. Callers must not change the rule.
 func (p *Policy) Select(img verify.Image) *verify.Rule {
-	if r := p.floor.of(img); r != nil {
+	if r := p.allowlist.of(img); r != nil {
 		return r
 	}
 	n := img.Name

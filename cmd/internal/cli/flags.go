@@ -36,7 +36,7 @@ func StateDir(cmd *cobra.Command, dir *string) {
 
 // Output adds the flag of every verb that prints.
 func Output(cmd *cobra.Command, o *string) {
-	cmd.Flags().StringVarP(o, "output", "o", "text", "`FORM` of the answer: text or json")
+	cmd.Flags().StringVarP(o, "output", "o", "text", "`FORMAT` of the answer: text or json")
 }
 
 // CheckOutput refuses an unknown form before any work is done.

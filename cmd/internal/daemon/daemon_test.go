@@ -323,7 +323,7 @@ func TestApplyAsksTheNodeFirst(t *testing.T) {
 	}))
 	t.Cleanup(srv.Close)
 	t.Cleanup(func() { close(stop) })
-	write(t, filepath.Join(dir, "etc"), "version: 1\nmode: enforce\nlimits: {wall: 60s}\nsources:\n  layouts: ["+layout+"]\n  mirrors:\n    - {host: \"*\", url: "+srv.URL+"}\n")
+	write(t, filepath.Join(dir, "etc"), "version: 1\nmode: enforce\nlimits: {timeout: 60s}\nsources:\n  layouts: ["+layout+"]\n  mirrors:\n    - {host: \"*\", url: "+srv.URL+"}\n")
 	d.apply(config.Load(filepath.Join(dir, "etc")))
 	unsigned := verify.Image{
 		Name: verify.Name{Host: "registry.test", Path: "team/app"}, Use: verify.UseContainer, Binding: verify.BoundSnapshot, Revision: d.enforcer.Snapshot().Revision,
@@ -412,7 +412,7 @@ func TestApplyEndsFlights(t *testing.T) {
 	t.Cleanup(srv.Close)
 	t.Cleanup(func() { close(stop) })
 	etc := t.TempDir()
-	write(t, etc, "version: 1\nmode: audit\nlimits:\n  wall: 60s\nsources:\n  mirrors:\n    - host: registry.test\n      url: "+srv.URL+"\n")
+	write(t, etc, "version: 1\nmode: audit\nlimits:\n  timeout: 60s\nsources:\n  mirrors:\n    - host: registry.test\n      url: "+srv.URL+"\n")
 	d.apply(config.Load(etc))
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()

@@ -16,7 +16,7 @@ import (
 // with the store and layouts alone, and then e with all other sources.
 func lanes(c *config.Config, e *verify.Engine, o cache.Options) *cache.Cache {
 	o.Named = c.Named()
-	// One source may take all of limits.wall, and the next some time too.
+	// One source may take all of limits.timeout, and the next some time too.
 	o.Deadline = max(time.Minute, 2*c.Limits.Or(verify.DefaultLimits).Wall)
 	if e.Store == nil && len(c.Layouts) == 0 {
 		return cache.New(e, o)

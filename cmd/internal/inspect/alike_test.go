@@ -183,7 +183,7 @@ func (g *generator) node(t *testing.T) string {
 	network := draw(g, "never", "mirrors", "mirrors")
 	fmt.Fprintf(&yaml, "  network: %s\n", network)
 	if n := draw(g, 0, 1, 1, 2); network != "never" {
-		fmt.Fprintln(&yaml, "  hosts: none")
+		fmt.Fprintln(&yaml, "  certsDir: none")
 		if n > 0 {
 			fmt.Fprintln(&yaml, "  mirrors:")
 		}
@@ -288,7 +288,7 @@ func TestJunkClaims(t *testing.T) {
 	if err := notarytest.WriteConfig(dir, notarytest.Stores{"ca/acme/root.crt": imagetest.World().Root}, notarytest.Statement("prod", imagetest.Identity)); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, "config.yaml"), fmt.Appendf(nil, "version: 1\nmode: enforce\nsources:\n  network: mirrors\n  hosts: none\n  mirrors: [{host: registry.test, url: %q}]\n", srv.URL), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "config.yaml"), fmt.Appendf(nil, "version: 1\nmode: enforce\nsources:\n  network: mirrors\n  certsDir: none\n  mirrors: [{host: registry.test, url: %q}]\n", srv.URL), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	cfg, err := config.Load(dir)

@@ -29,7 +29,7 @@ const perLine = 8
 // has signed the image. Other reasons say that something is wrong with it.
 var listable = []verify.Reason{verify.SignatureMissing, verify.PolicyNoMatch, verify.SignerUntrusted}
 
-// DigestLines returns lines of a floor file (policy.ParseFloor) for what no signature
+// DigestLines returns lines of a digest allowlist (policy.ParseAllowlist) for what no signature
 // allows, and the exit status. A digest that has several names is worth what the worst
 // answer to one of them is: a line lets it run under each. namespaces are those of the
 // command line, and empty for those in which each image runs.
@@ -38,7 +38,7 @@ func DigestLines(l control.Images, namespaces []string) (string, int, error) {
 		return "", 0, cli.Inconclusive(fmt.Errorf("it is not known of all containers which images they run: %s", text.Clean(l.Unseen, 300)), "name the namespaces with --namespace")
 	}
 	if l.More {
-		return "", 0, cli.Inconclusive(errors.New("there are more images than can be listed"), "tidewaiter images --file judges those of a list")
+		return "", 0, cli.Inconclusive(errors.New("there are more images than can be listed"), "tidewaiter images --from-file judges those of a list")
 	}
 	grades := map[string]int{}
 	for _, i := range l.List {

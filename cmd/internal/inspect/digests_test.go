@@ -55,7 +55,7 @@ func TestDigestLines(t *testing.T) {
 		if err != nil || status != c.status || !strings.Contains(text, c.text) {
 			t.Errorf("%s: status %d, %v: %s", c.name, status, err, text)
 		}
-		read, err := policy.ParseFloor("floor", []byte(text))
+		read, err := policy.ParseAllowlist("allowlist", []byte(text))
 		if err != nil {
 			t.Errorf("%s: %v: %s", c.name, err, text)
 		}

@@ -92,7 +92,7 @@ type About struct {
 	Fresh      bool          `json:"fresh"`     // Now was found out for this question, and not remembered
 	Assurance  string        `json:"assurance"` // see tidewaiter status
 	Rule       *Rule         `json:"rule,omitempty"`
-	Listed     []string      `json:"listed,omitempty"` // of an image without a pod: namespaces where a floor file lets it run whatever Now says
+	Listed     []string      `json:"listed,omitempty"` // of an image without a pod: namespaces where a digest allowlist lets it run whatever Now says
 	Signatures []Signature   `json:"signatures"`       // that the sources hand over now, until one meets the rule
 	Next       string        `json:"next,omitempty"`
 }
@@ -401,7 +401,7 @@ func (x *Explainer) listed(ctx context.Context, match func(verify.Image) bool, e
 		a := x.about()
 		x.judge(ctx, img, &a)
 		if c := x.Force().Config; c != nil && img.Pod.Namespace == "" {
-			a.Listed = FloorOf(c).in(img)
+			a.Listed = AllowlistOf(c).in(img)
 		}
 		e.About = append(e.About, a)
 	}

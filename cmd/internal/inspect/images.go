@@ -49,7 +49,7 @@ func (x *Explainer) List(ctx context.Context) (*control.Images, error) {
 	l.List = make([]control.Image, len(images))
 	ctx, cancel = context.WithTimeout(ctx, judging)
 	defer cancel()
-	floor := FloorOf(f.Config)
+	allowlist := AllowlistOf(f.Config)
 	runs, err := x.runs(list, func(c containerd.Container) {
 		if len(l.TooLong) < maxTooLong {
 			l.TooLong = append(l.TooLong, text.Clean(c.Pod.Namespace+"/"+c.Pod.Name+" "+c.Pod.Container+": "+c.Long, maxQuoted))
@@ -63,7 +63,7 @@ func (x *Explainer) List(ctx context.Context) (*control.Images, error) {
 	for range workers {
 		wg.Go(func() {
 			for i := range todo {
-				l.List[i] = x.row(ctx, images[i], floor)
+				l.List[i] = x.row(ctx, images[i], allowlist)
 				l.List[i].Runs = runs.of(images[i])
 			}
 		})
@@ -96,18 +96,18 @@ func once(images []verify.Image) []verify.Image {
 }
 
 // row is what enforce would answer to img.
-func (x *Explainer) row(ctx context.Context, img verify.Image, floor Floor) control.Image {
+func (x *Explainer) row(ctx context.Context, img verify.Image, allowlist Allowlist) control.Image {
 	var d verify.Decision
 	if ctx.Err() == nil {
 		d = x.Enforcer.Verify(ctx, img)
 	} else {
 		d = verify.Deny(verify.Pending, "there was no time for it; ask again")
 	}
-	return Row(img, d, floor)
+	return Row(img, d, allowlist)
 }
 
-// Row is img with d, the answer to it, and where floor lets it run.
-func Row(img verify.Image, d verify.Decision, floor Floor) control.Image {
+// Row is img with d, the answer to it, and where allowlist lets it run.
+func Row(img verify.Image, d verify.Decision, allowlist Allowlist) control.Image {
 	reason := enforced(d)
 	r := d.Report(img, "")
 	row := control.Image{
@@ -117,7 +117,7 @@ func Row(img verify.Image, d verify.Decision, floor Floor) control.Image {
 	if reason == verify.Verified && len(d.Signers) > 0 {
 		row.Signer = d.Signers[0].Subject
 	}
-	row.Namespaces = floor.in(img)
+	row.Namespaces = allowlist.in(img)
 	row.NotImage = img.Fault != nil && img.Fault.Reason == verify.NotAnImage
 	return row
 }
@@ -174,20 +174,20 @@ func (r runs) of(img verify.Image) []string {
 	return slices.Compact(list)
 }
 
-// A Floor is in which namespaces each digest may run without a signature.
-type Floor map[string][]string
+// A Allowlist is in which namespaces each digest may run without a signature.
+type Allowlist map[string][]string
 
-// FloorOf is that of a configuration.
-func FloorOf(c *config.Config) Floor {
-	m := Floor{}
-	for _, l := range c.Floor {
+// AllowlistOf is that of a configuration.
+func AllowlistOf(c *config.Config) Allowlist {
+	m := Allowlist{}
+	for _, l := range c.AllowDigests {
 		m[l.Digest.String()] = append(m[l.Digest.String()], l.Namespaces...)
 	}
 	return m
 }
 
 // in is where img may, or nil.
-func (f Floor) in(img verify.Image) []string {
+func (f Allowlist) in(img verify.Image) []string {
 	digests := []string{img.Target.Digest.String(), img.Manifest.Digest.String()}
 	if img.LayersVerified {
 		digests = append(digests, img.Config.String())

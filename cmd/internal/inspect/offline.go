@@ -118,7 +118,7 @@ func (j *Offline) Judge(ctx context.Context, name verify.Name, ref, namespace st
 }
 
 // Row judges one image, of which ref is the name, as a row of a list.
-func (j *Offline) Row(ctx context.Context, ref string, floor Floor) control.Image {
+func (j *Offline) Row(ctx context.Context, ref string, allowlist Allowlist) control.Image {
 	ctx, cancel := context.WithTimeout(ctx, Longest)
 	defer cancel()
 	name, err := policy.ParseName(ref)
@@ -129,12 +129,12 @@ func (j *Offline) Row(ctx context.Context, ref string, floor Floor) control.Imag
 	if name.Digest == "" {
 		d, source, fault := j.resolve(ctx, name)
 		if fault != nil {
-			return Row(verify.Image{Name: name, Asked: ref}, verify.Deny(fault.Reason, fault.Detail), floor)
+			return Row(verify.Image{Name: name, Asked: ref}, verify.Deny(fault.Reason, fault.Detail), allowlist)
 		}
 		name.Digest, at = d, source
 	}
 	d, img := j.Judge(ctx, name, ref, "")
-	row := Row(img, d, floor)
+	row := Row(img, d, allowlist)
 	row.Resolved = at
 	return row
 }

@@ -78,7 +78,7 @@ func explainAbout(b *strings.Builder, a About) {
 		explainNow(line, a, *r)
 	}
 	if len(a.Listed) > 0 {
-		line("listed", "in %s: there a floor file lets it start all the same", strings.Join(a.Listed, ", "))
+		line("listed", "in %s: there a digest allowlist lets it start all the same", strings.Join(a.Listed, ", "))
 	}
 	for _, s := range a.Signatures {
 		explainSignature(b, line, s)

@@ -175,7 +175,7 @@ func patterns(t testing.TB, list ...string) (all []registry.Pattern) {
 	return all
 }
 
-const field = "sources.mirrors[0].redirects"
+const field = "sources.mirrors[0].blobHosts"
 
 func elsewhere(t testing.TB, list ...string) *registry.RedirectPolicy {
 	e := registry.NewRedirectPolicy(field, patterns(t, list...), issuer().pool)

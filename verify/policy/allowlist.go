@@ -13,7 +13,7 @@ import (
 	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
-// A Listed is one line of a floor file: content that always runs in some
+// A Listed is one line of a digest allowlist: content that always runs in some
 // namespaces, with or without a signature. What a node cannot do without is
 // listed: its network plugin, the gate itself.
 type Listed struct {
@@ -26,22 +26,22 @@ type Listed struct {
 // DefaultNamespace is where a line counts that names no namespace.
 const DefaultNamespace = "kube-system"
 
-// Bounds of a floor file, in lines, bytes a line and namespaces a line.
+// Bounds of a digest allowlist, in lines, bytes a line and namespaces a line.
 const (
-	maxListed          = 10_000
-	maxFloorLine       = 1024
-	maxFloorNamespaces = 16
+	maxListed              = 10_000
+	maxAllowlistLine       = 1024
+	maxAllowlistNamespaces = 16
 )
 
 // namespace is a DNS label (RFC 1123), as Kubernetes' namespaces are.
 var namespace = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 
-// ParseFloor reads a floor file. A line is a digest, then perhaps namespaces with
+// ParseAllowlist reads a digest allowlist. A line is a digest, then perhaps namespaces with
 // commas between them, then perhaps a comment after #; empty lines count for
 // nothing. An error is an *Error with the line.
 //
 //	sha256:7c38f24774e3cbd906d2d33c38354ccf787635581c122965132c9bd309754d4a  kube-system,monitoring  # pause
-func ParseFloor(file string, raw []byte) ([]Listed, error) {
+func ParseAllowlist(file string, raw []byte) ([]Listed, error) {
 	var list []Listed
 	line := 0
 	for full := range bytes.Lines(raw) {
@@ -49,8 +49,8 @@ func ParseFloor(file string, raw []byte) ([]Listed, error) {
 		bad := func(format string, args ...any) ([]Listed, error) {
 			return nil, &Error{Line: line, Text: fmt.Sprintf(format, args...)}
 		}
-		if len(full) > maxFloorLine {
-			return bad("is longer than %d bytes", maxFloorLine)
+		if len(full) > maxAllowlistLine {
+			return bad("is longer than %d bytes", maxAllowlistLine)
 		}
 		s, _, _ := strings.Cut(string(full), "#")
 		fields := strings.Fields(s)
@@ -66,8 +66,8 @@ func ParseFloor(file string, raw []byte) ([]Listed, error) {
 		}
 		if len(fields) == 2 {
 			l.Namespaces = strings.Split(fields[1], ",")
-			if len(l.Namespaces) > maxFloorNamespaces {
-				return bad("names more than %d namespaces", maxFloorNamespaces)
+			if len(l.Namespaces) > maxAllowlistNamespaces {
+				return bad("names more than %d namespaces", maxAllowlistNamespaces)
 			}
 			for _, n := range l.Namespaces {
 				if !namespace.MatchString(n) {
@@ -76,27 +76,27 @@ func ParseFloor(file string, raw []byte) ([]Listed, error) {
 			}
 		}
 		if list = append(list, l); len(list) > maxListed {
-			return bad("is one too many: a floor has at most %d digests", maxListed)
+			return bad("is one too many: a allowlist has at most %d digests", maxListed)
 		}
 	}
 	return list, nil
 }
 
-// A floor finds what is listed. Its zero value lists nothing.
-type floor map[digest.Digest][]floorRule
+// A allowlist finds what is listed. Its zero value lists nothing.
+type allowlist map[digest.Digest][]listedRule
 
-type floorRule struct {
+type listedRule struct {
 	namespaces []string
 	rule       *verify.Rule
 }
 
-// WithFloor returns a Policy in which what list names is allowed by its digest,
+// WithAllowlist returns a Policy in which what list names is allowed by its digest,
 // before all statements, in the namespaces that it names.
-func (p *Policy) WithFloor(list []Listed) *Policy {
+func (p *Policy) WithAllowlist(list []Listed) *Policy {
 	with := *p
-	with.floor = floor{}
+	with.allowlist = allowlist{}
 	for _, l := range list {
-		with.floor[l.Digest] = append(with.floor[l.Digest], floorRule{l.Namespaces, &verify.Rule{
+		with.allowlist[l.Digest] = append(with.allowlist[l.Digest], listedRule{l.Namespaces, &verify.Rule{
 			Name: l.File, Fixed: verify.AllowedByDigest, Digest: l.Digest,
 			Detail: fmt.Sprintf("line %d of %s lists %s", l.Line, l.File, l.Digest),
 		}})
@@ -105,7 +105,7 @@ func (p *Policy) WithFloor(list []Listed) *Policy {
 }
 
 // of returns the rule that lists img, or nil.
-func (f floor) of(img verify.Image) *verify.Rule {
+func (f allowlist) of(img verify.Image) *verify.Rule {
 	if len(f) == 0 {
 		return nil
 	}
