@@ -235,7 +235,7 @@ type Report struct {
 	Binding  Binding           `json:"binding"`
 	Pod      *Pod              `json:"pod,omitempty"`
 	Rule     string            `json:"rule,omitempty"`
-	Revision string            `json:"epoch"`
+	Revision string            `json:"revision"`
 	Signers  []Signer          `json:"signers"`
 	Signed   string            `json:"signed,omitempty"`
 	Source   string            `json:"source,omitempty"`

@@ -393,10 +393,10 @@ func TestSwapDuringAnswer(t *testing.T) {
 	strict.Revision = Revision{8}
 	strict.Evaluator = judge(func(context.Context, Question) Decision { return Deny(SignerUntrusted, "") })
 	for _, tt := range []struct {
-		name  string
-		to    *Snapshot
-		want  Reason
-		epoch Revision
+		name     string
+		to       *Snapshot
+		want     Reason
+		revision Revision
 	}{
 		{"to one that denies", strict, Pending, Revision{8}}, // bound under the old one
 		{"to none", nil, PolicyInvalid, Revision{}},
@@ -418,7 +418,7 @@ func TestSwapDuringAnswer(t *testing.T) {
 			} else {
 				denied(t, d, tt.want)
 			}
-			if d.Revision != tt.epoch || e.Snapshot() != tt.to {
+			if d.Revision != tt.revision || e.Snapshot() != tt.to {
 				t.Errorf("revision is %v", d.Revision)
 			}
 		})

@@ -150,7 +150,7 @@ func (k Key) bytes() []byte {
 // Revision is that of no configuration.
 type Revision [16]byte
 
-// EpochOf hashes parts that the caller has made unambiguous.
+// RevisionOf hashes parts that the caller has made unambiguous.
 func RevisionOf(b []byte) (e Revision) {
 	h := sha256.Sum256(b)
 	copy(e[:], h[:])

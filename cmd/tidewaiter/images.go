@@ -289,7 +289,7 @@ func (o *imagesOptions) ahead(ctx context.Context) (l control.Images, err error)
 	defer j.Close()
 	ctx, cancel := context.WithTimeout(ctx, aheadTimeout)
 	defer cancel()
-	l = control.Images{Schema: control.ImagesSchema, Mode: c.Mode.String(), Epoch: c.Revision.String(), List: []control.Image{}}
+	l = control.Images{Schema: control.ImagesSchema, Mode: c.Mode.String(), Revision: c.Revision.String(), List: []control.Image{}}
 	allowlist := inspect.AllowlistOf(c)
 	for _, ref := range refs {
 		l.List = append(l.List, j.Row(ctx, ref, allowlist))

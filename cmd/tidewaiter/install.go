@@ -288,7 +288,7 @@ func configured(dir string) (install.Configured, error) {
 	if err != nil {
 		return install.Configured{}, err
 	}
-	return install.Configured{Mode: c.Mode.String(), Epoch: c.Revision.String()}, nil
+	return install.Configured{Mode: c.Mode.String(), Revision: c.Revision.String()}, nil
 }
 
 // byDigest is the name with its digest that an image has on the node besides name.

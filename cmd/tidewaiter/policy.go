@@ -57,14 +57,14 @@ and what is wrong is said with its file and line.`,
 					Schema   string   `json:"schema"`
 					Valid    bool     `json:"valid"`
 					Dir      string   `json:"dir"`
-					Epoch    string   `json:"epoch"`
+					Revision string   `json:"revision"`
 					Mode     string   `json:"mode"`
 					Warnings []string `json:"warnings"`
-				}{"tidewaiter.dev/policy-check/v1", true, s.Dir, s.Epoch, s.Mode, s.Warnings}))
+				}{"tidewaiter.dev/policy-check/v1", true, s.Dir, s.Revision, s.Mode, s.Warnings}))
 			}
 			var b strings.Builder
-			fmt.Fprintf(&b, "%s is valid: mode %s, epoch %s, %d statements, %d certificates, %d warnings\n",
-				text.Clean(s.Dir, 300), s.Mode, s.Epoch, len(s.Statements), len(s.Stores), len(s.Warnings))
+			fmt.Fprintf(&b, "%s is valid: mode %s, revision %s, %d statements, %d certificates, %d warnings\n",
+				text.Clean(s.Dir, 300), s.Mode, s.Revision, len(s.Statements), len(s.Stores), len(s.Warnings))
 			for _, w := range s.Warnings {
 				fmt.Fprintf(&b, "  warning  %s\n", text.Clean(w, 600))
 			}
@@ -126,7 +126,7 @@ func summary(s config.Summary) string {
 	line := func(name, format string, args ...any) {
 		fmt.Fprintf(&b, "  %-13s %s\n", name, text.Clean(fmt.Sprintf(format, args...), 1000))
 	}
-	fmt.Fprintf(&b, "%s: mode %s, epoch %s\n", text.Clean(s.Dir, 300), s.Mode, s.Epoch)
+	fmt.Fprintf(&b, "%s: mode %s, revision %s\n", text.Clean(s.Dir, 300), s.Mode, s.Revision)
 	for _, st := range s.Statements {
 		printStatement(line, st)
 	}

@@ -127,7 +127,7 @@ func report(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("standard output holds more than one document")
 	}
 	for _, always := range []string{
-		"schema=" + verify.Schema, "id~^[0-9a-f]{12}$", `message~^tidewaiter: (allowed|denied) \[`, "epoch~^[0-9a-f]{32}$",
+		"schema=" + verify.Schema, "id~^[0-9a-f]{12}$", `message~^tidewaiter: (allowed|denied) \[`, "revision~^[0-9a-f]{32}$",
 		"decidedAt~^20[0-9T:.-]+Z$", "allowed~^(true|false)$", "reason~^[A-Z_]+$", "image~.", "binding~.", "attempts~^\\[", "signers~^\\[",
 	} {
 		field(ts, doc, always)

@@ -85,9 +85,9 @@ func screen(s *control.Status) string {
 		line("next", "%s", p.Next)
 	}
 	c, r := s.Configuration, s.Runtime
-	if c.Epoch != "" {
+	if c.Revision != "" {
 		line("mode", "%s, assurance %s", s.Mode, s.Assurance)
-		line("configuration", "%s, epoch %s, since %s", c.Dir, c.Epoch, when(c.Since))
+		line("configuration", "%s, revision %s, since %s", c.Dir, c.Revision, when(c.Since))
 	}
 	if r.Registered {
 		line("runtime", "%s %s asks since %s in %s", r.Name, r.Version, when(r.Since), strings.Join(r.Hooks, ", "))

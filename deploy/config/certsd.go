@@ -191,7 +191,7 @@ func (d *directory) look(known []runtime, c *Config) []string {
 func (d *directory) registries(list []certsd.Registry, c *Config) (map[string]certsd.Registry, error) {
 	found := map[string]certsd.Registry{}
 	for _, r := range list {
-		// In the epoch too, since an empty directory also says something.
+		// In the revision too, since an empty directory also says something.
 		d.read = append(d.read, content{name: r.Dir})
 		host := "*"
 		if r.Host != "" {
@@ -224,7 +224,7 @@ func (c *Config) unmirrored() {
 }
 
 // aside reads files of containerd's that belong to the configuration by what they come to,
-// and not by what they hold: not each change of them is a new epoch.
+// and not by what they hold: not each change of them is a new revision.
 type aside directory
 
 // List implements [hosts.Files].

@@ -187,7 +187,7 @@ func load(d *directory) (*Config, error) {
 	if c.store, err = notary.LoadStore(trust); err != nil {
 		return nil, fmt.Errorf("%s: %w", d.path("truststore"), err)
 	}
-	c.Revision, c.outside, c.trees = d.epoch(), d.outside, d.trees
+	c.Revision, c.outside, c.trees = d.revision(), d.outside, d.trees
 	// Once here, so that what Load returns can run.
 	if _, err := c.Snapshot(func(e *verify.Engine) verify.Evaluator { return e }, time.Now); err != nil {
 		return nil, fmt.Errorf("%s: %w", d.path(policyFile), err)

@@ -469,7 +469,7 @@ func TestConfigMap(t *testing.T) {
 	}
 	// The same files are the same configuration, links or not.
 	if flat := load1(t, write(t, with(notation(), "config.yaml", minimal))); flat.Revision != c.Revision {
-		t.Errorf("epochs %s and %s", flat.Revision, c.Revision)
+		t.Errorf("revisions %s and %s", flat.Revision, c.Revision)
 	}
 	// A trust store that is a ConfigMap of its own.
 	dir = write(t, with(notation(), "truststore/x509/ca/acme/root.crt", ""))
@@ -478,7 +478,7 @@ func TestConfigMap(t *testing.T) {
 	load1(t, dir)
 }
 
-// The epoch changes with every file that is read and with nothing else; the
+// The revision changes with every file that is read and with nothing else; the
 // requirement of a statement with its trust stores.
 func TestEpoch(t *testing.T) {
 	outside := filepath.Join(t.TempDir(), "ca.crt")
@@ -504,10 +504,10 @@ func TestEpoch(t *testing.T) {
 		do()
 		c := load1(t, dir)
 		if changed == (c.Revision == before.Revision) {
-			t.Errorf("%s: epoch %s, before %s", what, c.Revision, before.Revision)
+			t.Errorf("%s: revision %s, before %s", what, c.Revision, before.Revision)
 		}
 		if other, dup := seen[c.Revision]; changed && dup {
-			t.Errorf("%s: the epoch is that of %s", what, other)
+			t.Errorf("%s: the revision is that of %s", what, other)
 		}
 		seen[c.Revision] = what
 		if (requirement(c) != requirement(before)) != stricter {
@@ -532,7 +532,7 @@ func TestEpoch(t *testing.T) {
 }
 
 func TestEpochIsUnambiguous(t *testing.T) {
-	of := func(c ...content) verify.Revision { return (&directory{read: c}).epoch() }
+	of := func(c ...content) verify.Revision { return (&directory{read: c}).revision() }
 	a, b := of(content{"a", []byte("bc")}), of(content{"ab", []byte("c")})
 	both := of(content{"a", nil}, content{"b", []byte("c")})
 	if a == b || a == both || b == both || both != of(content{"b", []byte("c")}, content{"a", nil}) {

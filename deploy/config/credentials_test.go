@@ -398,7 +398,7 @@ func otherKey(t testing.TB) string {
 
 // Everything together: a mirror that wants a client certificate and a token from
 // another host, which gets the credentials and no client certificate. All the
-// files count in the epoch, and no message holds a secret.
+// files count in the revision, and no message holds a secret.
 func TestAccess(t *testing.T) {
 	var mu sync.Mutex
 	var scopes, ns []string
@@ -494,17 +494,17 @@ func TestAccess(t *testing.T) {
 	}
 	mu.Unlock()
 
-	epochs := map[verify.Revision]bool{c.Revision: true}
+	revisions := map[verify.Revision]bool{c.Revision: true}
 	for name, text := range map[string]string{
 		outside + "/auth.json": strings.Replace(login, "robot", "robot", 1) + "\n",
 		outside + "/node.key":  key + "\n",
 		dir + "/node.crt":      cert + "\n",
 	} {
 		must(t, os.WriteFile(name, []byte(text), 0o600))
-		if e := load1(t, dir).Revision; epochs[e] {
-			t.Errorf("%s does not count in the epoch", name)
+		if e := load1(t, dir).Revision; revisions[e] {
+			t.Errorf("%s does not count in the revision", name)
 		} else {
-			epochs[e] = true
+			revisions[e] = true
 		}
 	}
 	// Without the entry, and without the realm.

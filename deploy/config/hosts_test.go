@@ -369,11 +369,11 @@ func TestWatchHosts(t *testing.T) {
 	w.bad("broken", "/docker.io/hosts.toml:1: not TOML")
 	replace(t, certs+"/docker.io", "hosts.toml", "[host.'https://a.site']")
 	if c := w.good("as it was"); c.Revision != first.Revision {
-		t.Error("another epoch")
+		t.Error("another revision")
 	}
 	must(t, os.Mkdir(certs+"/quay.io", 0o755))
 	if c := w.good("a directory for another host"); c.Revision == first.Revision {
-		t.Error("the same epoch")
+		t.Error("the same revision")
 	}
 	fill(t, certs, map[string]string{"quay.io/hosts.toml": "[host.'https://q.site']"})
 	for { // it may be seen while it is empty

@@ -303,9 +303,9 @@ func (d *directory) trustStore() (fs.FS, error) {
 	return store, nil
 }
 
-// epoch is the digest of everything that was read: sorted by name, and each name
+// revision is the digest of everything that was read: sorted by name, and each name
 // and content with its length before it.
-func (d *directory) epoch() verify.Revision {
+func (d *directory) revision() verify.Revision {
 	all := slices.Clone(d.read)
 	slices.SortFunc(all, func(a, b content) int { return cmp.Compare(a.name, b.name) })
 	all = slices.CompactFunc(all, func(a, b content) bool { return a.name == b.name && string(a.raw) == string(b.raw) })

@@ -19,7 +19,7 @@ import (
 type Summary struct {
 	Schema       string         `json:"schema"`
 	Dir          string         `json:"dir"`
-	Epoch        string         `json:"epoch"`
+	Revision     string         `json:"revision"`
 	Mode         string         `json:"mode"`
 	Statements   []Statement    `json:"statements"`
 	Stores       []Anchor       `json:"trustStores"` // every certificate of every store
@@ -136,7 +136,7 @@ func (n Network) String() string {
 // Summary says what c says.
 func (c *Config) Summary() Summary {
 	s := Summary{
-		Schema: SummarySchema, Dir: c.Dir, Epoch: c.Revision.String(), Mode: c.Mode.String(), Statements: []Statement{}, Stores: c.Anchors(),
+		Schema: SummarySchema, Dir: c.Dir, Revision: c.Revision.String(), Mode: c.Mode.String(), Statements: []Statement{}, Stores: c.Anchors(),
 		Layouts: orNone(c.Layouts), Mirrors: []Listed{}, Network: c.Network.String(), Redirects: spelled(c.Redirects), Hosts: c.Hosts, Aliases: []string{}, AllowDigests: []AllowDigests{}, Warnings: []string{},
 	}
 	for _, st := range c.Statements {

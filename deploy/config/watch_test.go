@@ -155,7 +155,7 @@ func TestWatchTrustStore(t *testing.T) {
 	two := w.good("certificate added")
 	must(t, os.Remove(dir+"/truststore/x509/ca/acme/two.crt"))
 	if c := w.good("certificate removed"); c.Revision != one.Revision || c.Revision == two.Revision {
-		t.Errorf("epochs %s, %s, %s", one.Revision, two.Revision, c.Revision)
+		t.Errorf("revisions %s, %s, %s", one.Revision, two.Revision, c.Revision)
 	}
 	// Renamed in from elsewhere, whole, and changed afterwards.
 	other := write(t, map[string]string{"x509/ca/acme/root.crt": string(authority("three"))})
@@ -164,7 +164,7 @@ func TestWatchTrustStore(t *testing.T) {
 	three := w.good("trust store replaced")
 	replace(t, dir+"/truststore/x509/ca/acme", "root.crt", string(authority("four")))
 	if c := w.good("certificate in the new trust store replaced"); c.Revision == three.Revision {
-		t.Error("the same epoch")
+		t.Error("the same revision")
 	}
 }
 
@@ -180,14 +180,14 @@ func TestWatchConfigMap(t *testing.T) {
 	}
 	publish(t, dir, "3", with(notation(), "config.yaml", "version: 1\nmode: enforce\n", "truststore/x509/ca/acme/root.crt", string(authority("three"))))
 	if c := w.good("..data swapped again, only a certificate differs"); c.Revision == second.Revision {
-		t.Error("the same epoch")
+		t.Error("the same revision")
 	}
 	must(t, os.RemoveAll(dir+"/..v1"))
 	publish(t, dir, "4", map[string]string{"config.yaml": minimal})
 	w.bad("a ConfigMap without policy", "trustpolicy.json")
 	publish(t, dir, "5", with(notation(), "config.yaml", minimal))
 	if c := w.good("the first again"); c.Revision != first.Revision {
-		t.Errorf("epoch %s, want %s", c.Revision, first.Revision)
+		t.Errorf("revision %s, want %s", c.Revision, first.Revision)
 	}
 }
 

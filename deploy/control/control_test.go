@@ -96,7 +96,7 @@ func start(t testing.TB, dir, name string) *gate {
 }
 
 func healthy(name string) Status {
-	s := Status{Node: name, Mode: "enforce", Configuration: Configuration{Dir: "/etc/tidewaiter", Epoch: "0123"},
+	s := Status{Node: name, Mode: "enforce", Configuration: Configuration{Dir: "/etc/tidewaiter", Revision: "0123"},
 		Runtime: Runtime{Registered: true, Name: "containerd", Version: "2.4.2", Hooks: []string{"ValidateContainerAdjustment"}, Socket: "/run/nri.sock"}}
 	s.Judge()
 	return s
@@ -487,12 +487,12 @@ func TestJudge(t *testing.T) {
 		"audit":            {func(s *Status) { s.Mode, s.Runtime.Audit = "audit", true }, "", true, None},
 		"stopping":         {func(s *Status) { s.Stopping = true }, "STOPPING", false, None},
 		"not registered":   {func(s *Status) { s.Runtime.Registered, s.Runtime.Error = false, "refused" }, "NOT_REGISTERED", false, None},
-		"no configuration": {func(s *Status) { s.Configuration.Epoch, s.Mode = "", "" }, "NO_CONFIGURATION", false, None},
+		"no configuration": {func(s *Status) { s.Configuration.Revision, s.Mode = "", "" }, "NO_CONFIGURATION", false, None},
 		"neither": {func(s *Status) {
-			s.Configuration.Epoch, s.Mode, s.Configuration.Rejected, s.Runtime.Registered = "", "", rejected, false
+			s.Configuration.Revision, s.Mode, s.Configuration.Rejected, s.Runtime.Registered = "", "", rejected, false
 		}, "NO_CONFIGURATION NOT_REGISTERED", false, None},
 		"awaits one": {func(s *Status) {
-			s.Configuration.Epoch, s.Mode, s.Configuration.WaitingForConfig, s.Runtime.Registered = "", "", true, false
+			s.Configuration.Revision, s.Mode, s.Configuration.WaitingForConfig, s.Runtime.Registered = "", "", true, false
 		}, "NO_CONFIGURATION", false, None},
 		"awaited one":                  {func(s *Status) { s.Configuration.WaitingForConfig, s.Runtime.Registered = true, false }, "NOT_REGISTERED", false, None},
 		"audit in the hook that holds": {func(s *Status) { s.Mode = "audit" }, "", true, None},

@@ -115,16 +115,16 @@ type Line struct {
 
 // Said is what a Line says of its decision, as far as text needs it.
 type Said struct {
-	ID      string      `json:"id"`
-	Allowed bool        `json:"allowed"`
-	Reason  string      `json:"reason"`
-	Would   string      `json:"enforceReason"`
-	Message string      `json:"message"`
-	Image   string      `json:"image"`
-	Target  string      `json:"target"`
-	Epoch   string      `json:"epoch"`
-	Pod     *verify.Pod `json:"pod"`
-	Detail  string      `json:"detail"`
+	ID       string      `json:"id"`
+	Allowed  bool        `json:"allowed"`
+	Reason   string      `json:"reason"`
+	Would    string      `json:"enforceReason"`
+	Message  string      `json:"message"`
+	Image    string      `json:"image"`
+	Target   string      `json:"target"`
+	Revision string      `json:"revision"`
+	Pod      *verify.Pod `json:"pod"`
+	Detail   string      `json:"detail"`
 }
 
 // Said reads the decision of l.

@@ -20,13 +20,13 @@ const ImagesSchema = "tidewaiter.dev/images/v1"
 // Images are all images of the node that a pod can name, in the order of names. One
 // that was pulled by a tag is listed under that, and not by its digest once more.
 type Images struct {
-	Schema string  `json:"schema"`
-	Node   string  `json:"node"`
-	Mode   string  `json:"mode"`
-	Epoch  string  `json:"epoch"`
-	More   bool    `json:"more"`             // the node has more than are listed
-	Unseen string  `json:"unseen,omitempty"` // why it is not known, of some containers, which images they run
-	List   []Image `json:"images"`
+	Schema   string  `json:"schema"`
+	Node     string  `json:"node"`
+	Mode     string  `json:"mode"`
+	Revision string  `json:"revision"`
+	More     bool    `json:"more"`             // the node has more than are listed
+	Unseen   string  `json:"unseen,omitempty"` // why it is not known, of some containers, which images they run
+	List     []Image `json:"images"`
 
 	// TooLong are containers that run and would be refused, whatever their image is, as
 	// POD_TOO_LARGE. At most 100.

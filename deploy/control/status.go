@@ -70,7 +70,7 @@ var Codes = []string{Stopping, NoConfiguration, NotRegistered, RuntimeBusy, Regi
 // A Configuration is what is in force, and what is not.
 type Configuration struct {
 	Dir              string     `json:"dir"`
-	Epoch            string     `json:"epoch"` // digest of its files; empty: none is in force
+	Revision         string     `json:"revision"` // digest of its files; empty: none is in force
 	Since            *time.Time `json:"since"`
 	Warnings         []string   `json:"warnings"`
 	Rejected         *Rejected  `json:"rejected"`         // the last one that was; null: none was
@@ -231,7 +231,7 @@ func (s *Status) Judge() {
 	if s.Stopping {
 		found(Stopping, "wait for the next one to start", "the gate was told to end")
 	}
-	if c.Epoch == "" {
+	if c.Revision == "" {
 		why := "it was not read yet"
 		if current {
 			why = c.Rejected.Error
@@ -243,7 +243,7 @@ func (s *Status) Judge() {
 		found(NoConfiguration, "put a configuration into "+c.Dir+"; it is read at once", "no configuration is in force and %s: %s", meanwhile, why)
 	}
 	switch {
-	case c.Epoch == "" && c.WaitingForConfig: // that is why
+	case c.Revision == "" && c.WaitingForConfig: // that is why
 	case r.AwaitingSync != nil:
 		found(RuntimeBusy, "it goes on by itself when that has ended; to end it: docs/lockout.md, \"The runtime holds up the registration\"",
 			"containerd has the gate's registration since %s and does not go on with it: it waits for container operations that are under way to end, such as the stop of a container with a long grace period, and later ones wait behind it",
@@ -254,9 +254,9 @@ func (s *Status) Judge() {
 			why = r.Error
 		}
 		found(NotRegistered, "tidewaiter doctor; ls -l "+r.Socket, "the runtime does not ask this gate: %s", why)
-	case c.Epoch != "" && r.Audit && s.Mode != "audit" && r.Held != "":
+	case c.Revision != "" && r.Audit && s.Mode != "audit" && r.Held != "":
 		found(Registering, "delete the pods that it names", "the mode changed to %s, and the gate stays registered to audit, where containers start if it gives no answer, since it could not register again: %s", s.Mode, r.Held)
-	case c.Epoch != "" && r.Audit && s.Mode != "audit":
+	case c.Revision != "" && r.Audit && s.Mode != "audit":
 		found(Registering, "wait a moment", "the mode changed to %s, and the gate registers anew", s.Mode)
 	}
 	s.Ready = len(s.Problems) == 0
@@ -269,7 +269,7 @@ func (s *Status) Judge() {
 		found(DuplicatePlugin, "find what else connects to "+r.Socket+": ss -xp | grep nri",
 			"%d plugins that are not gates of this node are registered under the gate's name: containerd takes them for it when it is away", r.DuplicatePlugins)
 	}
-	if c.Epoch != "" && current {
+	if c.Revision != "" && current {
 		found(ConfigurationRejected, "correct what it names; the directory is read again at once",
 			"the configuration was rejected and the last good one is in force: %s", c.Rejected.Error)
 	}

@@ -105,7 +105,7 @@ func (x *examination) configuration() {
 			x.unknown(check, "run it as root", "the configuration cannot be read: %v", err)
 			return
 		case s == nil:
-		case s.Configuration.Epoch == "":
+		case s.Configuration.Revision == "":
 			then = "; none is in force: every container is refused"
 		default:
 			then = "; the last good one stays in force"
@@ -120,10 +120,10 @@ func (x *examination) configuration() {
 	switch {
 	case s == nil:
 		x.ok(check, "%s is valid, mode %s", c.Dir, c.Mode)
-	case s.Configuration.Epoch != c.Revision.String():
-		x.add(Fail, check, fmt.Sprintf("kill -HUP %d, and read its log", s.PID), "what %s holds (epoch %s, mode %s) is not what is in force (epoch %s, mode %s)", c.Dir, c.Revision, c.Mode, s.Configuration.Epoch, s.Mode)
+	case s.Configuration.Revision != c.Revision.String():
+		x.add(Fail, check, fmt.Sprintf("kill -HUP %d, and read its log", s.PID), "what %s holds (revision %s, mode %s) is not what is in force (revision %s, mode %s)", c.Dir, c.Revision, c.Mode, s.Configuration.Revision, s.Mode)
 	default:
-		x.ok(check, "%s is valid and in force: mode %s, epoch %s", c.Dir, c.Mode, c.Revision)
+		x.ok(check, "%s is valid and in force: mode %s, revision %s", c.Dir, c.Mode, c.Revision)
 	}
 	for i, w := range c.Warnings {
 		if i == shown {
@@ -144,14 +144,14 @@ func (x *examination) apart() {
 		return // which the gate's finding says
 	}
 	switch c := x.Gate.Configuration; {
-	case c.Rejected != nil && c.Rejected.Current && c.Epoch == "":
+	case c.Rejected != nil && c.Rejected.Current && c.Revision == "":
 		x.add(Fail, check, "correct it in its ConfigMaps", "the gate runs in a container and rejected its configuration: %s; none is in force: every container is refused", c.Rejected.Error)
 	case c.Rejected != nil && c.Rejected.Current:
 		x.add(Fail, check, "correct it in its ConfigMaps", "the gate runs in a container and rejected its configuration: %s; the last good one stays in force", c.Rejected.Error)
-	case c.Epoch == "":
+	case c.Revision == "":
 		x.add(Fail, check, "tidewaiter status", "the gate runs in a container, and has no configuration: every container is refused")
 	default:
-		x.ok(check, "the gate runs in a container, and has its configuration from there: mode %s, epoch %s", x.Gate.Mode, c.Epoch)
+		x.ok(check, "the gate runs in a container, and has its configuration from there: mode %s, revision %s", x.Gate.Mode, c.Revision)
 		for i, w := range c.Warnings {
 			if i == shown {
 				x.add(Warn, check, inItsPod, "and %d more", len(c.Warnings)-shown)

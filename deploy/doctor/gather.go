@@ -82,7 +82,7 @@ func Gather(ctx context.Context, o Options) (*Facts, error) {
 	f.Proxies = h.Proxies(pid, gate)
 	// A change counts a moment after it was made.
 	for range 3 {
-		if f.Gate == nil || f.Config == nil || f.Gate.Configuration.Epoch == f.Config.Revision.String() || ctx.Err() != nil {
+		if f.Gate == nil || f.Config == nil || f.Gate.Configuration.Revision == f.Config.Revision.String() || ctx.Err() != nil {
 			break
 		}
 		select {

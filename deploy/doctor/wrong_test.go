@@ -294,18 +294,18 @@ func TestContainer(t *testing.T) {
 		f := healthy(t)
 		f.Gate.Mode, f.Inside, f.Process, f.ProcessErr = mode, true, nil, node.ErrUnseen
 		f.Effective, f.EffectiveErr, f.NRISocket = nil, node.ErrNoBinary, errors.New("no such file")
-		f.Gate.Configuration.Epoch = "0"
+		f.Gate.Configuration.Revision = "0"
 		f.Config, f.ConfigErr = &config.Config{Mode: verify.Audit}, nil
 		if mode == "enforce" {
 			f.Config.Mode = verify.Enforce
 		}
-		f.Gate.Configuration.Epoch = f.Config.Revision.String()
+		f.Gate.Configuration.Revision = f.Config.Revision.String()
 		return f
 	}
 	outside := func() *Facts {
 		f := healthy(t)
 		f.Apart, f.Config, f.ConfigErr, f.Version = true, nil, nil, [2]int{2, 4}
-		f.Gate.Configuration.Epoch = "e"
+		f.Gate.Configuration.Revision = "e"
 		f.Effective.Runtimes, f.Effective.Handler = map[string]string{"runc": "io.containerd.runc.v2"}, "runc"
 		f.Effective.Snapshotter, f.Effective.Pause = "stargz", "pause@sha256:0" // its configuration may list it
 		return f
@@ -320,7 +320,7 @@ func TestContainer(t *testing.T) {
 	}{
 		"in it, enforce": {inside("enforce"), "unknown", []string{"this is the gate's container: containerd and its configuration cannot be seen from here, nor whether containerd requires the gate"}, "on the node itself: tidewaiter doctor"},
 		"in it, audit":   {inside("audit"), "ok", []string{"on the node itself tidewaiter doctor looks at them (not required in audit)"}, ""},
-		"on the host":    {outside(), "ok", []string{"the gate runs in a container, and has its configuration from there: mode enforce, epoch e", "kubectl -n tidewaiter-system exec POD -- /tidewaiter doctor"}, ""},
+		"on the host":    {outside(), "ok", []string{"the gate runs in a container, and has its configuration from there: mode enforce, revision e", "kubectl -n tidewaiter-system exec POD -- /tidewaiter doctor"}, ""},
 		"on the host, and it rejected its configuration": {rejected, "fail", []string{"config.yaml:3: limits; the last good one stays in force"}, "correct it in its ConfigMaps"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -236,7 +236,7 @@ func (i *Installation) checkBy(ctx context.Context, program, dir string) (Config
 	if err != nil {
 		return Configured{}, err
 	}
-	var said struct{ Mode, Epoch string }
+	var said struct{ Mode, Revision string }
 	if err := json.Unmarshal([]byte(out), &said); err != nil {
 		return Configured{}, fmt.Errorf("policy check: %w", err)
 	}

@@ -187,8 +187,8 @@ func (b *bringing) ready(ctx context.Context, restarted bool) error {
 	if !restarted {
 		err := b.await(ctx, b.patience(), func(s *control.Status) bool {
 			c := s.Configuration
-			took := c.Epoch == want.Epoch || c.Epoch != b.gate.Configuration.Epoch && (c.Rejected == nil || !c.Rejected.Current)
-			return c.Epoch != "" && took && s.Mode == want.Mode
+			took := c.Revision == want.Revision || c.Revision != b.gate.Configuration.Revision && (c.Rejected == nil || !c.Rejected.Current)
+			return c.Revision != "" && took && s.Mode == want.Mode
 		})
 		if err != nil {
 			return fmt.Errorf("the gate did not take the configuration: %w", err)
@@ -198,7 +198,7 @@ func (b *bringing) ready(ctx context.Context, restarted bool) error {
 	// A gate that enforced is not followed by one that audits for a reason that is not
 	// seen here, such as a variable of its service.
 	up := func(s *control.Status) bool {
-		return (b.gate == nil || s.PID != b.gate.PID) && s.Configuration.Epoch != "" && (!b.enforced || want.Mode != "enforce" || s.Mode == "enforce")
+		return (b.gate == nil || s.PID != b.gate.PID) && s.Configuration.Revision != "" && (!b.enforced || want.Mode != "enforce" || s.Mode == "enforce")
 	}
 	err = b.await(ctx, b.patience(), func(s *control.Status) bool { return up(s) && (!registered(b.gate) || s.Ready) })
 	if err == nil {
@@ -251,7 +251,7 @@ func (b *bringing) restore(ctx context.Context, why, failed error) error {
 			return s.PID != last
 		}
 		g := b.gate
-		return s.PID != last && s.Mode == g.Mode && (s.Configuration.Epoch != "" || g.Configuration.Epoch == "") && (!g.Runtime.Registered || s.Runtime.Registered)
+		return s.PID != last && s.Mode == g.Mode && (s.Configuration.Revision != "" || g.Configuration.Revision == "") && (!g.Runtime.Registered || s.Runtime.Registered)
 	})
 	switch {
 	case err == nil:

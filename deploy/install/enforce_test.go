@@ -30,7 +30,7 @@ func TestEnforceIsRefused(t *testing.T) {
 		"not looked":           {nodetest.Kubeadm, func(s *scene) { s.gate.Running.At = nil }, "not looked at everything"},
 		"not seen all":         {nodetest.Kubeadm, func(s *scene) { s.gate.Running.Error = "timeout" }, "timeout"},
 		"no gate":              {nodetest.Kubeadm, func(s *scene) { s.away = true }, "no gate runs here"},
-		"no configuration":     {nodetest.Kubeadm, func(s *scene) { s.gate.Configuration.Epoch = "" }, "would refuse everything"},
+		"no configuration":     {nodetest.Kubeadm, func(s *scene) { s.gate.Configuration.Revision = "" }, "would refuse everything"},
 		"rejected":             {nodetest.Kubeadm, func(s *scene) { s.gate.Configuration.Rejected = &control.Rejected{Current: true, Error: "line 3"} }, "line 3"},
 		"NRI off":              {nodetest.Kubeadm.With(nodetest.Tree{"/etc/containerd/conf.d/10.toml": "version = 3\n[plugins.'io.containerd.nri.v1.nri']\n  disable = true\n"}), func(*scene) {}, "NRI is switched off"},
 		"CRI off":              {nodetest.Kubeadm.With(nodetest.Tree{"/etc/containerd/conf.d/10.toml": "version = 3\ndisabled_plugins = ['io.containerd.grpc.v1.cri']\n"}), func(*scene) {}, "CRI is switched off"},

@@ -63,7 +63,7 @@ func (r *facts) load(ctx context.Context, dir string) (Configured, error) {
 // where none does by what it was installed with, or since containerd requires one.
 func (r *facts) stands(ctx context.Context) bool {
 	switch {
-	case r.gate != nil && r.gate.Configuration.Epoch == "":
+	case r.gate != nil && r.gate.Configuration.Revision == "":
 		return !r.gate.Configuration.WaitingForConfig // it denies everything
 	case r.gate != nil:
 		return r.gate.Mode == "enforce"
@@ -124,7 +124,7 @@ func (i *Installation) mayEnforce(ctx context.Context) error {
 	}
 	c, r := s.Configuration, s.Running
 	switch {
-	case c.Epoch == "":
+	case c.Revision == "":
 		return node.Refusef(first, "the gate has no configuration and would refuse everything")
 	case c.Rejected != nil && c.Rejected.Current:
 		return node.Refusef("correct it; --force enforces with the one before", "the gate rejected its configuration: %s", c.Rejected.Error)

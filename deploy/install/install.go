@@ -72,8 +72,8 @@ type Installation struct {
 
 // Configured is what a configuration directory means to a program.
 type Configured struct {
-	Mode  string // "enforce" or "audit"
-	Epoch string // digest of what was read
+	Mode     string // "enforce" or "audit"
+	Revision string // digest of what was read
 }
 
 // Result says how an installation ended.

@@ -134,7 +134,7 @@ func (i *Installation) works(ctx context.Context, t *trial) bool {
 		return false
 	}
 	c := s.Configuration
-	works := c.Epoch != "" && (c.Rejected == nil || !c.Rejected.Current) && (!t.Registered || s.Ready)
+	works := c.Revision != "" && (c.Rejected == nil || !c.Rejected.Current) && (!t.Registered || s.Ready)
 	started := t.Program == "" && len(t.Files) == 0 || s.Started.After(t.At)
 	return works && started
 }

@@ -144,7 +144,7 @@ func TestNothingThere(t *testing.T) {
 			was := snapshot(t, s.root)
 			refused(t, "install", "does not write one that audits unless it is told to")(s.Install(t.Context()))
 			same(t, "refused", was, snapshot(t, s.root))
-			s.Audit, s.gate.Configuration.Epoch = true, "e"
+			s.Audit, s.gate.Configuration.Revision = true, "e"
 			must(t, "audit", Installed)(s.Install(t.Context()))
 			if !s.lowered() {
 				t.Errorf("%q", s.said)

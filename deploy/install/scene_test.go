@@ -75,7 +75,7 @@ type scene struct {
 	said     []string
 	clock    time.Time
 
-	gate    control.Status // Mode and Epoch follow the configuration, unless the latter is empty
+	gate    control.Status // Mode and Revision follow the configuration, unless the latter is empty
 	running string         // the program of the gate; empty: one that takes everything
 	force   Configured     // what the gate read last and took
 
@@ -96,7 +96,7 @@ func newScene(t *testing.T, files nodetest.Tree) *scene {
 		t.Fatal(err)
 	}
 	h.Run = s.run
-	s.gate = control.Status{PID: 1, Configuration: control.Configuration{Epoch: "e", WaitingForConfig: true}, Runtime: control.Runtime{Registered: true, Registrations: 1}}
+	s.gate = control.Status{PID: 1, Configuration: control.Configuration{Revision: "e", WaitingForConfig: true}, Runtime: control.Runtime{Registered: true, Registrations: 1}}
 	s.gate.Running.At = &s.clock
 	s.Installation = &Installation{
 		Host: h, Gate: Gate{ConfigDir: "/etc/tidewaiter", StateDir: "/var/lib/tidewaiter", RunDir: "/run/tidewaiter"}, Self: []byte("\x00one"), World: World{
@@ -110,8 +110,8 @@ func newScene(t *testing.T, files nodetest.Tree) *scene {
 				} else {
 					g.Configuration.Rejected = &control.Rejected{Current: true, Error: err.Error()}
 				}
-				if g.Mode = s.force.Mode; g.Configuration.Epoch != "" {
-					g.Configuration.Epoch = s.force.Epoch
+				if g.Mode = s.force.Mode; g.Configuration.Revision != "" {
+					g.Configuration.Revision = s.force.Revision
 				}
 				g.Judge()
 				g.Ready = g.Runtime.Registered
@@ -183,7 +183,7 @@ func (s *scene) run(_ context.Context, program string, args ...string) (string, 
 	case strings.Contains(line, " policy check "):
 		raw, _ := os.ReadFile(filepath.Join(s.root, program))
 		c, err := s.configured(string(raw), args[3])
-		return fmt.Sprintf(`{"mode":%q,"epoch":%q}`, c.Mode, c.Epoch), err
+		return fmt.Sprintf(`{"mode":%q,"revision":%q}`, c.Mode, c.Revision), err
 	case strings.HasSuffix(line, " config dump"):
 		if s.bad {
 			return "", errors.New("exit status 1: containerd: invalid disabled plugin URI")

@@ -44,7 +44,7 @@ func (s *scene) pair(t *testing.T, program, config string) {
 		t.Errorf("the configuration is %q, want %q", got, config)
 	}
 	g, err := s.Ask(t.Context())
-	if err != nil || s.running != program || g.Configuration.Epoch == "" || g.Configuration.Rejected != nil {
+	if err != nil || s.running != program || g.Configuration.Revision == "" || g.Configuration.Rejected != nil {
 		t.Errorf("the gate of %q: %+v, %v", s.running, g, err)
 	}
 	if s.Exists("/etc/tidewaiter.next") || s.remembered().Trial != nil {
@@ -74,7 +74,7 @@ func TestTogether(t *testing.T) {
 			ask := s.Ask
 			s.Ask = func(ctx context.Context) (*control.Status, error) {
 				g, err := ask(ctx)
-				if err == nil && g.Configuration.Epoch == "" {
+				if err == nil && g.Configuration.Revision == "" {
 					t.Error("the gate has no configuration")
 				}
 				return g, err

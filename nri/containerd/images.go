@@ -90,7 +90,7 @@ func (r *Resolver) Summarize(ctx context.Context, target ocispec.Descriptor) (s 
 // Bind binds an image of which there is a record, and no container yet.
 func (r *Resolver) Bind(ctx context.Context, name verify.Name, record Record) verify.Image {
 	o := r.options.Load()
-	img := verify.Image{Name: name, Asked: record.Name, Use: verify.UsePrefetch, Binding: verify.BoundRecord, Revision: o.Epoch}
+	img := verify.Image{Name: name, Asked: record.Name, Use: verify.UsePrefetch, Binding: verify.BoundRecord, Revision: o.Revision}
 	if err := r.aim(ctx, record.Target, &img); err != nil {
 		img.Fault = faultOf(err)
 		return img
@@ -142,7 +142,7 @@ func (r *Resolver) Listed(ctx context.Context, yield func(verify.Image) bool) er
 		if !can {
 			continue
 		}
-		img := verify.Image{Name: name, Asked: record.Name, Use: verify.UsePrefetch, Binding: verify.BoundRecord, Revision: o.Epoch, Target: record.Target}
+		img := verify.Image{Name: name, Asked: record.Name, Use: verify.UsePrefetch, Binding: verify.BoundRecord, Revision: o.Revision, Target: record.Target}
 		if _, read := r.resolutions.Peek(plain(record.Target)); read {
 			img = r.Bind(ctx, name, record)
 		} else {

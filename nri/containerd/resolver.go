@@ -71,7 +71,7 @@ type Options struct {
 	Snapshotters []string                          // trusted besides Snapshotters
 	Runtimes     []string                          // allowed besides Runtimes
 	Now          func() time.Time
-	Epoch        verify.Revision // of the configuration that says the above
+	Revision     verify.Revision // of the configuration that says the above
 
 	// Named reports whether the configuration names the host of an image, and whether it
 	// names that very repository. Nil: it names none.
@@ -231,7 +231,7 @@ var unasked = func() context.Context {
 
 func (r *Resolver) resolve(ctx context.Context, pod *api.PodSandbox, ctr *api.Container, img *verify.Image) error {
 	o := r.options.Load()
-	img.Revision = o.Epoch
+	img.Revision = o.Revision
 	known, ok := r.parsed.Get(img.Asked)
 	if img.Name = known.name; !ok {
 		var err error

@@ -306,7 +306,7 @@ func TestFaultsAfterAGoodOne(t *testing.T) {
 			rec.images[name] = good.manifest
 			rec.snapshots["overlayfs"][ctrID] = Snapshot{Parent: good.chain}
 			o := testOptions()
-			o.Epoch = verify.Revision{7}
+			o.Revision = verify.Revision{7}
 			r := NewResolver(rec, o)
 			r.Connected(true)
 			ctr := container(name, good.manifest.Digest, good.config.Digest)
@@ -315,8 +315,8 @@ func TestFaultsAfterAGoodOne(t *testing.T) {
 			}
 			tt.change(rec, ctr, evil)
 			img := resolveOne(t, r, ctr)
-			if img.Revision != o.Epoch {
-				t.Errorf("bound under epoch %s", img.Revision)
+			if img.Revision != o.Revision {
+				t.Errorf("bound under revision %s", img.Revision)
 			}
 			switch {
 			case tt.want != "" && (img.Fault == nil || img.Fault.Reason != tt.want):

@@ -173,7 +173,7 @@ var ErrGone = errors.New("no image record on this node leads to what the contain
 // it are not there any more, and then nothing can be said.
 func (r *Resolver) Running(ctx context.Context, c Container) ([]verify.Image, error) {
 	o := r.options.Load()
-	img := verify.Image{Asked: c.Image, Use: verify.UsePrefetch, Pod: c.Pod, Revision: o.Epoch}
+	img := verify.Image{Asked: c.Image, Use: verify.UsePrefetch, Pod: c.Pod, Revision: o.Revision}
 	err := r.running(ctx, o, c, &img)
 	if errors.Is(err, ErrGone) {
 		return []verify.Image{img}, err

@@ -78,7 +78,7 @@ func unverified(format string, args ...any) *verify.Fault {
 // that a pod's author could have written, and one that is allowed is enough.
 func (r *Resolver) volume(ctx context.Context, dir, encoded string, list func() ([]Record, error), img *verify.Image) error {
 	o := r.options.Load()
-	img.Revision = o.Epoch
+	img.Revision = o.Revision
 	snapshotter, snapshot, err := r.mounted(ctx, o, dir)
 	if err != nil {
 		return err

@@ -223,7 +223,7 @@ func TestVolumeNamesAreOfItsContent(t *testing.T) {
 		}
 	}
 	o := testOptions()
-	o.Epoch = verify.Revision{7}
+	o.Revision = verify.Revision{7}
 	r := NewResolver(w, o)
 	r.Connected(true)
 	for _, rec := range mustImages(t, w) {
@@ -236,7 +236,7 @@ func TestVolumeNamesAreOfItsContent(t *testing.T) {
 		t.Fatalf("images %+v", images)
 	}
 	v := images[1]
-	if v.Config != data.config.Digest || v.Target.Digest != index.Digest || v.Manifest.Digest != data.manifest.Digest || v.Revision != o.Epoch {
+	if v.Config != data.config.Digest || v.Target.Digest != index.Digest || v.Manifest.Digest != data.manifest.Digest || v.Revision != o.Revision {
 		t.Errorf("bound to %+v", v)
 	}
 	var hosts []string

@@ -59,7 +59,7 @@ type Prefetch struct {
 	items    map[string]*item                     // by record name
 	turn     int                                  // numbers the scans
 	conns    uint64                               // Images.Connections when Scanned was last called
-	epoch    verify.Revision                      // of the configuration that items are asked under
+	revision verify.Revision                      // of the configuration that items are asked under
 	slow     map[string]bool                      // owners of images whose verification took long and settled nothing
 
 	trouble atomic.Pointer[string] // why the images are not known; see Trouble
@@ -289,7 +289,7 @@ func (s *Prefetch) now() time.Time { return s.Images.Options().Now() }
 // there is none.
 func (s *Prefetch) next() (*item, time.Duration) {
 	o := s.Images.Options()
-	if s.Verifier == nil || o.Epoch == (verify.Revision{}) {
+	if s.Verifier == nil || o.Revision == (verify.Revision{}) {
 		return nil, 0
 	}
 	now := o.Now()
@@ -340,7 +340,7 @@ func (s *Prefetch) ask(ctx context.Context, i *item) {
 		return
 	}
 	began := s.now()
-	d, epoch := s.verify(ctx, i)
+	d, revision := s.verify(ctx, i)
 	now := s.now()
 	reason := d.Reason
 	if reason == verify.AuditOnly {
@@ -348,7 +348,7 @@ func (s *Prefetch) ask(ctx context.Context, i *item) {
 	}
 	i.asked, i.due, i.no = true, time.Time{}, reason != verify.Verified && reason != verify.AllowedByDigest
 	switch {
-	case d.Revision != epoch:
+	case d.Revision != revision:
 		// A configuration is being put in force.
 		i.due = now.Add(scanInterval)
 	case passing(reason):

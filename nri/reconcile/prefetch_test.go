@@ -328,7 +328,7 @@ func TestPrefetchAgain(t *testing.T) {
 	})
 }
 
-// An epoch that the Verifier does not have yet is a moment's matter.
+// A revision that the Verifier does not have yet is a moment's matter.
 func TestPrefetchWhileConfigured(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := prefetch(t)
@@ -336,7 +336,7 @@ func TestPrefetchWhileConfigured(t *testing.T) {
 		asked := 0
 		s.Verifier = verifierFunc(func(img verify.Image) verify.Decision {
 			if asked++; asked < 4 {
-				return verify.Deny(verify.Pending, "another epoch")
+				return verify.Deny(verify.Pending, "another revision")
 			}
 			d := verify.Deny(verify.SignatureMissing, "scripted")
 			d.Revision = img.Revision

@@ -107,7 +107,7 @@ func (r *records) index(list ...ocispec.Descriptor) ocispec.Descriptor {
 }
 
 // options parse names as the program does, but for aliases; verify/policy tests those.
-func options(epoch byte) containerd.Options {
+func options(revision byte) containerd.Options {
 	return containerd.Options{
 		ParseName: func(s string) (verify.Name, error) {
 			if s == "" || strings.HasPrefix(s, "sha256:") {
@@ -119,6 +119,6 @@ func options(epoch byte) containerd.Options {
 		},
 		ParseRecord: func(s string) (string, error) { return s, nil },
 		Now:         time.Now,
-		Epoch:       verify.Revision{epoch},
+		Revision:    verify.Revision{revision},
 	}
 }

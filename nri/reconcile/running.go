@@ -41,9 +41,9 @@ type Binder interface {
 // Rules are what a configuration says about containers that run. The zero Rules
 // are those of no configuration: nothing is checked.
 type Rules struct {
-	Epoch verify.Revision
-	Mode  verify.Mode
-	Stop  bool // stop what is revoked; never in audit
+	Revision verify.Revision
+	Mode     verify.Mode
+	Stop     bool // stop what is revoked; never in audit
 }
 
 // A RunningCheck looks at what runs: when it is woken, and once in a while. All fields are
@@ -82,7 +82,7 @@ type RunningCheck struct {
 type RunningStatus struct {
 	At         time.Time // when it ended; zero: there was none
 	Error      string    // why it did not see everything; empty: it did
-	Epoch      verify.Revision
+	Revision   verify.Revision
 	Containers int                   // that run, without sandboxes
 	Reasons    map[verify.Reason]int // what enforce would answer to each of them now, but for the next
 	Gone       int                   // of which the node has no image record any more: nothing can be said
@@ -121,8 +121,8 @@ type verdict struct {
 
 // A sighting is when a container was first found to be one to stop, in a row.
 type sighting struct {
-	epoch verify.Revision
-	at    time.Duration
+	revision verify.Revision
+	at       time.Duration
 }
 
 const (
@@ -218,11 +218,11 @@ func (s *RunningCheck) check(ctx context.Context) {
 	s.Count(count)
 	cancel()
 	rules := s.rules.Load()
-	if rules == nil || rules.Epoch == (verify.Revision{}) {
+	if rules == nil || rules.Revision == (verify.Revision{}) {
 		return // what could be said of a container is that nothing is configured
 	}
 	s.Gated.settle()
-	st := RunningStatus{Epoch: rules.Epoch, Reasons: map[verify.Reason]int{}, Ends: map[string]time.Time{}}
+	st := RunningStatus{Revision: rules.Revision, Reasons: map[verify.Reason]int{}, Ends: map[string]time.Time{}}
 	known, unseen, sights := map[string]verdict{}, map[string]bool{}, map[string]sighting{}
 	alive := map[string]bool{}
 	s.lines, s.ripe = 0, nil
@@ -233,7 +233,7 @@ func (s *RunningCheck) check(ctx context.Context) {
 		}
 		alive[c.ID] = true
 		v, img, d := s.judge(ctx, c, st.Ends)
-		if stale = d.Revision != rules.Epoch && v.reason != ""; stale || ctx.Err() != nil {
+		if stale = d.Revision != rules.Revision && v.reason != ""; stale || ctx.Err() != nil {
 			return false
 		}
 		if c.Kind == containerd.KindSandbox {
@@ -432,8 +432,8 @@ func (s *RunningCheck) sight(c containerd.Container, v verdict, d verify.Decisio
 		return
 	}
 	first, ok := s.sights[c.ID]
-	if now := s.Uptime(); !ok || first.epoch != rules.Epoch {
-		first = sighting{rules.Epoch, now}
+	if now := s.Uptime(); !ok || first.revision != rules.Revision {
+		first = sighting{rules.Revision, now}
 	} else if now-first.at >= sightInterval {
 		s.ripe = append(s.ripe, c.ID)
 	}
@@ -443,7 +443,7 @@ func (s *RunningCheck) sight(c containerd.Container, v verdict, d verify.Decisio
 // mayStop reports whether the configuration in force wants c to be stopped.
 func (s *RunningCheck) mayStop(c containerd.Container, v verdict, d verify.Decision, rules *Rules) bool {
 	return rules.Stop && rules.Mode == verify.Enforce && c.Kind == containerd.KindContainer &&
-		stops(v.reason) && !d.Allowed() && d.Revision == rules.Epoch
+		stops(v.reason) && !d.Allowed() && d.Revision == rules.Revision
 }
 
 // stopNext stops the container that is on the list first, if what is known of it
@@ -461,7 +461,7 @@ func (s *RunningCheck) stopNext(ctx context.Context) {
 	}
 	v, img, d := s.judge(ctx, c, map[string]time.Time{})
 	first, ok := s.sights[id]
-	if !ok || first.epoch != rules.Epoch || s.Uptime()-first.at < sightInterval || !s.mayStop(c, v, d, rules) || s.rules.Load() != rules {
+	if !ok || first.revision != rules.Revision || s.Uptime()-first.at < sightInterval || !s.mayStop(c, v, d, rules) || s.rules.Load() != rules {
 		return
 	}
 	s.stopped = s.Uptime()

@@ -26,18 +26,18 @@ func TestMain(m *testing.M) { leaktest.Main(m) }
 // found about each. It is Containers, Binder and Verifier at once, and safe for
 // concurrent use.
 type runtime struct {
-	mu      sync.Mutex
-	list    []containerd.Container
-	reasons map[string]verify.Reason // by what the pod asks for; ErrGone where there is none
-	epoch   verify.Revision
-	mode    verify.Mode
-	err     error // of Running, after the list
-	stopErr error
-	stopped []string
-	at      []time.Time
-	checks  int
-	counts  int // how often what there is was counted
-	asked   []verify.Image
+	mu       sync.Mutex
+	list     []containerd.Container
+	reasons  map[string]verify.Reason // by what the pod asks for; ErrGone where there is none
+	revision verify.Revision
+	mode     verify.Mode
+	err      error // of Running, after the list
+	stopErr  error
+	stopped  []string
+	at       []time.Time
+	checks   int
+	counts   int // how often what there is was counted
+	asked    []verify.Image
 }
 
 func (r *runtime) Running(ctx context.Context, yield func(containerd.Container) bool) error {
@@ -81,14 +81,14 @@ type binder struct{ *runtime }
 func (b binder) Running(_ context.Context, c containerd.Container) ([]verify.Image, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	img := verify.Image{Asked: c.Image, Name: verify.Name{Host: "r.example", Path: c.Image}, Use: verify.UsePrefetch, Pod: c.Pod, Revision: b.epoch}
+	img := verify.Image{Asked: c.Image, Name: verify.Name{Host: "r.example", Path: c.Image}, Use: verify.UsePrefetch, Pod: c.Pod, Revision: b.revision}
 	if _, ok := b.reasons[c.Image]; !ok {
 		return []verify.Image{img}, containerd.ErrGone
 	}
 	list := []verify.Image{img}
 	for _, m := range c.Mounts {
 		first, more, _ := strings.Cut(m, ",")
-		v := verify.Image{Name: verify.Name{Path: first}, Use: verify.UseVolume, Revision: b.epoch}
+		v := verify.Image{Name: verify.Name{Path: first}, Use: verify.UseVolume, Revision: b.revision}
 		if more != "" {
 			v.Names = []verify.Name{{Path: more}}
 		}
@@ -101,7 +101,7 @@ func (b binder) Running(_ context.Context, c containerd.Container) ([]verify.Ima
 func (r *runtime) enforcer() verify.Verifier {
 	return verifier(func(ctx context.Context, img verify.Image) verify.Decision {
 		r.mu.Lock()
-		reason, epoch, mode := r.reasons[img.Name.Path], r.epoch, r.mode
+		reason, revision, mode := r.reasons[img.Name.Path], r.revision, r.mode
 		r.asked = append(r.asked, img)
 		r.mu.Unlock()
 		img.Target.Digest, img.Manifest.Digest, img.Config, img.Binding = "sha256:t", "sha256:t", "sha256:c", verify.BoundSnapshot
@@ -113,7 +113,7 @@ func (r *runtime) enforcer() verify.Verifier {
 			rule = &verify.Rule{Name: "r", Fixed: verify.AllowedByDigest, Digest: "sha256:t"}
 		}
 		var e verify.Enforcer
-		e.Swap(&verify.Snapshot{Revision: epoch, Mode: mode, Policy: one{rule}, Evaluator: nil})
+		e.Swap(&verify.Snapshot{Revision: revision, Mode: mode, Policy: one{rule}, Evaluator: nil})
 		return e.Verify(ctx, img)
 	})
 }
@@ -161,7 +161,7 @@ func (s *swept) Write(p []byte) (int, error) {
 
 // start makes one whose containers are gated up to n.
 func start(t *testing.T, rules Rules, n int) (*swept, func()) {
-	s := &swept{t: t, r: &runtime{reasons: map[string]verify.Reason{}, epoch: rules.Epoch, mode: rules.Mode}, log: &bytes.Buffer{}, leader: true}
+	s := &swept{t: t, r: &runtime{reasons: map[string]verify.Reason{}, revision: rules.Revision, mode: rules.Mode}, log: &bytes.Buffer{}, leader: true}
 	began := time.Now()
 	uptime := func() time.Duration { return time.Since(began) }
 	log := slog.New(slog.NewJSONHandler(s, nil))
@@ -216,7 +216,7 @@ func (s *swept) want(what string, lines ...string) {
 	}
 }
 
-var enforcing = Rules{Epoch: verify.Revision{1}}
+var enforcing = Rules{Revision: verify.Revision{1}}
 
 const (
 	refused = "a running container would be refused: "
@@ -246,7 +246,7 @@ func TestReport(t *testing.T) {
 		s.want("at first", refused+"2", gone+"3", ungated+"9", ungated+"ctr-run")
 		st := s.Status()
 		if st.Containers != 6 || st.Ungated != 2 || st.Gone != 1 || st.Reasons[verify.AllowedByDigest] != 4 || st.Reasons[verify.PolicyNoMatch] != 1 ||
-			len(st.Findings) != 4 || st.Epoch != enforcing.Epoch || st.At.IsZero() || st.Error != "" {
+			len(st.Findings) != 4 || st.Revision != enforcing.Revision || st.At.IsZero() || st.Error != "" {
 			t.Errorf("status %+v", st)
 		}
 		if f := st.Findings[0]; f.ID != cid(2) || f.Image != "bad" || f.Pod.Namespace != "shop" || f.Pod.Name != "pod2" || f.Reason != verify.PolicyNoMatch || f.Ungated || f.Gone {
@@ -310,7 +310,7 @@ func TestEnds(t *testing.T) {
 		}
 		s.Verifier = verifier(func(_ context.Context, img verify.Image) verify.Decision {
 			d := ends[img.Name.Path]
-			d.Revision = enforcing.Epoch
+			d.Revision = enforcing.Revision
 			return d
 		})
 		s.r.set(func() {
@@ -337,7 +337,7 @@ func TestEnds(t *testing.T) {
 // hide what else is wrong with it, nor does it get it stopped.
 func TestTooLongRuns(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s, end := start(t, Rules{Epoch: verify.Revision{1}, Stop: true}, 9)
+		s, end := start(t, Rules{Revision: verify.Revision{1}, Stop: true}, 9)
 		defer end()
 		s.r.set(func() {
 			s.r.reasons = map[string]verify.Reason{"good": verify.AllowedByDigest, "bad": verify.PolicyNoMatch}
@@ -469,13 +469,13 @@ func TestConfigured(t *testing.T) {
 		s.r.set(func() { s.r.reasons["bad"] = verify.PolicyNoMatch })
 		s.checkNow()
 		s.want("without a configuration")
-		s.r.set(func() { s.r.epoch = verify.Revision{2} })
+		s.r.set(func() { s.r.revision = verify.Revision{2} })
 		s.Configure(enforcing) // the Verifier is ahead
 		s.pass(time.Minute)
 		if s.want("between two"); !s.Status().At.IsZero() {
 			t.Error("a check counts that was made while the configuration changed")
 		}
-		s.Configure(Rules{Epoch: verify.Revision{2}})
+		s.Configure(Rules{Revision: verify.Revision{2}})
 		s.pass(time.Minute)
 		s.want("configured", refused+"1")
 	})
@@ -483,7 +483,7 @@ func TestConfigured(t *testing.T) {
 
 // What is stopped, and what is not.
 func TestStop(t *testing.T) {
-	stop := Rules{Epoch: verify.Revision{1}, Stop: true}
+	stop := Rules{Revision: verify.Revision{1}, Stop: true}
 	for name, tt := range map[string]struct {
 		rules  Rules
 		reason verify.Reason
@@ -492,15 +492,15 @@ func TestStop(t *testing.T) {
 	}{
 		"revoked":               {stop, verify.Revoked, nil, true},
 		"report":                {enforcing, verify.Revoked, nil, false},
-		"audit":                 {Rules{Epoch: verify.Revision{1}, Mode: verify.Audit, Stop: true}, verify.Revoked, nil, false},
+		"audit":                 {Rules{Revision: verify.Revision{1}, Mode: verify.Audit, Stop: true}, verify.Revoked, nil, false},
 		"unsigned":              {stop, verify.SignatureMissing, nil, false},
 		"no rule":               {stop, verify.PolicyNoMatch, nil, false},
 		"listed by digest":      {stop, verify.AllowedByDigest, nil, false},
 		"not the leader":        {stop, verify.Revoked, func(s *swept) { s.leader = false }, false},
-		"another configuration": {stop, verify.Revoked, func(s *swept) { s.reconfigure(Rules{Epoch: verify.Revision{2}, Stop: true}) }, false},
-		"not wanted any more":   {stop, verify.Revoked, func(s *swept) { s.reconfigure(Rules{Epoch: verify.Revision{1}}) }, false},
+		"another configuration": {stop, verify.Revoked, func(s *swept) { s.reconfigure(Rules{Revision: verify.Revision{2}, Stop: true}) }, false},
+		"not wanted any more":   {stop, verify.Revoked, func(s *swept) { s.reconfigure(Rules{Revision: verify.Revision{1}}) }, false},
 		"audit meanwhile": {stop, verify.Revoked, func(s *swept) {
-			s.reconfigure(Rules{Epoch: verify.Revision{1}, Mode: verify.Audit, Stop: true})
+			s.reconfigure(Rules{Revision: verify.Revision{1}, Mode: verify.Audit, Stop: true})
 		}, false},
 		"fine in between": {stop, verify.Revoked, func(s *swept) {
 			s.r.set(func() { s.r.reasons["app"] = verify.Verified })
@@ -546,7 +546,7 @@ func TestStop(t *testing.T) {
 }
 
 func (s *swept) reconfigure(r Rules) {
-	s.r.set(func() { s.r.epoch, s.r.mode = r.Epoch, r.Mode })
+	s.r.set(func() { s.r.revision, s.r.mode = r.Revision, r.Mode })
 	s.Configure(r)
 }
 
@@ -554,7 +554,7 @@ func (s *swept) reconfigure(r Rules) {
 // CRI does not stop has its turn after the next check.
 func TestStopOneAMinute(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s, end := start(t, Rules{Epoch: verify.Revision{1}, Stop: true}, 9)
+		s, end := start(t, Rules{Revision: verify.Revision{1}, Stop: true}, 9)
 		defer end()
 		for n := range 6 {
 			s.r.run(n, fmt.Sprint("app", n))

@@ -54,7 +54,7 @@ func (s *Prefetch) scan(ctx context.Context) error {
 		}
 		s.Listed(live)
 	}
-	afresh := conns != s.conns || o.Epoch != s.epoch
+	afresh := conns != s.conns || o.Revision != s.revision
 	var used map[string]bool
 	if afresh {
 		used = s.used(ctx, o)
@@ -67,7 +67,7 @@ func (s *Prefetch) scan(ctx context.Context) error {
 	for name, i := range s.items {
 		if i.turn != s.turn {
 			delete(s.items, name)
-		} else if judged := i.skip && !s.Marks.Skips(i.record.Target.Digest); judged || o.Epoch != s.epoch || again && i.no {
+		} else if judged := i.skip && !s.Marks.Skips(i.record.Target.Digest); judged || o.Revision != s.revision || again && i.no {
 			if judged {
 				s.Log.Info("this image was judged: it is looked at ahead of time again", "target", i.record.Target.Digest.String())
 			}
@@ -77,7 +77,7 @@ func (s *Prefetch) scan(ctx context.Context) error {
 	if s.Refresher != nil {
 		s.Refresher.has(s.items, s.Marks.Skips)
 	}
-	s.conns, s.epoch = conns, o.Epoch
+	s.conns, s.revision = conns, o.Revision
 	if afresh && conns > 0 && s.Scanned != nil {
 		s.Scanned()
 	}
@@ -127,7 +127,7 @@ func (s *Prefetch) nearest(ctx context.Context, o *containerd.Options, records [
 	s.orders = make(map[string]int, len(records)) // to parse a name is dear
 	for _, r := range records {
 		order, is := known[r.Name]
-		if !is || o.Epoch != s.epoch {
+		if !is || o.Revision != s.revision {
 			order = byNothing
 			if name, can := o.Nameable(r.Name); can {
 				order = orderOf(o, name)

@@ -251,12 +251,12 @@ func testPod(t *testing.T, ctx context.Context, n *node.Node, dist string) {
 	})
 
 	// A configuration that changes is read, and one that is broken is not in force.
-	epoch := status.Configuration.Epoch
+	revision := status.Configuration.Revision
 	files["config.yaml"] += "runningContainers: report\n"
 	publish(t, config, files)
 	first.eventually(ctx, t, "the new configuration is in force", func() bool {
 		s := first.status(ctx, t)
-		return s.Configuration.Epoch != epoch && s.Ready
+		return s.Configuration.Revision != revision && s.Ready
 	})
 
 	// The next one beside it, and then it alone.
@@ -431,7 +431,7 @@ func (g *gate) await(ctx context.Context, t *testing.T) {
 type gateStatus struct {
 	Ready         bool
 	Mode, Node    string
-	Configuration struct{ Epoch string }
+	Configuration struct{ Revision string }
 	Runtime       struct{ Hooks []string }
 	Decisions     map[string]map[string]int
 }

@@ -248,11 +248,13 @@ func (s *scene) configure(c node.Config) {
 	// Not one that was there when some of the files were written.
 	out, err := exec.CommandContext(s.ctx, program, "policy", "show", "--config-dir", s.dir).Output()
 	s.must(err)
-	m := regexp.MustCompile(`, epoch ([0-9a-f]{32})`).FindSubmatch(out)
+	m := regexp.MustCompile(`, revision ([0-9a-f]{32})`).FindSubmatch(out)
 	if m == nil {
-		s.Fatalf("no epoch in %s", out)
+		s.Fatalf("no revision in %s", out)
 	}
-	s.wait(mark, func(l node.Line) bool { return l.Msg == "configuration in force" && l.Fields["epoch"] == string(m[1]) })
+	s.wait(mark, func(l node.Line) bool {
+		return l.Msg == "configuration in force" && l.Fields["revision"] == string(m[1])
+	})
 }
 
 // replace replaces a file at once: nobody reads a half of it.

@@ -111,7 +111,7 @@ func TestStatus(t *testing.T) {
 			assurance = "bound"
 		}
 		text := s.status(0, "on edge-1: healthy\n")
-		for _, want := range []string{"  mode           enforce, assurance " + assurance + "\n", "  runtime        containerd " + s.Version, "SIGNATURE_MISSING 4", s.dir + ", epoch "} {
+		for _, want := range []string{"  mode           enforce, assurance " + assurance + "\n", "  runtime        containerd " + s.Version, "SIGNATURE_MISSING 4", s.dir + ", revision "} {
 			if !strings.Contains(text, want) {
 				s.Errorf("no %q in\n%s", want, text)
 			}

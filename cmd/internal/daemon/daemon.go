@@ -265,7 +265,7 @@ func (d *daemon) apply(c *config.Config, err error) {
 	if d.cache != nil {
 		next.Inherit(d.cache)
 	}
-	// A container that is bound between the two gets PENDING: the epochs differ.
+	// A container that is bound between the two gets PENDING: the revisions differ.
 	d.resolver.Configure(resolverOptions(c))
 	d.enforcer.Swap(setup)
 	if d.store != nil {
@@ -277,11 +277,11 @@ func (d *daemon) apply(c *config.Config, err error) {
 		d.refresher.Configure(plan(c, setup, engine, d.store))
 	}
 	if d.sweep != nil {
-		d.sweep.Configure(reconcile.Rules{Epoch: setup.Revision, Mode: setup.Mode, Stop: c.StopRunning})
+		d.sweep.Configure(reconcile.Rules{Revision: setup.Revision, Mode: setup.Mode, Stop: c.StopRunning})
 	}
 	d.stand(c, next, engine)
 	d.turned(setup.Mode)
-	d.log.Info("configuration in force", "epoch", setup.Revision.String(), "mode", c.Mode.String())
+	d.log.Info("configuration in force", "revision", setup.Revision.String(), "mode", c.Mode.String())
 	old := d.cache
 	d.cache = next
 	if old != nil {
@@ -443,7 +443,7 @@ func (d *daemon) judged(c *config.Config) func(verify.Question, verify.Decision)
 func resolverOptions(c *config.Config) containerd.Options {
 	o := containerd.Options{ParseName: policy.ParseName, ParseRecord: policy.Record, Now: time.Now}
 	if c != nil {
-		o.Snapshotters, o.Runtimes, o.Epoch = c.Gate.Snapshotters, c.Gate.Runtimes, c.Revision
+		o.Snapshotters, o.Runtimes, o.Revision = c.Gate.Snapshotters, c.Gate.Runtimes, c.Revision
 		if named := c.Named(); named != nil {
 			o.Named = func(n verify.Name) (host, repository bool) { return named(policy.Unalias(c.Aliases, n)) }
 		}

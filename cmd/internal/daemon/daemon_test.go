@@ -176,7 +176,7 @@ func TestApply(t *testing.T) {
 	load()
 	e = log.entries(t, "configuration in force")[0]
 	first := d.enforcer.Snapshot()
-	if e["mode"] != "enforce" || e["epoch"] != first.Revision.String() {
+	if e["mode"] != "enforce" || e["revision"] != first.Revision.String() {
 		t.Errorf("the log says %v", e)
 	}
 	if got := ask(t, d, "signed"); !got.Allowed() || got.Reason != verify.Verified || got.Revision != first.Revision {
@@ -200,7 +200,7 @@ func TestApply(t *testing.T) {
 	}
 	second := d.enforcer.Snapshot()
 	if second.Revision == first.Revision {
-		t.Error("the epoch is the same")
+		t.Error("the revision is the same")
 	}
 	if got := ask(t, d, "signed"); !got.Allowed() || got.Revision != second.Revision {
 		t.Errorf("after the reload: %s", got.Reason)
@@ -279,7 +279,7 @@ func TestApplyKeepsAnswers(t *testing.T) {
 	put(passwords, password("hunter2 of today"))
 	load()
 	if d.enforcer.Snapshot().Revision == first.Revision {
-		t.Fatal("the password is not part of the epoch")
+		t.Fatal("the password is not part of the revision")
 	}
 	if got := ask(t, d, "signed"); got.Reason != verify.Verified || got.Revision != d.enforcer.Snapshot().Revision {
 		t.Errorf("after another password: %s: %s", got.Reason, got.Detail)

@@ -26,15 +26,15 @@ type repeats struct {
 }
 
 type repeatKey struct {
-	kind  string
-	hook  string
-	epoch string // a new configuration makes all of it news
-	id    string // same for the same image, rule and reason
-	image string
-	space string // namespace
-	pod   string
-	uid   string // empty where it is not Kubernetes' pod
-	name  string // container
+	kind     string
+	hook     string
+	revision string // a new configuration makes all of it news
+	id       string // same for the same image, rule and reason
+	image    string
+	space    string // namespace
+	pod      string
+	uid      string // empty where it is not Kubernetes' pod
+	name     string // container
 }
 
 type repeated struct {
@@ -47,7 +47,7 @@ type repeated struct {
 // news reports whether an answer is to be written, and how often the same was not since it
 // was written last.
 func (r *repeats) news(kind, hook string, d verify.Report, now time.Time) (write bool, unsaid int) {
-	k := repeatKey{kind: kind, hook: hook, epoch: d.Revision, id: d.ID, image: d.Image}
+	k := repeatKey{kind: kind, hook: hook, revision: d.Revision, id: d.ID, image: d.Image}
 	if d.Pod != nil {
 		k.space, k.pod, k.uid, k.name = d.Pod.Namespace, d.Pod.Name, d.Pod.UID, d.Pod.Container
 	}

@@ -105,7 +105,7 @@ func (d *daemon) status(n nri.State, stopping bool, troubles []string) control.S
 	}
 	if c := at.config; c != nil {
 		s.Mode = c.Mode.String()
-		s.Configuration.Dir, s.Configuration.Epoch, s.Configuration.Since = c.Dir, c.Revision.String(), known(at.since)
+		s.Configuration.Dir, s.Configuration.Revision, s.Configuration.Since = c.Dir, c.Revision.String(), known(at.since)
 		if s.Configuration.Lowered = known(at.lowered); s.Configuration.Lowered != nil {
 			s.Warnings = append(s.Warnings, loweredText(at.lowered))
 		}
@@ -220,7 +220,7 @@ func running(found reconcile.RunningStatus) control.Running {
 // metrics writes the metrics.
 func (d *daemon) metrics(w io.Writer, n nri.State, stopping bool) error {
 	s, at := d.status(n, stopping, nil), d.stands()
-	m := metrics.State{Ready: s.Ready, Version: s.Version, Mode: s.Mode, Epoch: s.Configuration.Epoch, Session: n, Codes: control.Codes,
+	m := metrics.State{Ready: s.Ready, Version: s.Version, Mode: s.Mode, Revision: s.Configuration.Revision, Session: n, Codes: control.Codes,
 		Assured: s.Assurance, Assure: control.Assurances}
 	for _, p := range s.Problems {
 		m.Found = append(m.Found, p.Code)

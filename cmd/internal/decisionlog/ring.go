@@ -83,7 +83,7 @@ type Ring struct {
 }
 
 // same is what makes two entries the same.
-type same struct{ kind, hook, id, epoch, image, pod, container string }
+type same struct{ kind, hook, id, revision, image, pod, container string }
 
 type repeat struct {
 	at time.Time // of the last line
@@ -142,7 +142,7 @@ func (r *Ring) forget(err error) {
 }
 
 func sameAs(l control.Line, s control.Said) same {
-	k := same{kind: l.Kind, hook: l.Hook, id: s.ID, epoch: s.Epoch, image: s.Image}
+	k := same{kind: l.Kind, hook: l.Hook, id: s.ID, revision: s.Revision, image: s.Image}
 	if s.Pod != nil {
 		k.pod, k.container = s.Pod.UID, s.Pod.Container
 	}
@@ -153,7 +153,7 @@ func sameAs(l control.Line, s control.Said) same {
 func (r *Ring) Add(e Entry) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	k := same{kind: e.Kind, hook: e.Hook, id: e.Decision.ID, epoch: e.Decision.Revision, image: e.Decision.Image}
+	k := same{kind: e.Kind, hook: e.Hook, id: e.Decision.ID, revision: e.Decision.Revision, image: e.Decision.Image}
 	every := verificationEvery
 	if e.Kind == control.AnswerLine {
 		every = answerEvery

@@ -105,7 +105,7 @@ func TestVerifyIsTheGate(t *testing.T) {
 }
 
 // asGate is an image as the gate knows it when a container is made from it.
-func asGate(t *testing.T, i *imagetest.Image, epoch verify.Revision) verify.Image {
+func asGate(t *testing.T, i *imagetest.Image, revision verify.Revision) verify.Image {
 	t.Helper()
 	m, doc, err := containerd.Select(t.Context(), func(_ context.Context, d ocispec.Descriptor) ([]byte, error) {
 		raw, ok := i.Content[d.Digest]
@@ -119,7 +119,7 @@ func asGate(t *testing.T, i *imagetest.Image, epoch verify.Revision) verify.Imag
 	}
 	return verify.Image{
 		Name: sourcetest.Name, Target: i.Target, Manifest: m, Config: doc.Config.Digest,
-		LayersVerified: true, Use: verify.UsePrefetch, Binding: verify.BoundRuntime, Revision: epoch,
+		LayersVerified: true, Use: verify.UsePrefetch, Binding: verify.BoundRuntime, Revision: revision,
 	}
 }
 

@@ -110,7 +110,7 @@ type Answer struct {
 	Config   string            `json:"config,omitempty"`
 	Binding  string            `json:"binding"`
 	Rule     string            `json:"rule,omitempty"`
-	Epoch    string            `json:"epoch"`
+	Revision string            `json:"revision"`
 	Signers  []verify.Signer   `json:"signers"`
 	Signed   string            `json:"signed,omitempty"`
 	Source   string            `json:"source,omitempty"`
@@ -126,7 +126,7 @@ type Answer struct {
 func answer(r verify.Report) *Answer {
 	return &Answer{
 		ID: r.ID, Allowed: r.Allowed, Reason: r.Reason, Would: r.Would, Message: r.Message, Image: r.Image, Target: r.Target, Manifest: r.Manifest,
-		Config: r.Config, Binding: r.Binding.String(), Rule: text.Clean(r.Rule, 256), Epoch: r.Revision, Signers: r.Signers, Signed: r.Signed, Source: r.Source,
+		Config: r.Config, Binding: r.Binding.String(), Rule: text.Clean(r.Rule, 256), Revision: r.Revision, Signers: r.Signers, Signed: r.Signed, Source: r.Source,
 		Metadata: r.Metadata, Tried: r.Tried, Warnings: r.Warnings, Detail: r.Detail, Made: r.Made, Until: r.Until, Ends: r.Ends,
 	}
 }

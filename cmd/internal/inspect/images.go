@@ -32,7 +32,7 @@ func (x *Explainer) List(ctx context.Context) (*control.Images, error) {
 	if s == nil || f.Config == nil {
 		return nil, errors.New("no configuration is in force, so that every image would be denied: tidewaiter status says why")
 	}
-	l := &control.Images{Schema: control.ImagesSchema, Node: x.Node, Mode: s.Mode.String(), Epoch: s.Revision.String(), List: []control.Image{}}
+	l := &control.Images{Schema: control.ImagesSchema, Node: x.Node, Mode: s.Mode.String(), Revision: s.Revision.String(), List: []control.Image{}}
 	var images []verify.Image
 	list, cancel := context.WithTimeout(ctx, listing)
 	defer cancel()

@@ -148,18 +148,18 @@ func (c *Counters) Decisions() map[string]map[string]uint64 {
 
 // A State is what others know.
 type State struct {
-	Ready   bool
-	Version string                   // of the program
-	Mode    string                   // in force; empty where there is no configuration
-	Epoch   string                   // in force
-	Assured string                   // how firmly what runs is bound to what was verified (control.Status.Assurance)
-	Assure  []string                 // all that it can be (control.Assurances)
-	Invalid bool                     // what the configuration directory holds was rejected
-	Codes   []string                 // of all problems that there may be (control.Codes)
-	Found   []string                 // of those, the ones that there are
-	Session nri.State                // the connection to the runtime
-	Cache   *cache.Stats             // nil where there is none
-	Sweep   *reconcile.RunningStatus // nil where there is none
+	Ready    bool
+	Version  string                   // of the program
+	Mode     string                   // in force; empty where there is no configuration
+	Revision string                   // in force
+	Assured  string                   // how firmly what runs is bound to what was verified (control.Status.Assurance)
+	Assure   []string                 // all that it can be (control.Assurances)
+	Invalid  bool                     // what the configuration directory holds was rejected
+	Codes    []string                 // of all problems that there may be (control.Codes)
+	Found    []string                 // of those, the ones that there are
+	Session  nri.State                // the connection to the runtime
+	Cache    *cache.Stats             // nil where there is none
+	Sweep    *reconcile.RunningStatus // nil where there is none
 
 	Refresh *reconcile.RefreshStatus // nil where nothing is kept
 	Store   *Store                   // the same
@@ -197,8 +197,8 @@ func (c *Counters) Write(w io.Writer, s State) error {
 	if len(list) > 0 {
 		p.gauge("assurance", "How firmly what runs is bound to what was verified: 1 for what holds.", list)
 	}
-	if s.Epoch != "" {
-		p.gauge("config_info", "The configuration in force; always 1.", one(1, "epoch", s.Epoch, "mode", s.Mode, "version", s.Version))
+	if s.Revision != "" {
+		p.gauge("config_info", "The configuration in force; always 1.", one(1, "revision", s.Revision, "mode", s.Mode, "version", s.Version))
 	}
 	p.gauge("config_invalid", "Whether what the configuration directory holds was rejected.", one(flag(s.Invalid)))
 	p.counter("config_rejected_total", "Configurations that were rejected.", one(c.Rejected.Load()))

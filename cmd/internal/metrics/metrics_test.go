@@ -176,7 +176,7 @@ func TestState(t *testing.T) {
 	c.Rejected.Add(2)
 	c.Dropped.Add(3)
 	f := write(t, &c, State{
-		Ready: true, Version: "v1 \"x\"\n", Mode: "enforce", Epoch: "0123", Invalid: true,
+		Ready: true, Version: "v1 \"x\"\n", Mode: "enforce", Revision: "0123", Invalid: true,
 		Session: nri.State{Registered: true, Registrations: 4, UnderWay: 1, Late: 5, Stuck: 6, Strangers: 7, Alarms: 8},
 		Cache: &cache.Stats{AllowedHits: 9, DeniedHits: 10, Misses: 11, Joined: 12, AllowedEvicted: 13, DeniedEvicted: 14,
 			Started: 15, Ended: 16, Panics: 17, Overloaded: 18, Running: 19, Waiting: 20, Ahead: 21, Allowed: 22, Denied: 23},
@@ -187,7 +187,7 @@ func TestState(t *testing.T) {
 		want   float64
 	}{
 		{"ready", nil, 1}, {"registered", nil, 1}, {"enforcing", nil, 1}, {"config_invalid", nil, 1},
-		{"config_info", []string{"epoch", "0123", "mode", "enforce", "version", "v1 \"x\"\n"}, 1},
+		{"config_info", []string{"revision", "0123", "mode", "enforce", "version", "v1 \"x\"\n"}, 1},
 		{"config_rejected_total", nil, 2}, {"log_lines_dropped_total", nil, 3}, {"registrations_total", nil, 4},
 		{"hooks_under_way", nil, 1}, {"hooks_late_total", nil, 5}, {"questions_stuck", nil, 6}, {"strangers", nil, 7}, {"stranger_alarms_total", nil, 8},
 		{"cache_hits_total", []string{"answer", "allowed"}, 9}, {"cache_hits_total", []string{"answer", "denied"}, 10}, {"cache_misses_total", nil, 11},
@@ -260,7 +260,7 @@ func TestState(t *testing.T) {
 	if f = write(t, &c, State{Sweep: &reconcile.RunningStatus{}}); f["tidewaiter_running"] != nil {
 		t.Error("what runs is told before anybody looked")
 	}
-	f = write(t, &c, State{Ready: true, Mode: "audit", Epoch: "1"})
+	f = write(t, &c, State{Ready: true, Mode: "audit", Revision: "1"})
 	if value(t, f, "enforcing") != 0 || value(t, f, "ready") != 1 || value(t, f, "registered") != 0 || f["tidewaiter_cache_misses_total"] != nil {
 		t.Error("audit enforces, or there is a cache")
 	}
@@ -275,7 +275,7 @@ func TestDocumentation(t *testing.T) {
 	must(t, err)
 	var c Counters
 	c.Asked([]verify.Attempt{{Source: "store", Reason: verify.Verified}})
-	f := write(t, &c, State{Epoch: "0", Cache: &cache.Stats{}, Codes: []string{"A"}, Assure: []string{"full"}, Sweep: &reconcile.RunningStatus{At: time.Unix(1, 0), Ends: map[string]time.Time{"signature": {}}}, Store: &Store{},
+	f := write(t, &c, State{Revision: "0", Cache: &cache.Stats{}, Codes: []string{"A"}, Assure: []string{"full"}, Sweep: &reconcile.RunningStatus{At: time.Unix(1, 0), Ends: map[string]time.Time{"signature": {}}}, Store: &Store{},
 		Refresh: &reconcile.RefreshStatus{Last: time.Unix(1, 0), Next: time.Unix(1, 0)}})
 	for name := range f {
 		if !strings.Contains(string(doc), "| `"+name) {

@@ -106,7 +106,7 @@ func TestTrustIsKilledAtEachStep(t *testing.T) {
 				dir := filepath.Join(t.TempDir(), "etc")
 				if there {
 					if before = trustConfig(t, dir, "x509.subject: C=US, ST=WA, O=old"); before == (verify.Revision{}) {
-						t.Fatal("no epoch")
+						t.Fatal("no revision")
 					}
 					if err := os.WriteFile(filepath.Join(dir, "credentials.json"), []byte("{}"), 0o600); err != nil {
 						t.Fatal(err)
@@ -114,24 +114,24 @@ func TestTrustIsKilledAtEachStep(t *testing.T) {
 				}
 				done := !killed(t, step, "trust", from, dir)
 				c, err := config.Load(dir)
-				var epoch verify.Revision
+				var revision verify.Revision
 				switch {
 				case err == nil:
-					epoch = c.Revision
+					revision = c.Revision
 				case there || !errors.Is(err, config.ErrNone):
 					t.Fatalf("step %d: %v", step, err)
 				}
-				if epoch == before {
-					epoch = verify.Revision{}
+				if revision == before {
+					revision = verify.Revision{}
 				}
-				seen = append(seen, epoch)
+				seen = append(seen, revision)
 				if there {
 					if info, err := os.Stat(filepath.Join(dir, "credentials.json")); err != nil || info.Mode().Perm() != 0o600 {
 						t.Errorf("step %d: %v, error %v", step, info, err)
 					}
 				}
 				if done {
-					if epoch == (verify.Revision{}) {
+					if revision == (verify.Revision{}) {
 						t.Error("it ended and the old one is there")
 					}
 					backups, _ := filepath.Glob(dir + ".before-20010909T014640Z")
@@ -197,8 +197,8 @@ func TestWatchersNoticeTrust(t *testing.T) {
 			t.Fatal(err)
 		}
 		select {
-		case epoch := <-seen:
-			if epoch != now.Revision {
+		case revision := <-seen:
+			if revision != now.Revision {
 				t.Error("another configuration was noticed")
 			}
 		case <-time.After(50 * time.Second): // it looks each minute by itself

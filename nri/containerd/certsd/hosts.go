@@ -12,7 +12,7 @@
 // from: a file that does not parse is logged, and the host itself is asked instead;
 // the host is always appended; http is tried where https fails; certificates of
 // localhost are not checked; rewrites are dropped. It reads the files by itself,
-// without a bound and later than what the epoch is the digest of. So the same bytes
+// without a bound and later than what the revision is the digest of. So the same bytes
 // are read here with the parser that it uses, which also knows lines, and a test
 // holds what both make of them together.
 //
