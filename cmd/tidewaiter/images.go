@@ -194,7 +194,7 @@ func (o *imagesOptions) print(w io.Writer, l control.Images) error {
 		switch {
 		case has(control.Denied, control.NotImage):
 			status = cli.ExitNo
-		case has(control.Unknown):
+		case has(control.Inconclusive):
 			status = cli.ExitInconclusive
 		}
 	}
@@ -208,6 +208,10 @@ func (o *imagesOptions) print(w io.Writer, l control.Images) error {
 func (o *imagesOptions) table(l control.Images) string {
 	var b strings.Builder
 	count := map[string]int{}
+	const row = "%-12s  %-23s  %-22s  %s"
+	if len(l.List)+len(l.TooLong) > 0 {
+		fmt.Fprintf(&b, row+"\n", "ANSWER", "REASON", "ENDS", "IMAGE")
+	}
 	for _, i := range l.List {
 		answer := i.Answer()
 		count[answer]++
@@ -215,13 +219,13 @@ func (o *imagesOptions) table(l control.Images) string {
 		if i.Allowed && i.Until != nil && i.Ends != "nothing" {
 			ends = cli.Date(*i.Until) + " " + i.Ends
 		}
-		fmt.Fprintf(&b, "%-7s  %-23s  %-22s  %s", answer, text.Clean(i.Reason, 32), text.Clean(ends, 32), text.Clean(i.Image, 400))
+		fmt.Fprintf(&b, row, answer, text.Clean(i.Reason, 32), text.Clean(ends, 32), text.Clean(i.Image, 400))
 		if o.file != "" && i.Target != "" && !strings.Contains(i.Image, "@") {
 			fmt.Fprintf(&b, "@%s", text.Clean(i.Target, 144))
 		}
 		if len(i.Namespaces) > 0 {
 			fmt.Fprintf(&b, "  listed in %s", text.Clean(strings.Join(i.Namespaces, ","), 200))
-			if answer == control.Denied || answer == control.Unknown {
+			if answer == control.Denied || answer == control.Inconclusive {
 				fmt.Fprintf(&b, ", runs in %s", places(i.Runs))
 			}
 		}
@@ -230,7 +234,7 @@ func (o *imagesOptions) table(l control.Images) string {
 		}
 		b.WriteByte('\n')
 		if o.file != "" && !i.Allowed && i.Detail != "" {
-			fmt.Fprintf(&b, "%9s%s\n", "", text.Clean(i.Detail, 300))
+			fmt.Fprintf(&b, "%14s%s\n", "", text.Clean(i.Detail, 300))
 		}
 	}
 	if o.before > 0 {
@@ -238,7 +242,7 @@ func (o *imagesOptions) table(l control.Images) string {
 		return b.String()
 	}
 	others := count[control.NotImage]
-	fmt.Fprintf(&b, "%d images: %d allowed, %d denied, %d unknown", len(l.List)-others, count[control.Allowed]+count[control.Listed], count[control.Denied], count[control.Unknown])
+	fmt.Fprintf(&b, "%d images: %d allowed, %d denied, %d inconclusive", len(l.List)-others, count[control.Allowed]+count[control.Listed], count[control.Denied], count[control.Inconclusive])
 	if l.Mode == verify.Audit.String() {
 		b.WriteString(" if the node enforced")
 	}
@@ -254,7 +258,7 @@ func (o *imagesOptions) table(l control.Images) string {
 			fmt.Fprintf(&b, "and %d more that are too long: --output json\n", len(l.TooLong)-shown)
 			break
 		}
-		fmt.Fprintf(&b, "%-7s  %-23s  %s\n", control.Denied, verify.PodTooLarge, text.Clean(long, 400))
+		fmt.Fprintf(&b, "%-12s  %-23s  %s\n", control.Denied, verify.PodTooLarge, text.Clean(long, 400))
 	}
 	if l.Unseen != "" {
 		fmt.Fprintf(&b, "it is not known of all containers which images they run: %s\n", text.Clean(l.Unseen, 300))

@@ -482,8 +482,8 @@ func TestJudge(t *testing.T) {
 		ready     bool
 		assurance string
 	}{
-		"healthy":          {func(*Status) {}, "", true, Full},
-		"older runtime":    {func(s *Status) { s.Runtime.Hooks = append(s.Runtime.Hooks, "StartContainer") }, "", true, Bound},
+		"healthy":          {func(*Status) {}, "", true, AtCreate},
+		"older runtime":    {func(s *Status) { s.Runtime.Hooks = append(s.Runtime.Hooks, "StartContainer") }, "", true, AtStart},
 		"audit":            {func(s *Status) { s.Mode, s.Runtime.Audit = "audit", true }, "", true, None},
 		"stopping":         {func(s *Status) { s.Stopping = true }, "STOPPING", false, None},
 		"not registered":   {func(s *Status) { s.Runtime.Registered, s.Runtime.Error = false, "refused" }, "NOT_REGISTERED", false, None},
@@ -501,16 +501,16 @@ func TestJudge(t *testing.T) {
 		}, "RUNTIME_BUSY", false, None},
 		"it cannot register again": {func(s *Status) { s.Runtime.Audit, s.Runtime.Held = true, "pod team/p" }, "REGISTERING", false, None},
 		"no hook that holds":       {func(s *Status) { s.Runtime.Audit = true }, "REGISTERING", false, None},
-		"rejected":                 {func(s *Status) { s.Configuration.Rejected = rejected }, "CONFIGURATION_REJECTED", true, Full},
-		"rejected before":          {func(s *Status) { r := *rejected; r.Current = false; s.Configuration.Rejected = &r }, "", true, Full},
-		"required":                 {func(s *Status) { s.Runtime.Plugins = []string{"00-default-validator", "99-tidewaiter"} }, "", true, Full},
-		"not required":             {func(s *Status) { s.Runtime.Plugins = []string{"99-tidewaiter"} }, "NOT_REQUIRED", true, Full},
+		"rejected":                 {func(s *Status) { s.Configuration.Rejected = rejected }, "CONFIGURATION_REJECTED", true, AtCreate},
+		"rejected before":          {func(s *Status) { r := *rejected; r.Current = false; s.Configuration.Rejected = &r }, "", true, AtCreate},
+		"required":                 {func(s *Status) { s.Runtime.Plugins = []string{"00-default-validator", "99-tidewaiter"} }, "", true, AtCreate},
+		"not required":             {func(s *Status) { s.Runtime.Plugins = []string{"99-tidewaiter"} }, "NOT_REQUIRED", true, AtCreate},
 		"not required in audit": {func(s *Status) {
 			s.Runtime.Plugins, s.Mode, s.Runtime.Audit = []string{"99-tidewaiter"}, "audit", true
 		}, "", true, None},
-		"a duplicate": {func(s *Status) { s.Runtime.DuplicatePlugins = 1 }, "DUPLICATE_PLUGIN", true, Full},
-		"hangs":       {func(s *Status) { s.Runtime.Hung = 3 }, "RUNTIME_HANGS", true, Full},
-		"many images": {func(s *Status) { s.Images = "more than one answer of containerd may hold" }, "TOO_MANY_IMAGES", true, Full},
+		"a duplicate": {func(s *Status) { s.Runtime.DuplicatePlugins = 1 }, "DUPLICATE_PLUGIN", true, AtCreate},
+		"hangs":       {func(s *Status) { s.Runtime.Hung = 3 }, "RUNTIME_HANGS", true, AtCreate},
+		"many images": {func(s *Status) { s.Images = "more than one answer of containerd may hold" }, "TOO_MANY_IMAGES", true, AtCreate},
 		"zero":        {func(s *Status) { *s = Status{} }, "NO_CONFIGURATION NOT_REGISTERED", false, None},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -56,11 +56,11 @@ type Image struct {
 
 // Answers of an image.
 const (
-	Allowed  = "allowed"
-	Listed   = "listed" // by its digest, wherever it runs
-	Denied   = "denied"
-	Unknown  = "unknown"
-	NotImage = "other" // no image at all
+	Allowed      = "allowed"
+	Listed       = "listed" // by its digest, wherever it runs
+	Denied       = "denied"
+	Inconclusive = "inconclusive" // it could not be found out
+	NotImage     = "other"        // no image at all
 )
 
 // Answer is what enforce answers to the image where it runs. A digest that is listed
@@ -75,7 +75,7 @@ func (i Image) Answer() string {
 	case i.NotImage:
 		return NotImage
 	case verify.Reason(i.Reason).Inconclusive():
-		return Unknown
+		return Inconclusive
 	}
 	return Denied
 }

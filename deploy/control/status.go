@@ -210,13 +210,13 @@ func (s *Status) Readiness() Readiness {
 
 // How sure a denial is.
 const (
-	Full  = "full"  // what was verified is what runs, compared when the container is created
-	Bound = "bound" // the same; the image's config is compared only when it starts
-	None  = "none"  // nothing is refused, or nobody asks
+	AtCreate = "atCreate" // what was verified is what runs, compared when the container is created
+	AtStart  = "atStart"  // the same; the image's config is compared only when it starts
+	None     = "none"     // nothing is refused, or nobody asks
 )
 
 // Assurances are all that there are.
-var Assurances = []string{Full, Bound, None}
+var Assurances = []string{AtCreate, AtStart, None}
 
 // Judge says from all other fields whether s is ready and healthy, what is wrong,
 // and how sure a denial is.
@@ -286,9 +286,9 @@ func (s *Status) Judge() {
 	case !s.Ready || s.Mode != "enforce":
 		s.Assurance = None
 	case slices.Contains(r.Hooks, compares):
-		s.Assurance = Bound
+		s.Assurance = AtStart
 	default:
-		s.Assurance = Full
+		s.Assurance = AtCreate
 	}
 }
 

@@ -38,7 +38,7 @@ func healthy(t *testing.T) *Facts {
 		Host: h, Restart: "systemctl restart containerd",
 		Effective: &node.Effective{Knows: true, Validates: true, Required: []string{"tidewaiter"}, NRISocket: "/run/nri/nri.sock"},
 		ConfigErr: errors.New("not looked at"),
-		Gate:      &control.Status{Mode: "enforce", Assurance: control.Full},
+		Gate:      &control.Status{Mode: "enforce", Assurance: control.AtCreate},
 	}
 	f.Gate.Runtime = control.Runtime{Registered: true, Socket: "/var/run/nri/nri.sock", Plugins: []string{"00-default-validator", "99-tidewaiter"}}
 	restarted(f)

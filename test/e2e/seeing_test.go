@@ -128,8 +128,8 @@ func TestSeeing(t *testing.T) {
 			out = s.run(0, "images", "registry.example/app") // those of other tests, too
 			return !regexp.MustCompile(`PENDING .*app:see`).MatchString(out)
 		})
-		s.says(out, `^allowed  VERIFIED +20[0-9-]+ certificate +registry.example/app:see$`, `^denied   SIGNATURE_MISSING +- +registry.example/app:see-evil$`,
-			`^denied   SIGNER_UNTRUSTED +- +registry.example/app:see-strange$`)
+		s.says(out, `^allowed       VERIFIED +20[0-9-]+ certificate +registry.example/app:see$`, `^denied        SIGNATURE_MISSING +- +registry.example/app:see-evil$`,
+			`^denied        SIGNER_UNTRUSTED +- +registry.example/app:see-strange$`)
 		s.says(s.run(1, "images", "--expires-within", "1000000h", good.Name), `^1 images that are allowed now will not be`)
 		s.says(s.run(0, "images", "--expires-within", "1h", good.Name), `^0 images`)
 		var list struct {
@@ -146,7 +146,7 @@ func TestSeeing(t *testing.T) {
 		// A list is judged before anything of it is pulled, with tags.
 		release := filepath.Join(s.TempDir(), "images.txt")
 		s.must(os.WriteFile(release, []byte(good.Name+"\n"+evil.Name+"\n"), 0o600))
-		s.says(s.run(1, "images", "--from-file", release), `^allowed  VERIFIED .*@`+good.Target.Digest.String()+`  by mirror http`, `^denied   SIGNATURE_MISSING .*@`+evil.Target.Digest.String())
+		s.says(s.run(1, "images", "--from-file", release), `^allowed       VERIFIED .*@`+good.Target.Digest.String()+`  by mirror http`, `^denied        SIGNATURE_MISSING .*@`+evil.Target.Digest.String())
 
 		// What must run without a signature is listed by its digest, for its namespace.
 		lines := s.run(0, "images", "--allowlist", "--namespace", s.pod.Namespace, evil.Name)

@@ -84,10 +84,10 @@ func TestStatus(t *testing.T) {
 		hook := []string{"hook", "ValidateContainerAdjustment"}
 		pending := []string{"mode", "enforce", "reason", string(verify.Pending)} // a no was looked at again
 		want := 6 + uint64(after.value(s, "decisions_total", pending...)-before.value(s, "decisions_total", pending...))
-		if got := after.count(s, "answer_seconds", hook...) - before.count(s, "answer_seconds", hook...); got != want {
+		if got := after.count(s, "decision_duration_seconds", hook...) - before.count(s, "decision_duration_seconds", hook...); got != want {
 			s.Errorf("%d more answers, want %d", got, want)
 		}
-		for name, want := range map[string]float64{"ready": 1, "registered": 1, "enforcing": 1, "registrations_total": 1, "config_invalid": 0, "log_lines_dropped_total": 0} {
+		for name, want := range map[string]float64{"ready": 1, "registered": 1, "enforcing": 1, "registrations_total": 1, "config_last_reload_successful": 1, "log_lines_dropped_total": 0} {
 			if got := after.value(s, name); got != want {
 				s.Errorf("tidewaiter_%s is %v, want %v", name, got, want)
 			}
@@ -97,8 +97,8 @@ func TestStatus(t *testing.T) {
 				s.Errorf("mirrors said %s %v times", reason, got)
 			}
 		}
-		if full, bound := after.value(s, "assurance", "assurance", "full"), after.value(s, "assurance", "assurance", "bound"); full+bound != 1 {
-			s.Errorf("assurance full %v, bound %v", full, bound)
+		if full, bound := after.value(s, "assurance", "assurance", "atCreate"), after.value(s, "assurance", "assurance", "atStart"); full+bound != 1 {
+			s.Errorf("assurance atCreate %v, atStart %v", full, bound)
 		}
 		if got := after.value(s, "cache_hits_total", "answer", "allowed"); got < 3 {
 			s.Errorf("%v answers from memory", got)
@@ -106,9 +106,9 @@ func TestStatus(t *testing.T) {
 		if got := after.value(s, "cache_entries", "answer", "allowed"); got < 1 {
 			s.Errorf("%v answers are kept", got)
 		}
-		assurance := "full"
+		assurance := "atCreate"
 		if !s.NamesImage() {
-			assurance = "bound"
+			assurance = "atStart"
 		}
 		text := s.status(0, "on edge-1: healthy\n")
 		for _, want := range []string{"  mode           enforce, assurance " + assurance + "\n", "  runtime        containerd " + s.Version, "SIGNATURE_MISSING 4", s.dir + ", revision "} {
@@ -154,7 +154,7 @@ func TestStatus(t *testing.T) {
 		})
 		s.ready("") // the last good one is in force
 		s.status(1, "[CONFIGURATION_REJECTED] the configuration was rejected and the last good one is in force: "+yaml+":3: skip: ")
-		if m := s.metrics(); m.value(s, "config_invalid") != 1 || m.value(s, "config_rejected_total") != 1 {
+		if m := s.metrics(); m.value(s, "config_last_reload_successful") != 0 || m.value(s, "config_rejected_total") != 1 {
 			s.Error("the metrics know nothing of it")
 		}
 		mark = s.gate.Mark()

@@ -93,7 +93,7 @@ func newExplainer(t *testing.T, mode string) (*inspect.Explainer, *importer, *da
 		s.images = append(s.images, onNode(d, tag))
 	}
 	return &inspect.Explainer{Images: s, Containers: containers{s}, Enforcer: &d.enforcer, Force: d.force, Ring: d.ring, Node: "edge-17",
-		Now: time.Now, Assurance: func() string { return "full" }}, s, d
+		Now: time.Now, Assurance: func() string { return "atCreate" }}, s, d
 }
 
 // Who asks about one image gets an answer, also where the gate has not come to it.

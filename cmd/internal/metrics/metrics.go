@@ -200,7 +200,7 @@ func (c *Counters) Write(w io.Writer, s State) error {
 	if s.Revision != "" {
 		p.gauge("config_info", "The configuration in force; always 1.", one(1, "revision", s.Revision, "mode", s.Mode, "version", s.Version))
 	}
-	p.gauge("config_invalid", "Whether what the configuration directory holds was rejected.", one(flag(s.Invalid)))
+	p.gauge("config_last_reload_successful", "Whether what the configuration directory holds is in force, and was not rejected.", one(flag(!s.Invalid)))
 	p.counter("config_rejected_total", "Configurations that were rejected.", one(c.Rejected.Load()))
 	p.counter("mode_lowered_total", "Times that a configuration which audits came after one which enforced.", one(c.Lowered.Load()))
 
@@ -222,16 +222,16 @@ func (c *Counters) Write(w io.Writer, s State) error {
 	if len(list) > 0 {
 		p.counter("sources_asked_total", "How often sources were asked in verifications, by kind and by what they said.", list)
 	}
-	p.histograms("answer_seconds", "Time from the runtime's question to an answer.", c)
+	p.histograms("decision_duration_seconds", "Time from the runtime's request to the decision.", c)
 	p.counter("log_lines_dropped_total", "Answers that were given and not logged, since the log was too slow.", one(c.Dropped.Load()))
 
 	n := s.Session
 	p.counter("registrations_total", "How often the gate registered with the runtime.", one(n.Registrations))
-	p.gauge("hooks_under_way", "Questions of the runtime that are being answered.", one(n.UnderWay))
-	p.counter("hooks_late_total", "Answers that took longer than the gate allows itself.", one(n.Late))
-	p.gauge("questions_stuck", "Questions that nobody waits for any more and that have no end.", one(n.Stuck))
-	p.gauge("strangers", "Plugins under the gate's name that are not gates of this node.", one(n.Strangers))
-	p.counter("stranger_alarms_total", "How often such plugins were found.", one(n.Alarms))
+	p.gauge("requests_in_flight", "Requests of the runtime that are being answered.", one(n.UnderWay))
+	p.counter("requests_late_total", "Answers that took longer than the gate allows itself.", one(n.Late))
+	p.gauge("requests_hung", "Requests that nobody waits for any more and that have no end.", one(n.Stuck))
+	p.gauge("duplicate_plugins", "Plugins under the gate's name that are not gates of this node.", one(n.Strangers))
+	p.counter("duplicate_plugin_alarms_total", "How often such plugins were found.", one(n.Alarms))
 
 	if s.Cache != nil {
 		k := *s.Cache

@@ -141,7 +141,7 @@ func TestCounters(t *testing.T) {
 	if got := c.Decisions(); fmt.Sprint(got) != "map[audit:map[REVOKED:1] enforce:map[INTERNAL:3 SIGNATURE_MISSING:2 VERIFIED:1]]" {
 		t.Errorf("decisions %v", got)
 	}
-	for _, m := range f["tidewaiter_answer_seconds"].GetMetric() {
+	for _, m := range f["tidewaiter_decision_duration_seconds"].GetMetric() {
 		h := m.GetHistogram()
 		want, sum := map[string]uint64{validate: 5, create: 1}[m.GetLabel()[0].GetValue()], map[string]float64{validate: 3.0011, create: 0.05}[m.GetLabel()[0].GetValue()]
 		if h.GetSampleCount() != want || max(h.GetSampleSum()-sum, sum-h.GetSampleSum()) > 1e-9 {
@@ -186,10 +186,10 @@ func TestState(t *testing.T) {
 		labels []string
 		want   float64
 	}{
-		{"ready", nil, 1}, {"registered", nil, 1}, {"enforcing", nil, 1}, {"config_invalid", nil, 1},
+		{"ready", nil, 1}, {"registered", nil, 1}, {"enforcing", nil, 1}, {"config_last_reload_successful", nil, 0},
 		{"config_info", []string{"revision", "0123", "mode", "enforce", "version", "v1 \"x\"\n"}, 1},
 		{"config_rejected_total", nil, 2}, {"log_lines_dropped_total", nil, 3}, {"registrations_total", nil, 4},
-		{"hooks_under_way", nil, 1}, {"hooks_late_total", nil, 5}, {"questions_stuck", nil, 6}, {"strangers", nil, 7}, {"stranger_alarms_total", nil, 8},
+		{"requests_in_flight", nil, 1}, {"requests_late_total", nil, 5}, {"requests_hung", nil, 6}, {"duplicate_plugins", nil, 7}, {"duplicate_plugin_alarms_total", nil, 8},
 		{"cache_hits_total", []string{"answer", "allowed"}, 9}, {"cache_hits_total", []string{"answer", "denied"}, 10}, {"cache_misses_total", nil, 11},
 		{"cache_joined_total", nil, 12}, {"cache_evictions_total", []string{"answer", "allowed"}, 13}, {"cache_evictions_total", []string{"answer", "denied"}, 14},
 		{"verifications_started_total", nil, 15}, {"verifications_ended_total", nil, 16}, {"verifications_panicked_total", nil, 17}, {"verifications_refused_total", nil, 18},
@@ -247,8 +247,8 @@ func TestState(t *testing.T) {
 	if n := len(f["tidewaiter_sources_asked_total"].GetMetric()); n != 3 {
 		t.Errorf("%d series of sources", n)
 	}
-	f = write(t, &c, State{Assured: "bound", Assure: []string{"full", "bound", "none"}})
-	for tier, want := range map[string]float64{"full": 0, "bound": 1, "none": 0} {
+	f = write(t, &c, State{Assured: "atStart", Assure: []string{"atCreate", "atStart", "none"}})
+	for tier, want := range map[string]float64{"atCreate": 0, "atStart": 1, "none": 0} {
 		if got := value(t, f, "assurance", "assurance", tier); got != want {
 			t.Errorf("assurance %s is %v, want %v", tier, got, want)
 		}
@@ -275,7 +275,7 @@ func TestDocumentation(t *testing.T) {
 	must(t, err)
 	var c Counters
 	c.Asked([]verify.Attempt{{Source: "store", Reason: verify.Verified}})
-	f := write(t, &c, State{Revision: "0", Cache: &cache.Stats{}, Codes: []string{"A"}, Assure: []string{"full"}, Sweep: &reconcile.RunningStatus{At: time.Unix(1, 0), Ends: map[string]time.Time{"signature": {}}}, Store: &Store{},
+	f := write(t, &c, State{Revision: "0", Cache: &cache.Stats{}, Codes: []string{"A"}, Assure: []string{"atCreate"}, Sweep: &reconcile.RunningStatus{At: time.Unix(1, 0), Ends: map[string]time.Time{"signature": {}}}, Store: &Store{},
 		Refresh: &reconcile.RefreshStatus{Last: time.Unix(1, 0), Next: time.Unix(1, 0)}})
 	for name := range f {
 		if !strings.Contains(string(doc), "| `"+name) {
