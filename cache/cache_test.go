@@ -504,7 +504,7 @@ func TestOtherTargetOnlyWhereVouched(t *testing.T) {
 	odd := ask("c")
 	odd.Image.Related = []ocispec.Descriptor{other}
 	kept := c.Stats().Allowed
-	expect(t, c.Evaluate(bg, odd), verify.Verified) // the Enforcer does not take it
+	expect(t, c.Evaluate(bg, odd), verify.Verified) // the Decider does not take it
 	if n := c.Stats().Allowed; n != kept {
 		t.Errorf("%d answers are kept, want %d", n, kept)
 	}

@@ -27,7 +27,7 @@ func (one) Started(context.Context, *api.PodSandbox, *api.Container) []verify.Im
 }
 func (one) Connected(bool) {}
 
-// slow is a Verifier that waits for what is not known, as an Enforcer does.
+// slow is a Verifier that waits for what is not known, as a Decider does.
 type slow struct {
 	wait   time.Duration
 	asked  int
@@ -125,9 +125,9 @@ func (r *remembers) Decided(string, []verify.Image) { r.decided++ }
 
 // yes is a Verifier that allows; it is PENDING where it may not wait, if so told.
 type yes struct {
-	enforcer verify.Enforcer
-	wait     bool
-	asked    []bool // whether it might wait, by question
+	decider verify.Decider
+	wait    bool
+	asked   []bool // whether it might wait, by question
 }
 
 func (y *yes) Verify(ctx context.Context, img verify.Image) verify.Decision {
@@ -135,7 +135,7 @@ func (y *yes) Verify(ctx context.Context, img verify.Image) verify.Decision {
 	if y.wait && ctx.Err() != nil {
 		return verify.Deny(verify.Pending, "not known yet")
 	}
-	return y.enforcer.Verify(ctx, img)
+	return y.decider.Verify(ctx, img)
 }
 
 // TestKnownIsAnsweredAtOnce: what is known takes one question and no waiting, and
@@ -151,7 +151,7 @@ func TestKnownIsAnsweredAtOnce(t *testing.T) {
 	} {
 		t.Run(label, func(t *testing.T) {
 			y, r, told := &yes{wait: tt.wait}, &remembers{panics: tt.panics}, 0
-			y.enforcer.Swap(&verify.Snapshot{Mode: verify.Audit, Policy: nothing{}}) // audit allows
+			y.decider.Swap(&verify.Snapshot{Mode: verify.Audit, Policy: nothing{}}) // audit allows
 			g := &Gate{Resolver: r, Verifier: y, Observe: func(Answer) { told++ }, Now: time.Now}
 			err := g.ValidateContainerAdjustment(t.Context(), &api.ValidateContainerAdjustmentRequest{})
 			if err != nil || !slices.Equal(y.asked, tt.asked) || told != 1 || r.decided != 1 {
@@ -178,7 +178,7 @@ func (mismatched) Started(_ context.Context, _ *api.PodSandbox, ctr *api.Contain
 	return []verify.Image{{Asked: ctr.GetAnnotations()[imageName], Fault: &verify.Fault{Reason: verify.ImageMismatch, Detail: "another image ID"}}}
 }
 
-// denier answers as an Enforcer does for an image with a fault.
+// denier answers as a Decider does for an image with a fault.
 type denier struct{}
 
 func (denier) Verify(_ context.Context, img verify.Image) verify.Decision {
@@ -244,7 +244,7 @@ func TestStartOfWhatIsAllowed(t *testing.T) {
 		t.Error(err)
 	}
 	for listed, want := range map[digest.Digest]bool{"sha256:d": true, "sha256:other": false} {
-		var e verify.Enforcer
+		var e verify.Decider
 		e.Swap(&verify.Snapshot{Policy: lists(listed)})
 		g := &Gate{Resolver: elsewhere{}, Verifier: &e, Observe: func(Answer) {}, Now: time.Now}
 		if err := g.StartContainer(t.Context(), &api.PodSandbox{}, &api.Container{Id: "id"}); (err == nil) != want {
@@ -286,7 +286,7 @@ func (h *belated) Decided(string, []verify.Image) { h.decided++ }
 // that the container was allowed, and nothing is remembered of it.
 func TestLateAnswersAreNone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var e verify.Enforcer
+		var e verify.Decider
 		e.Swap(&verify.Snapshot{Policy: lists("sha256:d")})
 		h := &belated{}
 		var told []Answer
@@ -356,7 +356,7 @@ func TestEveryImageCounts(t *testing.T) {
 		"an image of which nobody says": {several{images: make([]verify.Image, 1)}, verify.ImageUnresolved},
 		"panic":                         {several{images: []verify.Image{yes}, panics: true}, verify.Internal},
 	} {
-		var e verify.Enforcer
+		var e verify.Decider
 		e.Swap(&verify.Snapshot{Policy: lists("sha256:d")})
 		var last verify.Decision
 		g := &Gate{Resolver: &tt.r, Verifier: &e, Observe: func(a Answer) { last = a.Decision }, Now: time.Now}
@@ -378,7 +378,7 @@ func TestEveryImageCounts(t *testing.T) {
 func TestCreateContainerOfANodeThatEnforces(t *testing.T) {
 	for _, audits := range []bool{true, false} {
 		r := &several{images: []verify.Image{is("sha256:d")}}
-		var e verify.Enforcer
+		var e verify.Decider
 		e.Swap(&verify.Snapshot{Policy: lists("sha256:d")})
 		var last Answer
 		g := &Gate{Resolver: r, Verifier: &e, Observe: func(a Answer) { last = a }, Now: time.Now}

@@ -443,7 +443,7 @@ func TestTooLong(t *testing.T) {
 				}
 				before := len(counted["p"])
 				said := verify.Reason("")
-				var e verify.Enforcer
+				var e verify.Decider
 				e.Swap(&verify.Snapshot{Policy: lists("sha256:d")})
 				if tt.audit {
 					e.Swap(&verify.Snapshot{Mode: verify.Audit, Policy: nothing{}})

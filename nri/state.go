@@ -16,7 +16,7 @@ import (
 // is a copy, for status, readiness and metrics.
 //
 // A gate is ready while Registered is true, a configuration is in force
-// (verify.Enforcer.Snapshot is not nil), and Audit is false where that configuration
+// (verify.Decider.Snapshot is not nil), and Audit is false where that configuration
 // enforces: after a change to enforce the gate is asked in the wrong hook until it
 // registered anew. To audit it may be asked in the hook that enforces.
 type State struct {

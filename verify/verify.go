@@ -4,7 +4,7 @@
 // [Policy] selects the one [Rule] that speaks of it; that step is pure. A
 // [Evaluator] answers the [Question] that the two make: the cache where it knows,
 // else the [Engine], from [Evidence] that each [Source] finds and a [Checker]
-// checks. An [Enforcer] puts them together and is what the gate asks.
+// checks. An [Decider] puts them together and is what the gate asks.
 //
 // # Why it stays closed
 //

@@ -136,14 +136,14 @@ func TestZeroValuesDeny(t *testing.T) {
 	denied(t, Decision{}, Internal)
 	denied(t, *new(Decision), Internal)
 	denied(t, Deny("", ""), Internal)
-	denied(t, new(Enforcer).Verify(ctx, bound().Image), PolicyInvalid)
+	denied(t, new(Decider).Verify(ctx, bound().Image), PolicyInvalid)
 	denied(t, new(Engine).Evaluate(ctx, bound()), PolicyInvalid)
 	denied(t, new(Engine).Evaluate(ctx, Question{}), ImageUnresolved)
 	denied(t, allow(Question{}, nil, time.Time{}), ImageUnresolved)
 	denied(t, allow(bound(), []proof{{}}, start), Internal)
 	denied(t, (&trace{require: by("acme")}).refuse(nil, start), SourceUnreachable)
 	denied(t, audit(Decision{}, 0), Internal)
-	var e Enforcer
+	var e Decider
 	e.Swap(&Snapshot{})
 	under := bound().Image
 	under.Revision = Revision{}

@@ -196,7 +196,7 @@ func load(d *directory) (*Config, error) {
 	return c, nil
 }
 
-// Snapshot builds what an Enforcer runs. build puts a cache in front of the engine;
+// Snapshot builds what a Decider runs. build puts a cache in front of the engine;
 // it is not called where there is an error. now is the clock that signatures are
 // judged by.
 func (c *Config) Snapshot(build func(*verify.Engine) verify.Evaluator, now func() time.Time) (*verify.Snapshot, error) {

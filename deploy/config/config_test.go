@@ -621,7 +621,7 @@ func TestSetupDenies(t *testing.T) {
 	c := load1(t, write(t, with(notation(), "config.yaml", "version: 1\nmode: enforce\nsources: {layouts: [/nonexistent], mirrors: [{host: \"*\", url: \"http://127.0.0.1:1\"}]}\n")))
 	s, err := c.Snapshot(judgeItself, time.Now)
 	must(t, err)
-	var e verify.Enforcer
+	var e verify.Decider
 	e.Swap(s)
 	d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromString("x"), Size: 1}
 	img := verify.Image{

@@ -647,7 +647,7 @@ func TestNetworkNever(t *testing.T) {
 		c := load1(t, write(t, with(notation(), "config.yaml", "version: 1\nmode: enforce\nsources:\n  "+strings.Join(lines, "\n  ")+"\n", "trustpolicy.json", trustPolicy("*"))))
 		setup, err := c.Snapshot(judgeItself, time.Now)
 		must(t, err)
-		var e verify.Enforcer
+		var e verify.Decider
 		e.Swap(setup)
 		return e.Verify(t.Context(), image)
 	}
@@ -691,7 +691,7 @@ func TestDeniedAsksNobody(t *testing.T) {
 		setup, err := c.Snapshot(judgeItself, time.Now)
 		must(t, err)
 		setup.Mode = verify.Enforce
-		var e verify.Enforcer
+		var e verify.Decider
 		e.Swap(setup)
 		img := verify.Image{Name: verify.Name{Host: "quay.io", Path: "a"}, Use: verify.UseQuestion, Binding: verify.BoundDigest, Target: ocispec.Descriptor{Digest: digest.FromString("x")}}
 		img.Manifest = img.Target
@@ -725,7 +725,7 @@ func TestAliases(t *testing.T) {
 	setup, err := c.Snapshot(judgeItself, time.Now)
 	must(t, err)
 	setup.Mode = verify.Enforce
-	var e verify.Enforcer
+	var e verify.Decider
 	e.Swap(setup)
 	name, err := policy.ParseName("127.0.0.1:31999/library/nginx:1.27-zarf-3793515731")
 	must(t, err)

@@ -97,8 +97,8 @@ func (b binder) Running(_ context.Context, c containerd.Container) ([]verify.Ima
 	return list, nil
 }
 
-// enforcer makes decisions as the program does, from the reasons.
-func (r *runtime) enforcer() verify.Verifier {
+// decider makes decisions as the program does, from the reasons.
+func (r *runtime) decider() verify.Verifier {
 	return verifier(func(ctx context.Context, img verify.Image) verify.Decision {
 		r.mu.Lock()
 		reason, revision, mode := r.reasons[img.Name.Path], r.revision, r.mode
@@ -112,7 +112,7 @@ func (r *runtime) enforcer() verify.Verifier {
 		if reason == verify.Verified {
 			rule = &verify.Rule{Name: "r", Fixed: verify.AllowedByDigest, Digest: "sha256:t"}
 		}
-		var e verify.Enforcer
+		var e verify.Decider
 		e.Swap(&verify.Snapshot{Revision: revision, Mode: mode, Policy: one{rule}, Evaluator: nil})
 		return e.Verify(ctx, img)
 	})
@@ -169,7 +169,7 @@ func start(t *testing.T, rules Rules, n int) (*swept, func()) {
 	for i := range n {
 		w.Saw(cid(i))
 	}
-	s.RunningCheck = &RunningCheck{Containers: s.r, Binder: binder{s.r}, Verifier: s.r.enforcer(), Gated: w, Count: func(context.Context) { s.r.set(func() { s.r.counts++ }) },
+	s.RunningCheck = &RunningCheck{Containers: s.r, Binder: binder{s.r}, Verifier: s.r.decider(), Gated: w, Count: func(context.Context) { s.r.set(func() { s.r.counts++ }) },
 		Leader: func() (leads bool) { s.r.set(func() { leads = s.leader }); return leads }, Log: log, Node: "edge-1",
 		Now: func() (now time.Time) { s.r.set(func() { now = time.Now().Add(s.wall) }); return now }, Uptime: uptime}
 	s.Configure(rules)

@@ -128,11 +128,11 @@ func local(told bool) (decide func() error, end func(), err error) {
 		return nil, nil, err
 	}
 	c := cache.New(e, cache.Options{Now: time.Now})
-	enforcer := &verify.Enforcer{}
-	enforcer.Swap(&verify.Snapshot{Policy: rules, Evaluator: c, Wait: time.Second})
+	decider := &verify.Decider{}
+	decider.Swap(&verify.Snapshot{Policy: rules, Evaluator: c, Wait: time.Second})
 	resolver := records.NewResolver(m, records.Options{ParseName: policy.ParseName, ParseRecord: policy.Record, Now: time.Now})
 	resolver.Connected(!told)
-	g := &nri.Gate{Resolver: resolver, Verifier: enforcer, Observe: func(nri.Answer) {}, Now: time.Now, Node: "bench"}
+	g := &nri.Gate{Resolver: resolver, Verifier: decider, Observe: func(nri.Answer) {}, Now: time.Now, Node: "bench"}
 
 	target, id := m.target.Digest.String(), config.Digest.String()
 	if !told {

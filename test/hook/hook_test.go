@@ -176,8 +176,8 @@ func (policy) Select(verify.Image) *verify.Rule {
 	return &verify.Rule{Name: "all", Require: r}
 }
 
-func enforcer(mode verify.Mode) *verify.Enforcer {
-	e := &verify.Enforcer{}
+func decider(mode verify.Mode) *verify.Decider {
+	e := &verify.Decider{}
 	e.Swap(&verify.Snapshot{Mode: mode, Policy: policy{}, Wait: time.Second, Evaluator: &verify.Engine{
 		Sources: func(verify.Name) []verify.Source { return []verify.Source{source{}} }, Checkers: []verify.Checker{checker{}}, Now: time.Now,
 	}})
@@ -222,7 +222,7 @@ type running struct {
 }
 
 // prepare makes a gate that does not run yet.
-func prepare(socket string, r gate.Resolver, v *verify.Enforcer) *running {
+func prepare(socket string, r gate.Resolver, v *verify.Decider) *running {
 	g := &running{}
 	g.Session = &gate.Session{Socket: socket, Log: slog.New(slog.NewTextHandler(&g.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		Audit: func() bool { s := v.Snapshot(); return s != nil && s.Mode == verify.Audit },
@@ -243,7 +243,7 @@ func (g *running) begin(t *testing.T) {
 	t.Cleanup(g.stop)
 }
 
-func start(t *testing.T, socket string, r gate.Resolver, v *verify.Enforcer) *running {
+func start(t *testing.T, socket string, r gate.Resolver, v *verify.Decider) *running {
 	t.Helper()
 	g := prepare(socket, r, v)
 	g.begin(t)
@@ -304,7 +304,7 @@ func TestAnswers(t *testing.T) {
 		for _, mode := range []verify.Mode{verify.Enforce, verify.Audit} {
 			t.Run(label+"/"+mode.String(), func(t *testing.T) {
 				r := &resolver{resolve: tt.resolve, started: func() *verify.Fault { return nil }}
-				g := start(t, rt.socket, r, enforcer(mode))
+				g := start(t, rt.socket, r, decider(mode))
 				g.waitRegistered(t, true)
 				err := rt.create(context.Background())
 				if mode == verify.Audit && err != nil {
@@ -364,7 +364,7 @@ func waitAbsent(t *testing.T, rt *runtime) {
 func TestNoConfiguration(t *testing.T) {
 	rt := startRuntime(t, socketDir(t), "v2.4.2")
 	defer rt.Stop()
-	g := start(t, rt.socket, resolves(image("good")), &verify.Enforcer{})
+	g := start(t, rt.socket, resolves(image("good")), &verify.Decider{})
 	g.waitRegistered(t, true)
 	if err := rt.create(context.Background()); err == nil || !strings.Contains(err.Error(), "[POLICY_INVALID]") {
 		t.Fatal(err)
@@ -388,7 +388,7 @@ func TestMask(t *testing.T) {
 				asked.Add(1)
 				return &verify.Fault{Reason: verify.ImageMismatch, Detail: "another config"}
 			}
-			g := start(t, rt.socket, r, enforcer(verify.Enforce))
+			g := start(t, rt.socket, r, decider(verify.Enforce))
 			g.waitRegistered(t, true)
 			if r.compares.Load() != compares {
 				t.Errorf("compares is %t", r.compares.Load())
@@ -484,7 +484,7 @@ func TestReconnects(t *testing.T) {
 	}
 	rt := startRuntime(t, dir, "v2.4.2", containers...)
 	socket := filepath.Join(dir, "link.sock")
-	g := start(t, socket, resolves(image("good")), enforcer(verify.Enforce)) // before there is a socket
+	g := start(t, socket, resolves(image("good")), decider(verify.Enforce)) // before there is a socket
 	for range 3 {
 		l := newLink(t, socket, rt.socket)
 		g.waitRegistered(t, true)
@@ -521,7 +521,7 @@ func TestAuditTouchesNothing(t *testing.T) {
 			do.Store(&nothing)
 			r := resolves()
 			r.resolve = func(context.Context) []verify.Image { (*do.Load())(); return []verify.Image{image("evil")} }
-			e := enforcer(verify.Audit)
+			e := decider(verify.Audit)
 			g := start(t, filepath.Join(dir, "link.sock"), r, e)
 			hang := func() { time.Sleep(3 * time.Second) }
 			cut := func() { l.cut() }
@@ -542,7 +542,7 @@ func TestAuditTouchesNothing(t *testing.T) {
 				}
 				do.Store(&nothing)
 			}
-			e.Swap(enforcer(verify.Enforce).Snapshot())
+			e.Swap(decider(verify.Enforce).Snapshot())
 			if err := rt.create(context.Background()); err == nil || !strings.Contains(err.Error(), "[PENDING]") {
 				t.Errorf("enforcing, and still asked as in audit: %v", err)
 			}
@@ -552,7 +552,7 @@ func TestAuditTouchesNothing(t *testing.T) {
 			}
 			// Back in audit the connection that works stays.
 			before := g.State().Registrations
-			e.Swap(enforcer(verify.Audit).Snapshot())
+			e.Swap(decider(verify.Audit).Snapshot())
 			g.Renew()
 			if err := rt.create(context.Background()); err != nil {
 				t.Errorf("back in audit: %v", err)
@@ -586,7 +586,7 @@ func TestConnectionEndsWhileAsked(t *testing.T) {
 		l.cut()
 		return []verify.Image{image("good")}
 	}
-	g := start(t, filepath.Join(dir, "link.sock"), r, enforcer(verify.Enforce))
+	g := start(t, filepath.Join(dir, "link.sock"), r, decider(verify.Enforce))
 	for range 5 {
 		g.waitRegistered(t, true)
 		if err := rt.create(context.Background()); err == nil {
@@ -636,7 +636,7 @@ func TestRuntimeDiesBeforeConfigure(t *testing.T) {
 			})
 		}
 	})
-	g := start(t, socket, resolves(image("good")), enforcer(verify.Enforce))
+	g := start(t, socket, resolves(image("good")), decider(verify.Enforce))
 	for range 2 { // the second is proof that the first did not hang
 		select {
 		case <-registered:
@@ -685,7 +685,7 @@ func TestRuntimeRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer a.Stop()
-	g := start(t, socket, resolves(image("good")), enforcer(verify.Enforce))
+	g := start(t, socket, resolves(image("good")), decider(verify.Enforce))
 	for deadline := time.Now().Add(time.Minute); !strings.Contains(g.log.String(), "is not containerd"); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("log:\n%s", g.log.String())

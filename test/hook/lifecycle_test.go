@@ -85,7 +85,7 @@ func TestLeaveAnswersWhatIsUnderWay(t *testing.T) {
 				<-release
 				return []verify.Image{image(tt.name)}
 			}
-			g := start(t, rt.socket, r, enforcer(tt.mode))
+			g := start(t, rt.socket, r, decider(tt.mode))
 			g.waitRegistered(t, true)
 			answer := make(chan error, 1)
 			go func() { answer <- rt.create(context.Background()) }()
@@ -181,7 +181,7 @@ func TestUpgrade(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				g := prepare(rt.socket, byName{}, enforcer(verify.Enforce))
+				g := prepare(rt.socket, byName{}, decider(verify.Enforce))
 				g.Live = i.Live
 				g.begin(t)
 				g.waitRegistered(t, true)
@@ -226,7 +226,7 @@ func TestLeaveLetsNothingThrough(t *testing.T) {
 	defer rt.Stop()
 	c := create(rt, 2, 0)
 	for range 4 {
-		g := start(t, rt.socket, byName{}, enforcer(verify.Enforce))
+		g := start(t, rt.socket, byName{}, decider(verify.Enforce))
 		g.waitRegistered(t, true)
 		g.stop()
 	}
@@ -246,7 +246,7 @@ func TestReconnects200(t *testing.T) {
 	socket := filepath.Join(dir, "link.sock")
 	l := newLink(t, socket, rt.socket)
 	r := resolves(image("good"))
-	g := prepare(socket, r, enforcer(verify.Enforce))
+	g := prepare(socket, r, decider(verify.Enforce))
 	g.Random = func() float64 { return 0.001 } // quick, for the test
 	g.begin(t)
 	created := func() bool { return rt.create(context.Background()) == nil }
@@ -351,7 +351,7 @@ func TestNoRuntime(t *testing.T) {
 			dir := socketDir(t)
 			socket := filepath.Join(dir, "nri.sock")
 			put(t, socket)
-			g := prepare(socket, resolves(image("good")), enforcer(verify.Enforce))
+			g := prepare(socket, resolves(image("good")), decider(verify.Enforce))
 			g.Random = func() float64 { return 0.02 }
 			g.begin(t)
 			wait(t, "the error is known", func() bool { return g.State().Error != "" })
@@ -383,7 +383,7 @@ func TestStranger(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer i.Leave()
-	g := prepare(rt.socket, resolves(image("good")), enforcer(verify.Enforce))
+	g := prepare(rt.socket, resolves(image("good")), decider(verify.Enforce))
 	g.Live = i.Live
 	g.begin(t)
 	g.waitRegistered(t, true)
@@ -426,7 +426,7 @@ func TestLateHook(t *testing.T) {
 	rt := startRuntime(t, socketDir(t), "v2.4.2")
 	defer rt.Stop()
 	adaptation.SetPluginRequestTimeout(2 * time.Second) // containerd's
-	g := prepare(rt.socket, resolves(image("good")), enforcer(verify.Enforce))
+	g := prepare(rt.socket, resolves(image("good")), decider(verify.Enforce))
 	stopped := make(chan struct{})
 	var once sync.Once
 	g.Gate.Observe = func(gate.Answer) { once.Do(func() { <-stopped }) }
@@ -466,7 +466,7 @@ func TestExpiredRequest(t *testing.T) {
 		}
 		return []verify.Image{image("good")}
 	}
-	g := start(t, rt.socket, r, enforcer(verify.Enforce))
+	g := start(t, rt.socket, r, decider(verify.Enforce))
 	g.waitRegistered(t, true)
 	expired, cancel := context.WithDeadline(context.Background(), time.Now().Add(-time.Minute))
 	defer cancel()
@@ -582,7 +582,7 @@ func TestOldRuntime(t *testing.T) {
 						})
 					}
 				})
-				g := prepare(socket, resolves(image("evil")), enforcer(mode))
+				g := prepare(socket, resolves(image("evil")), decider(mode))
 				g.Random = func() float64 { return 0.02 }
 				g.begin(t)
 				if mode == verify.Audit {
@@ -623,7 +623,7 @@ func TestOldRuntime(t *testing.T) {
 func TestSynchronizeCannotBeDelivered(t *testing.T) {
 	dir := socketDir(t)
 	rt := startRuntimeWith(t, dir, "v2.4.2", []string{gate.PluginName}, errors.New("as told"))
-	g := start(t, rt.socket, resolves(image("good")), enforcer(verify.Enforce))
+	g := start(t, rt.socket, resolves(image("good")), decider(verify.Enforce))
 	wait(t, "it says so", func() bool { return strings.Contains(g.State().Error, "before it was synchronised") })
 	if err := rt.create(t.Context()); err == nil || !strings.Contains(err.Error(), "not present") {
 		t.Errorf("without a gate: %v", err)

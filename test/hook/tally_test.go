@@ -39,7 +39,7 @@ func TestManySmallContainers(t *testing.T) {
 	rt := startRuntime(t, dir, "v2.4.2", told...)
 	socket := filepath.Join(dir, "link.sock")
 	l := newLink(t, socket, rt.socket)
-	g := prepare(socket, resolves(image("good")), enforcer(verify.Enforce))
+	g := prepare(socket, resolves(image("good")), decider(verify.Enforce))
 	have := &kept{}
 	count := tally.New(have, time.Now, func() {})
 	g.Gate.Tally, g.Large = count, count.Large

@@ -55,7 +55,7 @@ func (c *Contents) rehearse(ctx context.Context, r *Report, e *Evaluator, named 
 	setup := *e.Setup
 	setup.Mode, setup.Evaluator = verify.Enforce, &engine // audit would hide what is asked
 	t := &rehearsal{Contents: c, own: e.Platform}
-	t.enforcer.Swap(&setup)
+	t.decider.Swap(&setup)
 	for _, i := range named {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -67,9 +67,9 @@ func (c *Contents) rehearse(ctx context.Context, r *Report, e *Evaluator, named 
 
 type rehearsal struct {
 	*Contents
-	enforcer verify.Enforcer
-	own      func(ocispec.Platform) bool
-	asked    int
+	decider verify.Decider
+	own     func(ocispec.Platform) bool
+	asked   int
 }
 
 // isName reports whether name is that of an image. Others, such as the "1.2" that
@@ -97,7 +97,7 @@ func (t *rehearsal) answer(ctx context.Context, i *Image) {
 		if t.asked++; t.asked > maxJudged {
 			return verify.Deny(verify.LimitExceeded, fmt.Sprintf("the evidence archive has more than %d images: look at several smaller ones", maxJudged))
 		}
-		return t.enforcer.Verify(ctx, verify.Image{
+		return t.decider.Verify(ctx, verify.Image{
 			Name: name, Asked: i.Name, Use: verify.UseQuestion, LayersVerified: true, Binding: verify.BoundDigest,
 			Target: target, Manifest: manifest, Config: config,
 		})

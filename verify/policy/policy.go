@@ -1,7 +1,7 @@
 // Package policy reads a node's trust policy, says what is doubtful about it, and
 // selects the statement that speaks of an image.
 //
-// [Parse] reads trustpolicy.json, [New] makes the [Policy] that an Enforcer asks,
+// [Parse] reads trustpolicy.json, [New] makes the [Policy] that a Decider asks,
 // and [ParseName] gives image names the canonical form in which both sides are
 // compared: the aliases of one repository reach the same statement, so that no
 // spelling leads past a strict statement to a lax one.

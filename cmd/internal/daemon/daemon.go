@@ -72,7 +72,7 @@ func Run(ctx context.Context, o Options, log *slog.Logger) error {
 	defer signal.Stop(hup)
 
 	log.Info("starting", "build", o.Build, "config", o.ConfigDir)
-	judge := d.resolver.Explain(&d.enforcer)
+	judge := d.resolver.Explain(&d.decider)
 	again := make(chan struct{}, 1) // to count
 	d.tally = tally.New(records, time.Now, func() {
 		select {
@@ -83,16 +83,16 @@ func Run(ctx context.Context, o Options, log *slog.Logger) error {
 	gate := &nri.Gate{Resolver: d.resolver, Verifier: judge, Tally: d.tally, Observe: d.observe, Now: time.Now, Node: o.Node}
 	clearer := &reconcile.Clearer{Sandboxes: records, May: d.enforces, Log: log}
 	session := &nri.Session{Gate: gate, Socket: o.NRI, Log: log, Audit: d.audits, Large: d.tally.Large, Clear: clearer.Clear}
-	survey := &reconcile.Prefetch{Images: d.resolver, Node: records, Verifier: judge, Log: log}
+	prefetch := &reconcile.Prefetch{Images: d.resolver, Node: records, Verifier: judge, Log: log}
 	if o.StateDir != "" {
 		d.archives = archives.New(o.StateDir, archives.Options{Log: log, Now: time.Now, Kinds: []verify.Kind{notary.Kind}, Changed: func() {
-			if c := d.stands().cache; c != nil {
+			if c := d.inForce().cache; c != nil {
 				c.Forget()
 			}
-			survey.Again()
+			prefetch.Again()
 		}})
 		d.store = store.New(o.StateDir, store.Options{Log: log, Now: time.Now, Image: records.Blob, Kinds: []verify.Kind{notary.Kind}, Archives: d.archives})
-		survey.Listed = d.store.Retain
+		prefetch.Listed = d.store.Retain
 	}
 	// The gate needs none of what is in the run directory. Why it cannot be used, the
 	// control socket says.
@@ -108,21 +108,21 @@ func Run(ctx context.Context, o Options, log *slog.Logger) error {
 		}
 	}
 	d.marks = reconcile.OpenMarks(kept, log)
-	d.survey, survey.Marks = survey, d.marks
+	d.prefetch, prefetch.Marks = prefetch, d.marks
 	d.ring = decisionlog.Open(kept, log)
 	defer d.ring.Close()
 	if d.store != nil {
 		d.refresher = reconcile.NewRefresher(d.resolver, log, d.uptime, rand.Uint64(), kept)
-		survey.Refresher = d.refresher
+		prefetch.Refresher = d.refresher
 	}
-	d.witness = reconcile.NewGated(kept, log, d.uptime)
+	d.gated = reconcile.NewGated(kept, log, d.uptime)
 	lock := reconcile.NewLock(o.RunDir)
 	defer lock.Release()
 	d.sweep = &reconcile.RunningCheck{
-		Containers: records, Binder: d.resolver, Verifier: judge, Gated: d.witness, Count: d.count, Leader: lock.Held,
+		Containers: records, Binder: d.resolver, Verifier: judge, Gated: d.gated, Count: d.count, Leader: lock.Held,
 		Log: log, Node: o.Node, Now: time.Now, Uptime: d.uptime,
 	}
-	survey.Scanned = d.sweep.Wake // which knows by then what leads where
+	prefetch.Scanned = d.sweep.Wake // which knows by then what leads where
 
 	g, ctx := errgroup.WithContext(ctx)
 	// What tells of the gate outlives it: from the moment that ctx ends it is not
@@ -134,7 +134,7 @@ func Run(ctx context.Context, o Options, log *slog.Logger) error {
 		return control.Serve(ctx, l, control.Metrics(text))
 	}, log, time.Now)
 	explainer := &inspect.Explainer{
-		Images: d.resolver, Containers: records, Enforcer: &d.enforcer, Force: d.force, Ring: d.ring, Node: o.Node, Now: time.Now,
+		Images: d.resolver, Containers: records, Decider: &d.decider, Active: d.active, Ring: d.ring, Node: o.Node, Now: time.Now,
 		Assurance: func() string { return d.status(session.State(), ctx.Err() != nil, nil).Assurance },
 	}
 	endpoints := append(explainer.Endpoints(), d.ring.Endpoint(), control.RefreshEndpoint(d.refresh), control.Endpoint{Path: config.SummaryPath, Answer: d.policy})
@@ -143,10 +143,10 @@ func Run(ctx context.Context, o Options, log *slog.Logger) error {
 	g.Go(func() error { d.write(after); return nil })
 	g.Go(func() error { return socket.Run(after) })
 	g.Go(func() error { return exporter.Run(after) })
-	g.Go(func() error { return survey.Run(ctx) })
+	g.Go(func() error { return prefetch.Run(ctx) })
 	g.Go(func() error { return d.sweep.Run(ctx) })
 	g.Go(func() error { recount(ctx, again, d.count); return nil })
-	g.Go(func() error { d.witness.Run(after); return nil })
+	g.Go(func() error { d.gated.Run(after); return nil })
 	if d.store != nil {
 		g.Go(func() error { return d.store.Run(after) })
 		g.Go(func() error { return d.archives.Run(after) })
@@ -200,7 +200,7 @@ type daemon struct {
 	options  Options
 	log      *slog.Logger
 	resolver *containerd.Resolver
-	enforcer verify.Enforcer
+	decider  verify.Decider
 	answers  chan *nri.Answer // to be written to the log
 	dropped  atomic.Int64     // answers that the log was too slow for, until that is said
 	repeats  repeats          // what the log has said already
@@ -209,13 +209,13 @@ type daemon struct {
 	ring     *decisionlog.Ring       // nil in tests
 	tally    *tally.Tally            // nil where sweep is
 	sweep    *reconcile.RunningCheck // nil in tests that have no containers
-	witness  *reconcile.Gated        // nil where sweep is
+	gated    *reconcile.Gated        // nil where sweep is
 	store    *store.Store            // nil: nothing is kept
 	archives *archives.Archives      // nil where store is
 
 	refresher *reconcile.Refresher // nil where store is
-	survey    *reconcile.Prefetch  // nil in tests that have no containers
-	marks     *reconcile.Marks     // nil where survey is
+	prefetch  *reconcile.Prefetch  // nil in tests that have no containers
+	marks     *reconcile.Marks     // nil where prefetch is
 
 	kept string // directory for what the next gate is to know; empty: there is none
 	mode string // that was put in force last; owned by apply
@@ -223,8 +223,8 @@ type daemon struct {
 	cache   *cache.Cache   // of the configuration in force; owned by apply
 	retired sync.WaitGroup // caches of earlier configurations that are closing
 
-	mu       sync.Mutex
-	standing standing
+	mu    sync.Mutex
+	state state
 }
 
 // apply puts a configuration in force, or with an error keeps the last good one.
@@ -248,7 +248,7 @@ func (d *daemon) apply(c *config.Config, err error) {
 			next.Close()
 		}
 		force := "the last good configuration stays in force"
-		if d.enforcer.Snapshot() == nil {
+		if d.decider.Snapshot() == nil {
 			force = "no configuration is in force: every container is denied"
 			if d.options.AwaitConfig {
 				force = "no configuration is in force: the gate does not register with the runtime"
@@ -267,7 +267,7 @@ func (d *daemon) apply(c *config.Config, err error) {
 	}
 	// A container that is bound between the two gets PENDING: the revisions differ.
 	d.resolver.Configure(resolverOptions(c))
-	d.enforcer.Swap(setup)
+	d.decider.Swap(setup)
 	if d.store != nil {
 		d.store.Configure(c.Keep)
 		d.store.Trust(c.Trusts())
@@ -291,13 +291,13 @@ func (d *daemon) apply(c *config.Config, err error) {
 
 // audits reports whether the configuration in force only audits. None enforces.
 func (d *daemon) audits() bool {
-	s := d.enforcer.Snapshot()
+	s := d.decider.Snapshot()
 	return s != nil && s.Mode == verify.Audit
 }
 
 // enforces reports whether a configuration is in force that enforces.
 func (d *daemon) enforces() bool {
-	s := d.enforcer.Snapshot()
+	s := d.decider.Snapshot()
 	return s != nil && s.Mode == verify.Enforce
 }
 
@@ -306,7 +306,7 @@ func (d *daemon) uptime() time.Duration { return time.Since(d.started) }
 
 // close ends what apply started.
 func (d *daemon) close() {
-	d.enforcer.Swap(nil)
+	d.decider.Swap(nil)
 	if d.cache != nil {
 		d.cache.Close()
 	}
@@ -326,8 +326,8 @@ func (d *daemon) observe(a nri.Answer) {
 	}
 	d.counters.Answered(mode, a)
 	d.survived(a.Image, a.Decision)
-	if d.witness != nil && a.Decision.Allowed() && a.Hook != "StartContainer" {
-		d.witness.Saw(a.ID)
+	if d.gated != nil && a.Decision.Allowed() && a.Hook != "StartContainer" {
+		d.gated.Saw(a.ID)
 	}
 	if levelOf(&a) == slog.LevelDebug && !d.log.Enabled(context.Background(), slog.LevelDebug) {
 		return
@@ -418,8 +418,8 @@ func (d *daemon) survived(img verify.Image, dec verify.Decision) {
 	if r == verify.AuditOnly {
 		r = dec.Would
 	}
-	if d.survey != nil && img.Target.Digest != "" && r != verify.Pending && r != verify.Overloaded {
-		d.survey.Judged(img.Target.Digest)
+	if d.prefetch != nil && img.Target.Digest != "" && r != verify.Pending && r != verify.Overloaded {
+		d.prefetch.Judged(img.Target.Digest)
 	}
 }
 

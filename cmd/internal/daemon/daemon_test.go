@@ -128,11 +128,11 @@ func ask(t *testing.T, d *daemon, name string) verify.Decision {
 		Name: n, Target: target, Manifest: target, Config: target.Digest,
 		Use: verify.UseContainer, Binding: verify.BoundSnapshot,
 	}
-	if s := d.enforcer.Snapshot(); s != nil {
+	if s := d.decider.Snapshot(); s != nil {
 		img.Revision = s.Revision
 	}
 	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
-		answer := d.enforcer.Verify(t.Context(), img)
+		answer := d.decider.Verify(t.Context(), img)
 		if answer.Reason != verify.Pending || time.Now().After(end) {
 			return answer
 		}
@@ -175,7 +175,7 @@ func TestApply(t *testing.T) {
 	write(t, etc, yaml)
 	load()
 	e = log.entries(t, "configuration in force")[0]
-	first := d.enforcer.Snapshot()
+	first := d.decider.Snapshot()
 	if e["mode"] != "enforce" || e["revision"] != first.Revision.String() {
 		t.Errorf("the log says %v", e)
 	}
@@ -198,7 +198,7 @@ func TestApply(t *testing.T) {
 	if warned["level"] != "WARN" || !strings.Contains(warned["warning"].(string), "sources.mirrors[1].url") {
 		t.Errorf("the log says %v", warned)
 	}
-	second := d.enforcer.Snapshot()
+	second := d.decider.Snapshot()
 	if second.Revision == first.Revision {
 		t.Error("the revision is the same")
 	}
@@ -223,7 +223,7 @@ func TestApply(t *testing.T) {
 	if e["consequence"] != "the last good configuration stays in force" || !strings.Contains(e["error"].(string), "config.yaml:6: sources.mirrors[0].url: must not hold a user or password") {
 		t.Errorf("the log says %v", e)
 	}
-	if d.enforcer.Snapshot() != second {
+	if d.decider.Snapshot() != second {
 		t.Error("the last good configuration is not in force any more")
 	}
 	if got := ask(t, d, "unsigned"); got.Allowed() {
@@ -274,14 +274,14 @@ func TestApplyKeepsAnswers(t *testing.T) {
 	if got := ask(t, d, "signed"); got.Reason != verify.Verified {
 		t.Fatalf("signed: %s: %s", got.Reason, got.Detail)
 	}
-	first, asked := d.enforcer.Snapshot(), len(g.Requests())
+	first, asked := d.decider.Snapshot(), len(g.Requests())
 
 	put(passwords, password("hunter2 of today"))
 	load()
-	if d.enforcer.Snapshot().Revision == first.Revision {
+	if d.decider.Snapshot().Revision == first.Revision {
 		t.Fatal("the password is not part of the revision")
 	}
-	if got := ask(t, d, "signed"); got.Reason != verify.Verified || got.Revision != d.enforcer.Snapshot().Revision {
+	if got := ask(t, d, "signed"); got.Reason != verify.Verified || got.Revision != d.decider.Snapshot().Revision {
 		t.Errorf("after another password: %s: %s", got.Reason, got.Detail)
 	}
 	if s := d.cache.Stats(); s.Started != 0 || len(g.Requests()) != asked {
@@ -326,13 +326,13 @@ func TestApplyAsksTheNodeFirst(t *testing.T) {
 	write(t, filepath.Join(dir, "etc"), "version: 1\nmode: enforce\nlimits: {timeout: 60s}\nsources:\n  layouts: ["+layout+"]\n  mirrors:\n    - {host: \"*\", url: "+srv.URL+"}\n")
 	d.apply(config.Load(filepath.Join(dir, "etc")))
 	unsigned := verify.Image{
-		Name: verify.Name{Host: "registry.test", Path: "team/app"}, Use: verify.UseContainer, Binding: verify.BoundSnapshot, Revision: d.enforcer.Snapshot().Revision,
+		Name: verify.Name{Host: "registry.test", Path: "team/app"}, Use: verify.UseContainer, Binding: verify.BoundSnapshot, Revision: d.decider.Snapshot().Revision,
 	}
 	for i := range 10 { // each hangs, or waits for one that does
 		unsigned.Target = imagetest.World().Images["unsigned"].Target
 		unsigned.Target.Digest = digest.FromString(fmt.Sprint(i))
 		unsigned.Manifest, unsigned.Config = unsigned.Target, unsigned.Target.Digest
-		d.enforcer.Verify(t.Context(), unsigned)
+		d.decider.Verify(t.Context(), unsigned)
 	}
 	for end := time.Now().Add(time.Minute); d.cache.Stats().Waiting != 8 && time.Now().Before(end); time.Sleep(time.Millisecond) {
 	}
@@ -357,7 +357,7 @@ func TestMarks(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.marks = reconcile.OpenMarks(run, d.log)
-	d.survey = &reconcile.Prefetch{Images: d.resolver, Log: d.log, Marks: d.marks}
+	d.prefetch = &reconcile.Prefetch{Images: d.resolver, Log: d.log, Marks: d.marks}
 	layout := filepath.Join(dir, "usb")
 	serveLayout(t, layout, "signed", "unsigned")
 	write(t, filepath.Join(dir, "etc"), "version: 1\nmode: enforce\nsources: {network: never, layouts: ["+layout+"]}\n")
@@ -421,8 +421,8 @@ func TestApplyEndsFlights(t *testing.T) {
 		Name: verify.Name{Host: "registry.test", Path: "team/app"}, Target: target, Manifest: target, Config: target.Digest,
 		Use: verify.UseContainer, Binding: verify.BoundSnapshot,
 	}
-	img.Revision = d.enforcer.Snapshot().Revision
-	if got := d.enforcer.Verify(ctx, img); got.Would != verify.Pending {
+	img.Revision = d.decider.Snapshot().Revision
+	if got := d.decider.Verify(ctx, img); got.Would != verify.Pending {
 		t.Fatalf("would be %s: %s", got.Would, got.Detail)
 	}
 	wait := func(c <-chan struct{}, what string) {
@@ -517,7 +517,7 @@ func TestEnforces(t *testing.T) {
 		t.Error("without a configuration")
 	}
 	for mode, want := range map[verify.Mode]bool{verify.Enforce: true, verify.Audit: false} {
-		d.enforcer.Swap(&verify.Snapshot{Mode: mode})
+		d.decider.Swap(&verify.Snapshot{Mode: mode})
 		if d.enforces() != want {
 			t.Errorf("in %s: %t", mode, d.enforces())
 		}

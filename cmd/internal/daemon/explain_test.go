@@ -70,7 +70,7 @@ func onNode(d *daemon, tag string) verify.Image {
 	target := imagetest.World().Images[tag].Target
 	img := verify.Image{Name: verify.Name{Host: "registry.test", Path: "team/app", Tag: tag}, Asked: "registry.test/team/app:" + tag,
 		Target: target, Manifest: target, Config: target.Digest, Use: verify.UsePrefetch, Binding: verify.BoundRecord}
-	if s := d.enforcer.Snapshot(); s != nil {
+	if s := d.decider.Snapshot(); s != nil {
 		img.Revision = s.Revision
 	}
 	return img
@@ -85,14 +85,14 @@ func newExplainer(t *testing.T, mode string) (*inspect.Explainer, *importer, *da
 	write(t, etc, "version: 1\nmode: "+mode+"\nsources:\n  network: never\n  layouts: ["+layout+"]\n")
 	d.ring = decisionlog.Open("", d.log)
 	d.apply(config.Load(etc))
-	if d.enforcer.Snapshot() == nil {
-		t.Fatal(d.stands().rejected.Error)
+	if d.decider.Snapshot() == nil {
+		t.Fatal(d.inForce().rejected.Error)
 	}
 	s := &importer{running: map[string]verify.Image{}, gone: map[string]bool{}}
 	for _, tag := range []string{"foreign", "signed", "unsigned"} {
 		s.images = append(s.images, onNode(d, tag))
 	}
-	return &inspect.Explainer{Images: s, Containers: containers{s}, Enforcer: &d.enforcer, Force: d.force, Ring: d.ring, Node: "edge-17",
+	return &inspect.Explainer{Images: s, Containers: containers{s}, Decider: &d.decider, Active: d.active, Ring: d.ring, Node: "edge-17",
 		Now: time.Now, Assurance: func() string { return "atCreate" }}, s, d
 }
 
@@ -216,7 +216,7 @@ func TestExplain(t *testing.T) {
 			}
 			refused := s.images[2]
 			refused.Pod, refused.Use, refused.Binding = verify.Pod{Namespace: "shop", Name: "evil", UID: "u"}, verify.UseContainer, verify.BoundSnapshot
-			dec := d.enforcer.Verify(t.Context(), refused)
+			dec := d.decider.Verify(t.Context(), refused)
 			d.ring.Add(decisionlog.Entry{At: time.Now(), Kind: control.AnswerLine, Container: "cccc" + strings.Repeat("1", 60), Mode: mode, Decision: dec.Report(refused, "edge-17")})
 			for _, what := range []string{"cccc11", dec.ID()} {
 				if a := one(t, x, what); a.Then == nil || a.Now == nil || a.Now.ID != dec.ID() || a.Container.Running || a.Container.Pod.Name != "evil" {
@@ -292,7 +292,7 @@ func TestImages(t *testing.T) {
 	if l, err := x.List(ended); err != nil || l.List[0].Reason != "PENDING" {
 		t.Errorf("%v", err)
 	}
-	d.enforcer.Swap(nil)
+	d.decider.Swap(nil)
 	if _, err := x.List(t.Context()); err == nil {
 		t.Error("there is a list without a configuration")
 	}

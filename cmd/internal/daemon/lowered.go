@@ -37,7 +37,7 @@ func (d *daemon) turned(mode verify.Mode) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.standing.lowered = at
+	d.state.lowered = at
 }
 
 // loweredText is a warning of the status.

@@ -231,8 +231,8 @@ func inMemory(t *testing.T) string {
 }
 
 // runStore runs the store in the directory state as the daemon does. gate makes an
-// enforcer as the daemon has it, but for the cache.
-func runStore(t *testing.T, c *config.Config, state string) (gate func() *verify.Enforcer, end func()) {
+// decider as the daemon has it, but for the cache.
+func runStore(t *testing.T, c *config.Config, state string) (gate func() *verify.Decider, end func()) {
 	t.Helper()
 	s, end := kept(t, state, store.Options{Kinds: []verify.Kind{notary.Kind}, Image: func(_ context.Context, d ocispec.Descriptor) ([]byte, error) {
 		for _, i := range imagetest.World().Images {
@@ -243,12 +243,12 @@ func runStore(t *testing.T, c *config.Config, state string) (gate func() *verify
 		return nil, fs.ErrNotExist
 	}})
 	s.Trust(c.Trusts())
-	return func() *verify.Enforcer {
+	return func() *verify.Decider {
 		setup, err := c.Snapshot(func(e *verify.Engine) verify.Evaluator { e.Store = s; return e }, time.Now)
 		if err != nil {
 			t.Fatal(err)
 		}
-		e := &verify.Enforcer{}
+		e := &verify.Decider{}
 		e.Swap(setup)
 		return e
 	}, end

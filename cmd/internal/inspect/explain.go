@@ -1,7 +1,7 @@
 // Package inspect says of images and containers of this node what the gate would
 // answer to them now, and why: tidewaiter images and tidewaiter explain.
 //
-// It asks the Enforcer that the gate asks, and so has the same answer from the same
+// It asks the Decider that the gate asks, and so has the same answer from the same
 // memory; nothing starts by asking. For the signatures themselves it has the same
 // Engine look once more and writes down what each check said: what is remembered of
 // an answer is who signed, and not with which chain. Nothing here decides.
@@ -39,8 +39,8 @@ type Containers interface {
 	Running(ctx context.Context, yield func(containerd.Container) bool) error
 }
 
-// A Force is the configuration in force with the Engine that judges by it.
-type Force struct {
+// An Active is the configuration in force with the Engine that judges by it.
+type Active struct {
 	Config *config.Config // nil: none is in force
 	Engine *verify.Engine
 }
@@ -50,8 +50,8 @@ type Force struct {
 type Explainer struct {
 	Images     Images
 	Containers Containers
-	Enforcer   *verify.Enforcer
-	Force      func() Force
+	Decider    *verify.Decider
+	Active     func() Active
 	Assurance  func() string
 	Ring       *decisionlog.Ring
 	Node       string
@@ -203,7 +203,7 @@ func (x *Explainer) decision(ctx context.Context, id string, e *Explanation) err
 	// What was allowed from memory is not remembered one by one, and a restart of the
 	// node forgets the rest. The ID is one of the question and the reason, so that it
 	// can be found without asking.
-	s := x.Enforcer.Snapshot()
+	s := x.Decider.Snapshot()
 	if s == nil {
 		return nil
 	}
@@ -400,7 +400,7 @@ func (x *Explainer) listed(ctx context.Context, match func(verify.Image) bool, e
 		}
 		a := x.about()
 		x.judge(ctx, img, &a)
-		if c := x.Force().Config; c != nil && img.Pod.Namespace == "" {
+		if c := x.Active().Config; c != nil && img.Pod.Namespace == "" {
 			a.Listed = AllowlistOf(c).in(img)
 		}
 		e.About = append(e.About, a)
@@ -411,7 +411,7 @@ func (x *Explainer) listed(ctx context.Context, match func(verify.Image) bool, e
 // about is what is said whatever the image is.
 func (x *Explainer) about() About {
 	a := About{Assurance: x.Assurance(), Signatures: []Signature{}}
-	if s := x.Enforcer.Snapshot(); s != nil {
+	if s := x.Decider.Snapshot(); s != nil {
 		a.Mode = s.Mode.String()
 	}
 	return a
@@ -434,11 +434,11 @@ func (x *Explainer) judge(ctx context.Context, img verify.Image, a *About) {
 	began := x.Now()
 	names := img.Names[:min(len(img.Names), maxAbout)]
 	img.Use, img.Names = verify.UsePrefetch, nil
-	d := x.Enforcer.Verify(ctx, img)
+	d := x.Decider.Verify(ctx, img)
 	for first := img.Name; !Allows(enforced(d)) && len(names) > 0; names = names[1:] {
 		other := img
 		other.Name = names[0]
-		if o := x.Enforcer.Verify(ctx, other); Allows(enforced(o)) {
+		if o := x.Decider.Verify(ctx, other); Allows(enforced(o)) {
 			img, d = other, o
 		} else {
 			img.Name = first
@@ -450,7 +450,7 @@ func (x *Explainer) judge(ctx context.Context, img verify.Image, a *About) {
 	}
 	r := d.Report(img, "")
 	a.Now, a.Next = answer(r), control.Next(enforced(d))
-	s, f := x.Enforcer.Snapshot(), x.Force()
+	s, f := x.Decider.Snapshot(), x.Active()
 	if s == nil || f.Config == nil || f.Engine == nil || f.Config.Revision != s.Revision {
 		return // none is in force, or another is being put in force
 	}

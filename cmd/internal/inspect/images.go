@@ -28,7 +28,7 @@ const (
 // List says what enforce would answer to each image of the node. What it cannot find
 // out in time is PENDING.
 func (x *Explainer) List(ctx context.Context) (*control.Images, error) {
-	s, f := x.Enforcer.Snapshot(), x.Force()
+	s, f := x.Decider.Snapshot(), x.Active()
 	if s == nil || f.Config == nil {
 		return nil, errors.New("no configuration is in force, so that every image would be denied: tidewaiter status says why")
 	}
@@ -99,7 +99,7 @@ func once(images []verify.Image) []verify.Image {
 func (x *Explainer) row(ctx context.Context, img verify.Image, allowlist Allowlist) control.Image {
 	var d verify.Decision
 	if ctx.Err() == nil {
-		d = x.Enforcer.Verify(ctx, img)
+		d = x.Decider.Verify(ctx, img)
 	} else {
 		d = verify.Deny(verify.Pending, "there was no time for it; ask again")
 	}

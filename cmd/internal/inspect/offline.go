@@ -30,7 +30,7 @@ const Longest = 2 * time.Minute
 type Offline struct {
 	config   *config.Config
 	setup    *verify.Snapshot
-	enforcer verify.Enforcer
+	decider  verify.Decider
 	engine   *verify.Engine
 	store    *store.Reader // nil: none
 	archives *archives.Archives
@@ -60,7 +60,7 @@ func NewOffline(ctx context.Context, c *config.Config, stateDir string) (*Offlin
 	}
 	setup.Mode = verify.Enforce // audit would hide what is asked
 	j.setup = setup
-	j.enforcer.Swap(setup)
+	j.decider.Swap(setup)
 	return j, nil
 }
 
@@ -103,7 +103,7 @@ func (j *Offline) Judge(ctx context.Context, name verify.Name, ref, namespace st
 		}
 		tried, partial = newBinder(known.Name, j.sources(known.Name), j.config.Limits, check).bind(ctx, &img)
 	}
-	d := j.enforcer.Verify(ctx, img)
+	d := j.decider.Verify(ctx, img)
 	if img.Fault != nil {
 		d.Tried = tried
 	}

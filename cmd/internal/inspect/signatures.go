@@ -36,7 +36,7 @@ type Link struct {
 
 // signatures has the engine look for signatures once more, with everything that it
 // has, and returns what each check said. What was found is not kept.
-func signatures(ctx context.Context, f Force, q verify.Question) []Signature {
+func signatures(ctx context.Context, f Active, q verify.Question) []Signature {
 	l := &looking{limits: f.Config.Limits, trust: f.Config.Anchors(), found: []Signature{}}
 	_ = f.Engine.Trace(ctx, q, l.add) // what it says is no answer: that was given
 	return l.found

@@ -62,7 +62,7 @@ func TestLookingKeepsNothing(t *testing.T) {
 	if got := engine.Evaluate(t.Context(), q); !got.Allowed() || store.kept != 1 {
 		t.Fatalf("%s, kept %d", got.Reason, store.kept)
 	}
-	got := signatures(t.Context(), Force{Config: &config.Config{}, Engine: engine}, q)
+	got := signatures(t.Context(), Active{Config: &config.Config{}, Engine: engine}, q)
 	if len(got) != 1 || got[0].Reason != verify.Verified.String() || got[0].Source != "shelf" {
 		t.Errorf("%+v", got)
 	}

@@ -51,10 +51,10 @@ func judgeWith(t *testing.T, c *config.Config, dir string, img verify.Image) ver
 	if err != nil {
 		t.Fatal(err)
 	}
-	var enforcer verify.Enforcer
-	enforcer.Swap(setup)
+	var decider verify.Decider
+	decider.Swap(setup)
 	img.Revision = setup.Revision
-	return enforcer.Verify(t.Context(), img)
+	return decider.Verify(t.Context(), img)
 }
 
 // hostile puts files into the store below dir, or into an archive that lists them all.

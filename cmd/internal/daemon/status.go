@@ -22,9 +22,9 @@ import (
 	"github.com/tidewaiter/tidewaiter/verify/text"
 )
 
-// A standing is what the daemon shows of the configuration in force, and of the one
+// A state is what the daemon shows of the configuration in force, and of the one
 // that is not.
-type standing struct {
+type state struct {
 	config   *config.Config // nil: none is in force
 	since    time.Time
 	cache    *cache.Cache
@@ -37,11 +37,11 @@ type standing struct {
 func (d *daemon) stand(c *config.Config, k *cache.Cache, e *verify.Engine) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.standing.config, d.standing.cache, d.standing.engine, d.standing.since = c, k, e, time.Now()
-	if r := d.standing.rejected; r != nil {
+	d.state.config, d.state.cache, d.state.engine, d.state.since = c, k, e, time.Now()
+	if r := d.state.rejected; r != nil {
 		past := *r
 		past.Current = false
-		d.standing.rejected = &past
+		d.state.rejected = &past
 	}
 }
 
@@ -50,24 +50,24 @@ func (d *daemon) reject(err error) {
 	n := d.counters.Rejected.Add(1)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.standing.rejected = &control.Rejected{At: time.Now().UTC(), Error: err.Error(), Current: true, Count: n}
+	d.state.rejected = &control.Rejected{At: time.Now().UTC(), Error: err.Error(), Current: true, Count: n}
 }
 
-func (d *daemon) stands() standing {
+func (d *daemon) inForce() state {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.standing
+	return d.state
 }
 
-// force is the configuration in force, for explanations.
-func (d *daemon) force() inspect.Force {
-	s := d.stands()
-	return inspect.Force{Config: s.config, Engine: s.engine}
+// active is the configuration in force, for explanations.
+func (d *daemon) active() inspect.Active {
+	s := d.inForce()
+	return inspect.Active{Config: s.config, Engine: s.engine}
 }
 
 // policy answers with what the configuration in force says.
 func (d *daemon) policy(context.Context, url.Values) (any, error) {
-	if c := d.stands().config; c != nil {
+	if c := d.inForce().config; c != nil {
 		return c.Summary(), nil
 	}
 	return nil, errors.New("no configuration is in force: tidewaiter status says why")
@@ -75,7 +75,7 @@ func (d *daemon) policy(context.Context, url.Values) (any, error) {
 
 // target is where the configuration in force wants metrics.
 func (d *daemon) target() metrics.Target {
-	if c := d.stands().config; c != nil {
+	if c := d.inForce().config; c != nil {
 		return metrics.Target(c.Metrics)
 	}
 	return metrics.Target{}
@@ -88,7 +88,7 @@ const uncountedAfter = 15 * time.Minute
 // status says how things stand; troubles are what does not work and does not matter
 // to the gate.
 func (d *daemon) status(n nri.State, stopping bool, troubles []string) control.Status {
-	b, at := d.options.Build, d.stands()
+	b, at := d.options.Build, d.inForce()
 	s := control.Status{
 		Warnings: append([]string{}, troubles...),
 		Node:     d.options.Node, Version: b.Version, Commit: b.Commit, PID: os.Getpid(), Started: d.started.UTC(),
@@ -138,8 +138,8 @@ func (d *daemon) status(n nri.State, stopping bool, troubles []string) control.S
 			Running: k.Running, Waiting: k.Waiting, Prefetching: k.Ahead, Overloaded: k.Overloaded,
 		}
 	}
-	if d.survey != nil {
-		s.Images = d.survey.Trouble()
+	if d.prefetch != nil {
+		s.Images = d.prefetch.Trouble()
 	}
 	if d.sweep != nil {
 		s.Running = running(d.sweep.Status())
@@ -219,7 +219,7 @@ func running(found reconcile.RunningStatus) control.Running {
 
 // metrics writes the metrics.
 func (d *daemon) metrics(w io.Writer, n nri.State, stopping bool) error {
-	s, at := d.status(n, stopping, nil), d.stands()
+	s, at := d.status(n, stopping, nil), d.inForce()
 	m := metrics.State{Ready: s.Ready, Version: s.Version, Mode: s.Mode, Revision: s.Configuration.Revision, Session: n, Codes: control.Codes,
 		Assured: s.Assurance, Assure: control.Assurances}
 	for _, p := range s.Problems {

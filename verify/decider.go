@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// A Snapshot is one configuration in force. It does not change once an Enforcer has
+// A Snapshot is one configuration in force. It does not change once a Decider has
 // it. The zero Snapshot denies everything.
 type Snapshot struct {
 	Revision  Revision
@@ -26,25 +26,25 @@ func (s *Snapshot) Known(n Name) Name {
 	return s.Alias(n)
 }
 
-// An Enforcer is the Verifier that the gate asks. Its zero value has no
+// A Decider is the Verifier that the gate asks. Its zero value has no
 // configuration and denies everything. It is safe for concurrent use.
-type Enforcer struct {
+type Decider struct {
 	snapshot atomic.Pointer[Snapshot]
 }
 
-var _ Verifier = (*Enforcer)(nil)
+var _ Verifier = (*Decider)(nil)
 
 // Swap puts s in force, or with nil nothing, and returns what was in force
 // before. Answers that are being made under the old configuration do not count
 // any more.
-func (e *Enforcer) Swap(s *Snapshot) *Snapshot { return e.snapshot.Swap(s) }
+func (e *Decider) Swap(s *Snapshot) *Snapshot { return e.snapshot.Swap(s) }
 
 // Snapshot returns the configuration in force, or nil.
-func (e *Enforcer) Snapshot() *Snapshot { return e.snapshot.Load() }
+func (e *Decider) Snapshot() *Snapshot { return e.snapshot.Load() }
 
 // Verify implements [Verifier]. An answer counts only if the configuration that
 // it was made under is still in force when it is given.
-func (e *Enforcer) Verify(ctx context.Context, img Image) Decision {
+func (e *Decider) Verify(ctx context.Context, img Image) Decision {
 	for range 2 {
 		s := e.snapshot.Load()
 		d := decide(ctx, s, img)

@@ -33,8 +33,8 @@ func setup(m Mode) *Snapshot {
 	return &Snapshot{Revision: Revision{7}, Mode: m, Policy: policy(prod), Evaluator: judge(yes), Wait: time.Hour}
 }
 
-func enforcer(s *Snapshot) *Enforcer {
-	e := new(Enforcer)
+func decider(s *Snapshot) *Decider {
+	e := new(Decider)
 	e.Swap(s)
 	return e
 }
@@ -113,7 +113,7 @@ func TestVerify(t *testing.T) {
 // or in audit an allow that keeps it.
 func check(t *testing.T, s *Snapshot, img Image, want Reason) {
 	t.Helper()
-	d := enforcer(s).Verify(bg, img)
+	d := decider(s).Verify(bg, img)
 	switch {
 	case want == Verified:
 		allowed(t, d, Verified)
@@ -140,14 +140,14 @@ func check(t *testing.T, s *Snapshot, img Image, want Reason) {
 // not of whoever asked the cache first.
 func TestAnswerIsAboutThisContainer(t *testing.T) {
 	q := with(func(q *Question) { q.Image.Binding = BoundSnapshot })
-	d := enforcer(setup(Enforce)).Verify(bg, q.Image)
+	d := decider(setup(Enforce)).Verify(bg, q.Image)
 	allowed(t, d, Verified)
 	if d.Rule != "prod" || d.Key != q.Key() || d.Binding != BoundSnapshot || d.Revision != (Revision{7}) {
 		t.Errorf("decision is %+v", d)
 	}
 	s := setup(Enforce)
 	s.Policy = policy(func(Image) *Rule { return &Rule{Name: "none", Fixed: PolicyNoMatch, Detail: "add a rule"} })
-	d = enforcer(s).Verify(bg, q.Image)
+	d = decider(s).Verify(bg, q.Image)
 	denied(t, d, PolicyNoMatch)
 	if d.Rule != "none" || d.Detail != "add a rule" || d.Key.Target.Digest != q.Image.Target.Digest || d.Binding != BoundSnapshot {
 		t.Errorf("decision is %+v", d)
@@ -195,7 +195,7 @@ func TestAllowlist(t *testing.T) {
 			s := setup(Enforce)
 			s.Policy = policy(func(Image) *Rule { return q.Rule })
 			s.Evaluator = judge(func(context.Context, Question) Decision { t.Error("the judge was asked"); return Decision{} })
-			d := enforcer(s).Verify(bg, q.Image)
+			d := decider(s).Verify(bg, q.Image)
 			if tt.want != AllowedByDigest {
 				denied(t, d, tt.want)
 				return
@@ -264,7 +264,7 @@ func TestVolumeNames(t *testing.T) {
 				}
 				return &Rule{Fixed: PolicyNoMatch}
 			})
-			d := enforcer(s).Verify(bg, img)
+			d := decider(s).Verify(bg, img)
 			if tt.want == Verified {
 				allowed(t, d, Verified)
 			} else {
@@ -290,7 +290,7 @@ func TestVolumeNamesAreBounded(t *testing.T) {
 		}
 		return Deny(SignatureMissing, "another")
 	})
-	denied(t, enforcer(s).Verify(bg, img), SignerUntrusted)
+	denied(t, decider(s).Verify(bg, img), SignerUntrusted)
 	if asked != 1+MaxRelated {
 		t.Errorf("asked %d times", asked)
 	}
@@ -320,11 +320,11 @@ func TestAlias(t *testing.T) {
 	})
 	img := bound().Image
 	img.Name.Host = "relocated.local"
-	allowed(t, enforcer(s).Verify(bg, img), Verified)
+	allowed(t, decider(s).Verify(bg, img), Verified)
 	img.Name.Host = "other.local"
-	denied(t, enforcer(s).Verify(bg, img), PolicyNoMatch)
+	denied(t, decider(s).Verify(bg, img), PolicyNoMatch)
 	img.Use, img.Binding, img.Names = UseVolume, BoundSnapshot, []Name{{Host: "relocated.local", Path: "app"}}
-	allowed(t, enforcer(s).Verify(bg, img), Verified)
+	allowed(t, decider(s).Verify(bg, img), Verified)
 }
 
 // TestFaultIsNotMatched: a policy is not asked about an image that is not bound,
@@ -334,12 +334,12 @@ func TestFaultIsNotMatched(t *testing.T) {
 	s.Policy = policy(func(Image) *Rule { t.Error("the policy was asked"); return prod(Image{}) })
 	img := bound().Image
 	img.Fault = &Fault{ImageAmbiguous, "two records"}
-	d := enforcer(s).Verify(bg, img)
+	d := decider(s).Verify(bg, img)
 	denied(t, d, ImageAmbiguous)
 	if d.Detail != "two records" {
 		t.Errorf("detail is %q", d.Detail)
 	}
-	denied(t, enforcer(s).Verify(bg, Image{Name: img.Name}), ImageUnresolved)
+	denied(t, decider(s).Verify(bg, Image{Name: img.Name}), ImageUnresolved)
 }
 
 func TestWait(t *testing.T) {
@@ -378,7 +378,7 @@ func TestWait(t *testing.T) {
 			case UseVolume:
 				img.Binding = BoundSnapshot
 			}
-			enforcer(s).Verify(bg, img)
+			decider(s).Verify(bg, img)
 			if !asked {
 				t.Error("the judge was not asked")
 			}
@@ -403,7 +403,7 @@ func TestSwapDuringAnswer(t *testing.T) {
 		{"to one that allows", setup(Enforce), Verified, Revision{7}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			e := new(Enforcer)
+			e := new(Decider)
 			old := setup(Enforce)
 			old.Evaluator = judge(func(ctx context.Context, q Question) Decision {
 				if e.Swap(tt.to) != old {
@@ -424,7 +424,7 @@ func TestSwapDuringAnswer(t *testing.T) {
 		})
 	}
 	// Audit that is left while it answers does not let the image run.
-	e := new(Enforcer)
+	e := new(Decider)
 	old := setup(Audit)
 	old.Evaluator = judge(func(context.Context, Question) Decision { e.Swap(strict); return Deny(SignatureMissing, "") })
 	e.Swap(old)
@@ -435,7 +435,7 @@ func TestSwapDuringAnswer(t *testing.T) {
 // gets denials, and in audit allows that say why.
 func TestSwapAllTheTime(t *testing.T) {
 	for _, m := range []Mode{Enforce, Audit} {
-		e := new(Enforcer)
+		e := new(Decider)
 		n := 0
 		var fresh func() *Snapshot
 		fresh = func() *Snapshot {
@@ -465,7 +465,7 @@ func TestSwapAllTheTime(t *testing.T) {
 func TestPanicDetailIsBoundedInMessages(t *testing.T) {
 	s := setup(Enforce)
 	s.Evaluator = judge(func(context.Context, Question) Decision { panic(strings.Repeat("x\n", 1<<20)) })
-	d := enforcer(s).Verify(bg, bound().Image)
+	d := decider(s).Verify(bg, bound().Image)
 	denied(t, d, Internal)
 	if len(d.Detail) > MaxMessage || strings.Contains(d.Detail, "\n") || !strings.HasPrefix(d.Detail, "panic while deciding: x x ") {
 		t.Errorf("detail has %d bytes", len(d.Detail))
@@ -476,7 +476,7 @@ func TestPanicDetailIsBoundedInMessages(t *testing.T) {
 // TestSwapConcurrently is for the race detector: under a configuration that
 // denies nothing is allowed once Swap has returned.
 func TestSwapConcurrently(t *testing.T) {
-	e := enforcer(setup(Enforce))
+	e := decider(setup(Enforce))
 	var closed atomic.Bool
 	var wg sync.WaitGroup
 	var before atomic.Int64
@@ -511,7 +511,7 @@ func TestSwapConcurrently(t *testing.T) {
 func TestBoundUnderAnotherConfiguration(t *testing.T) {
 	img := bound().Image
 	img.Revision = Revision{6}
-	e := enforcer(setup(Enforce))
+	e := decider(setup(Enforce))
 	denied(t, e.Verify(bg, img), Pending)
 	img.Use, img.Binding = UseQuestion, BoundDigest // asked about; nothing was bound
 	if d := e.Verify(bg, img); d.Reason == Pending {
@@ -530,9 +530,9 @@ func TestOtherTargetIsNotWhatRuns(t *testing.T) {
 		d.Key = q.Key()
 		return d
 	})
-	denied(t, enforcer(s).Verify(bg, q.Image), Internal)
+	denied(t, decider(s).Verify(bg, q.Image), Internal)
 	q.Image.LayersVerified = true
-	allowed(t, enforcer(s).Verify(bg, q.Image), Verified)
+	allowed(t, decider(s).Verify(bg, q.Image), Verified)
 	for signed, takes := range map[digest.Digest]bool{
 		q.Image.Target.Digest: true, q.Image.Manifest.Digest: true, q.Image.Config: false, of("other"): false, "": false,
 	} {
