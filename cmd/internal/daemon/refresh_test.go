@@ -3,6 +3,7 @@ package daemon
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -249,5 +250,48 @@ func TestRefreshTakesFewAlike(t *testing.T) {
 		if n, _ := k.Signatures(); n != step.total {
 			t.Errorf("%s: %d signatures in the store, not %d", step.name, n, step.total)
 		}
+	}
+}
+
+// Of an image that has more signatures than one question may look at, all are weighed: one
+// that counts less than others of its class is not kept, wherever these lie in the store.
+func TestRefreshWeighsAll(t *testing.T) {
+	const classes, batch = 130, 20
+	conf := t.TempDir()
+	write(t, conf, "version: 1\nmode: enforce\n")
+	c, err := config.Load(conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var i imagetest.Image
+	app := i.Manifest("app", digest.SHA256)
+	now := time.Now()
+	of := func(class int, ends time.Duration, spaces int) verify.Evidence {
+		envelope := notarytest.MustSign(imagetest.World().Signer, app, notarytest.SignOptions{Expiry: now.Add(ends), Annotations: map[string]string{"build": fmt.Sprint(class)}})
+		raw := append(envelope, bytes.Repeat([]byte{' '}, spaces)...)
+		return notarytest.Manifest(raw, notary.MediaTypeJWS, app, notarytest.ArtifactType).Evidence()
+	}
+	k := keep(t, t.TempDir(), c, time.Now, &i, 0)
+	for from := 0; from < classes; from += batch {
+		var list feed
+		for class := from; class < min(from+batch, classes); class++ {
+			list = append(list, of(class, 3*time.Hour, 0), of(class, 2*time.Hour, 1))
+		}
+		k.refresh("team/app", app, list...)
+	}
+	if n, _ := k.Signatures(); n != 2*classes {
+		t.Fatalf("%d signatures in the store, not %d", n, 2*classes)
+	}
+	for from := 0; from < classes; from += batch {
+		var less feed
+		for class := from; class < min(from+batch, classes); class++ {
+			less = append(less, of(class, time.Hour, 2))
+		}
+		if got, want := k.refresh("team/app", app, less...), (reconcile.Gain{Spare: len(less)}); got != want {
+			t.Errorf("from %d: %+v, want %+v", from, got, want)
+		}
+	}
+	if n, _ := k.Signatures(); n != 2*classes {
+		t.Errorf("%d signatures in the store, not %d", n, 2*classes)
 	}
 }

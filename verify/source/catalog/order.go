@@ -41,6 +41,12 @@ type Document struct {
 	seen   time.Time
 }
 
+// MayBeBy reports whether the signature x may be by the certificate with that thumbprint:
+// it claims to be, or whom it is by is not known.
+func (x Document) MayBeBy(leaf string) bool {
+	return x.signer == (unique.Handle[string]{}) || x.signer.Value() == leaf
+}
+
 // A Rank says how likely a document is to meet a rule that trusts anchors.
 type Rank int
 
