@@ -135,6 +135,17 @@ func one(t *testing.T, x *inspect.Explainer, what string) inspect.About {
 	return back.About[0]
 }
 
+// noted waits until the verification that has that ID is remembered, which is after its
+// answer.
+func noted(t *testing.T, x *inspect.Explainer, id string) {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); one(t, x, id).Then == nil; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s is not remembered", id)
+		}
+	}
+}
+
 // TestExplain asks about images by all that they are called, in both modes.
 func TestExplain(t *testing.T) {
 	for _, mode := range []string{"enforce", "audit"} {
@@ -162,6 +173,7 @@ func TestExplain(t *testing.T) {
 				}
 			}
 			// By ID: as it is remembered, and after the node forgot.
+			noted(t, x, id)
 			if a := one(t, x, id); a.Then == nil || a.Then.Kind != control.VerificationLine || a.Now.ID != id {
 				t.Errorf("by ID: %+v", a)
 			}
@@ -217,6 +229,7 @@ func TestExplain(t *testing.T) {
 			refused := s.images[2]
 			refused.Pod, refused.Use, refused.Binding = verify.Pod{Namespace: "shop", Name: "evil", UID: "u"}, verify.UseContainer, verify.BoundSnapshot
 			dec := d.decider.Verify(t.Context(), refused)
+			noted(t, x, dec.ID())
 			d.ring.Add(decisionlog.Entry{At: time.Now(), Kind: control.AnswerLine, Container: "cccc" + strings.Repeat("1", 60), Mode: mode, Decision: dec.Report(refused, "edge-17")})
 			for _, what := range []string{"cccc11", dec.ID()} {
 				if a := one(t, x, what); a.Then == nil || a.Now == nil || a.Now.ID != dec.ID() || a.Container.Running || a.Container.Pod.Name != "evil" {
