@@ -27,8 +27,8 @@ func decisionsCommand(stdout io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "decisions",
 		Short: "List what the gate answered lately",
-		Long: `Decisions asks the gate for what it answered since the node started, as far as
-there is room: 2 MiB in the run directory, the oldest goes first. There is a line for
+		Long: `Ask the gate for what it answered since the node started, as far as there is room:
+2 MiB in the run directory, the oldest goes first. There is a line for
 each container that was refused or, in audit, would have been, and for each that runs
 since its digest is listed; and for each verification and what came of it. Of what is
 repeated there is one line a minute (of a verification one an hour), with how often.
@@ -67,6 +67,7 @@ const (
 
 func listDecisions(ctx context.Context, stdout io.Writer, o decisionsOptions) error {
 	var answered time.Time
+	headed := o.output == "json"
 	for {
 		p, err := control.AskDecisions(ctx, o.runDir, o.filter)
 		switch {
@@ -76,6 +77,12 @@ func listDecisions(ctx context.Context, stdout io.Writer, o decisionsOptions) er
 			return cli.Inconclusive(err, cli.GateHint(o.runDir))
 		case err == nil:
 			answered = time.Now()
+		}
+		if !headed && len(p.Lines) > 0 {
+			headed = true
+			if _, err := fmt.Fprintf(stdout, "%-20s  %-6s  %-7s  %-23s  %-12s  IMAGE  POD\n", "TIME", "WHAT", "ANSWER", "REASON", "ID"); err != nil {
+				return cli.Inconclusive(err, "")
+			}
 		}
 		for _, l := range p.Lines {
 			if err := printLine(stdout, o.output, l); err != nil {

@@ -23,7 +23,7 @@ func doctorCommand(stdout io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "Check whether the gate of this node is in place, and what to do if it is not",
-		Long: `Doctor looks at everything that the gate needs, and changes nothing: what containerd
+		Long: `Look at everything that the gate needs, and change nothing: what containerd
 is configured with by its own account, whether the containerd that runs has read
 that, the gate, its configuration, the sources of signatures, the disk and the clock.
 Each line is ok, warn or fail, with what to do next where it is not ok. What only

@@ -30,7 +30,7 @@ func evidenceCommand(stdin io.Reader, stdout, stderr io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "evidence",
 		Short: "Carry signatures to a node that has no registry",
-		Args:  cobra.NoArgs,
+		Args:  verbs,
 		RunE: func(*cobra.Command, []string) error {
 			return cli.Inconclusive(errors.New("evidence does nothing by itself"), "run tidewaiter evidence --help")
 		},
@@ -64,7 +64,7 @@ func evidenceExport(stdout, stderr io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "export IMAGE...",
 		Short: "Gather the signatures of images into one file or directory",
-		Long: `Export gathers what a node needs to verify images into one OCI image layout: their
+		Long: `Gather what a node needs to verify images into one OCI image layout: their
 manifests and indexes, and the Notary Project signatures of these: all of them, or with
 a configuration those that verify under it and 16 others of each. It is for the
 workstation of an operator. A tag is resolved at the registry, and the digest that
@@ -235,7 +235,7 @@ func evidenceInspect(stdin io.Reader, stdout io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "inspect FILE|DIR|-",
 		Short: "Show what is in an evidence archive, or in another OCI image layout",
-		Long: `Inspect shows the images in an OCI image layout, their signatures and whether they
+		Long: `Show the images in an OCI image layout, their signatures and whether they
 verify under the configuration, other referrers, and trust policy and trust store
 against those of this node. It reads a directory, a tar file, also one packed with
 gzip or zstd, or with - a tar file from standard input; it needs no network and
@@ -329,8 +329,14 @@ func evidenceList(stdout io.Writer) *cobra.Command {
 				if len(list) == 0 {
 					_, err = fmt.Fprintf(stdout, "no evidence archive in %s\n", text.Clean(filepath.Join(dir, "archives"), 300))
 				}
-				for _, b := range list {
-					_, err = fmt.Fprintf(stdout, "%s %s %d bytes, since %s\n", text.Clean(b.Name, 110), b.Form, b.Size, b.Time.Format(time.RFC3339))
+				const row = "%-10s  %12s  %-20s  %s\n"
+				for i, b := range list {
+					if i == 0 {
+						_, err = fmt.Fprintf(stdout, row, "FORM", "BYTES", "SINCE", "NAME")
+					}
+					if err == nil {
+						_, err = fmt.Fprintf(stdout, row, b.Form, fmt.Sprint(b.Size), b.Time.UTC().Format(time.RFC3339), text.Clean(b.Name, 110))
+					}
 				}
 			}
 			if err != nil {

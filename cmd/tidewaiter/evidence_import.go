@@ -31,9 +31,9 @@ func evidenceImport(stdin io.Reader, stdout io.Writer) *cobra.Command {
 	var o importOptions
 	cmd := &cobra.Command{
 		Use:   "import FILE|DIR|-",
-		Short: "Take the signatures in an evidence archive over into the state directory",
-		Long: `Import checks an evidence archive, or another OCI image layout with signatures, and
-copies its evidence (manifests, signatures, other referrers, and no layers) to archives
+		Short: "Copy the signatures in an evidence archive to the state directory",
+		Long: `Check an evidence archive, or another OCI image layout with signatures, and
+copy its evidence (manifests, signatures, other referrers, and no layers) to archives
 in the state directory, in the place of the archive that had its name. A gate that runs
 notices. It refuses what is damaged, and unless --force what holds no signature that
 verifies under the configuration, or of which the gate would not read all. Of

@@ -17,8 +17,8 @@ func explainCommand(stdout io.Writer) *cobra.Command {
 	var dir, output string
 	cmd := &cobra.Command{
 		Use:   "explain DECISION|CONTAINER|IMAGE",
-		Short: "Say why an image may run on this node or not, and what to do",
-		Long: `Explain asks the gate what it would answer to an image now, and why: which rule
+		Short: "Show why an image may run on this node or not, and what to do",
+		Long: `Ask the gate what it would answer to an image now, and why: which rule
 speaks of it, each signature that there is with its certificates, what failed, which
 source was asked and what it said, until when the answer holds, and what to do next.
 

@@ -41,9 +41,8 @@ func imagesCommand(stdout io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "images [NAME...]",
 		Short: "List the images of this node with the answer to each, and when it ends",
-		Long: `Images asks the gate what enforce would answer to each image of this node now, also
-in audit, and when an image that is allowed will not be any more. With names it lists
-those of them: a repository, or a host and path that repositories are below.
+		Long: `Ask the gate what enforce would answer to each image of this node now, also in audit,
+and when an image that is allowed will not be any more. With names, list those of them: a repository, or a host and path that repositories are below.
 
 With --expires-within only images are listed whose answer ends within that time, and the exit
 status is 1 where there are any.

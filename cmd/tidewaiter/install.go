@@ -47,8 +47,8 @@ func installCommand(stdout io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "install",
 		Short: "Install the gate on this host, to audit or to enforce",
-		Long: `Install copies this program to the host, makes it a service of systemd or OpenRC,
-and starts it. If there is no configuration it writes one that audits. Nothing of
+		Long: `Copy this program to the host, make it a service of systemd or OpenRC, and start it.
+If there is no configuration, write one that audits. Nothing of
 containerd is touched. What an operator wrote is never overwritten; a newer program
 replaces an older one, which comes back if the new one does not come up.
 

@@ -18,6 +18,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
 	"github.com/tidewaiter/tidewaiter/verify/text"
@@ -53,7 +54,7 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 		Short:         "Verify image signatures on the node, before a container starts",
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args:          cobra.NoArgs,
+		Args:          verbs,
 		RunE: func(*cobra.Command, []string) error {
 			if version {
 				_, err := fmt.Fprintln(stdout, thisBuild())
@@ -61,7 +62,6 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 			}
 			return cli.Inconclusive(errors.New("no verb given"), "run tidewaiter --help")
 		},
-		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
 	}
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -70,11 +70,11 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 	// is a quarter of it (TestBinary).
 	root.Flags().BoolVar(&version, "version", false, "print what this binary is")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return cli.Inconclusive(err, "run "+cmd.CommandPath()+" --help")
+		return cli.Inconclusive(err, nearest(flags(cmd), unknownFlag(err), "--", cmd))
 	})
 	root.SetHelpCommand(&cobra.Command{
 		Use:   "help [VERB]",
-		Short: "Print what a verb does",
+		Short: "Show what a verb does",
 		RunE: func(_ *cobra.Command, args []string) error {
 			cmd, rest, err := root.Find(args)
 			if err != nil || len(rest) > 0 {
@@ -84,8 +84,58 @@ func command(stdout, stderr io.Writer) *cobra.Command {
 			return cmd.Help()
 		},
 	})
-	root.AddCommand(evidenceCommand(os.Stdin, stdout, stderr), decisionsCommand(stdout), doctorCommand(stdout), explainCommand(stdout), imagesCommand(stdout), policyCommand(stdout))
-	root.AddCommand(refreshCommand(stdout), runCommand(stderr), selftestCommand(stdout), statusCommand(stdout), verifyCommand(stdout), versionCommand(stdout))
-	root.AddCommand(installCommand(stdout), uninstallCommand(stdout))
+	for _, g := range []struct {
+		title string
+		verbs []*cobra.Command
+	}{
+		{"Verify", []*cobra.Command{verifyCommand(stdout), imagesCommand(stdout), policyCommand(stdout), selftestCommand(stdout)}},
+		{"Inspect", []*cobra.Command{statusCommand(stdout), explainCommand(stdout), decisionsCommand(stdout), doctorCommand(stdout)}},
+		{"Operate", []*cobra.Command{installCommand(stdout), runCommand(stderr), refreshCommand(stdout), uninstallCommand(stdout)}},
+		{"Offline", []*cobra.Command{evidenceCommand(os.Stdin, stdout, stderr)}},
+	} {
+		root.AddGroup(&cobra.Group{ID: g.title, Title: g.title + ":"})
+		for _, verb := range g.verbs {
+			verb.GroupID = g.title
+			root.AddCommand(verb)
+		}
+	}
+	root.AddCommand(versionCommand(stdout))
 	return root
+}
+
+// verbs refuses what is no verb of cmd, and names the one that was meant.
+func verbs(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	return cli.Inconclusive(fmt.Errorf("unknown verb %s", text.Quote(args[0], 80)), nearest(cmd, args[0], "", cmd))
+}
+
+// nearest is the hint for a word that is none of the commands of from: those that are
+// spelt alike, behind prefix, or else the help of cmd.
+func nearest(from *cobra.Command, word, prefix string, cmd *cobra.Command) string {
+	from.SuggestionsMinimumDistance = 2
+	if list := from.SuggestionsFor(word); word != "" && len(list) > 0 && len(word) <= 80 {
+		return "did you mean " + prefix + strings.Join(list, " or "+prefix) + "? See " + cmd.CommandPath() + " --help"
+	}
+	return "run " + cmd.CommandPath() + " --help"
+}
+
+// flags are those of cmd, as commands: cobra knows which of these are spelt alike, and not
+// which flags are.
+func flags(cmd *cobra.Command) *cobra.Command {
+	c := &cobra.Command{}
+	cmd.Flags().VisitAll(func(f *pflag.Flag) {
+		c.AddCommand(&cobra.Command{Use: f.Name, Run: func(*cobra.Command, []string) {}})
+	})
+	return c
+}
+
+// unknownFlag is the name of the flag that err says there is not, or nothing.
+func unknownFlag(err error) string {
+	var none *pflag.NotExistError
+	if errors.As(err, &none) {
+		return none.GetSpecifiedName()
+	}
+	return ""
 }

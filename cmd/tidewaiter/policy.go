@@ -24,7 +24,7 @@ func policyCommand(stdout io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "policy",
 		Short: "Check, show and try the configuration",
-		Args:  cobra.NoArgs,
+		Args:  verbs,
 		RunE: func(*cobra.Command, []string) error {
 			return cli.Inconclusive(errors.New("policy: no verb given"), "there is policy check, policy init, policy show and policy test")
 		},
@@ -37,8 +37,8 @@ func policyCheckCommand(stdout io.Writer) *cobra.Command {
 	var dir, output string
 	cmd := &cobra.Command{
 		Use:   "check",
-		Short: "Say whether a configuration directory would be put in force",
-		Long: `Check reads the configuration directory exactly as tidewaiter run does, and prints
+		Short: "Check whether a configuration directory would be put in force",
+		Long: `Read the configuration directory exactly as tidewaiter run does, and print
 what its author may not mean. Exit status: 0 it would be put in force; 2 it would not,
 and what is wrong is said with its file and line.`,
 		Args: cobra.NoArgs,
@@ -82,10 +82,10 @@ func policyShowCommand(stdout io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "show",
 		Short: "Show what is in force, or what a directory says",
-		Long: `Show asks the gate for the configuration that is in force: statements with their
+		Long: `Ask the gate for the configuration that is in force: statements with their
 scopes, certificates of the trust stores, mirrors (those of containerd's hosts.toml
-too), aliases, and digests that are listed. With --config-dir it reads that directory
-instead and asks nobody. Secrets are not shown.`,
+too), aliases, and digests that are listed. With --config-dir read that directory
+instead and ask nobody. Secrets are not shown.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := cli.CheckOutput(output); err != nil {
@@ -176,8 +176,8 @@ func policyTestCommand(stdout io.Writer) *cobra.Command {
 	var dir, namespace, output string
 	cmd := &cobra.Command{
 		Use:   "test IMAGE",
-		Short: "Say which rule speaks of an image name, and who would be asked",
-		Long: `Test reads the configuration directory and says which statement of the trust policy
+		Short: "Show which rule speaks of an image name, and who would be asked",
+		Long: `Read the configuration directory and say which statement of the trust policy
 speaks of an image of that name, and which sources would be asked for its signatures.
 It asks none of them: tidewaiter verify does. Exit status: 0 a statement asks for
 signatures, or a digest allowlist lists the digest; 1 the answer is no whatever signatures

@@ -23,7 +23,7 @@ func policyInitCommand(stdout io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "init",
 		Short: "Write a first configuration from a certificate and a repository",
-		Long: `Init writes a configuration that audits: config.yaml, trustpolicy.json with one
+		Long: `Write a configuration that audits: config.yaml, trustpolicy.json with one
 statement, and a trust store with the CA. The identity is the subject of the signing
 certificate, or of the CA file if that signs for itself. Nothing that is there is
 overwritten.

@@ -19,12 +19,12 @@ func refreshCommand(stdout io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "refresh [IMAGE...]",
 		Short: "Look for new signatures of the node's images now",
-		Long: `Refresh has the gate that runs on this node ask its sources for all signatures of
+		Long: `Have the gate that runs on this node ask its sources for all signatures of
 these images, or without any of all images of the node, and keep those that meet the
 policy in force and that it did not have. Of signatures by one signer over one image
 that differ in their time alone, the one that can count longest and the newest are kept;
-one that counts less than both gives way to them. It waits for the end, which takes a while where there are many images: mirrors are asked at a
-moderate pace.
+one that counts less than both gives way to them. The end is waited for, which takes a
+while where there are many images: mirrors are asked at a moderate pace.
 
 An IMAGE is a name as pods say it; the node must have the image. Exit status 0: all
 sources answered, whether there was something new or not; 1: a source failed; 2: the

@@ -20,8 +20,8 @@ func runCommand(stderr io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Run the gate on this node",
-		Long: `Run registers with containerd through NRI and decides on every container that is
-to be created. It runs until SIGTERM or SIGINT, stays up without containerd and
+		Long: `Register with containerd through NRI, and decide on every container that is to be
+created. The gate runs until SIGTERM or SIGINT, stays up without containerd and
 without a configuration (then everything is denied), and reads the configuration
 again when it changes or on SIGHUP. It logs JSON lines to standard error, and says
 how things stand through a socket in the run directory (tidewaiter status).`,

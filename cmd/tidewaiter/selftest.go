@@ -28,8 +28,7 @@ func selftestCommand(stdout io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "selftest",
 		Short: "Prove that the runtime of this node refuses unsigned images",
-		Long: `Selftest makes an unsigned image and has containerd create a container
-of it under the name of each rule, as a kubelet would: each must be refused, and the
+		Long: `Make an unsigned image and have containerd create a container of it under the name of each rule, as a kubelet would: each must be refused, and the
 gate's own decisions must have it. An image that the gate allows must be created. No
 container is started, no network is used, and everything is removed again.
 

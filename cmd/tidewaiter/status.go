@@ -22,9 +22,9 @@ func statusCommand(stdout io.Writer) *cobra.Command {
 	var ready bool
 	cmd := &cobra.Command{
 		Use:   "status",
-		Short: "Say how the gate on this node is",
-		Long: `Status asks the gate that runs on this node, through the socket in its run
-directory, and reads nothing else. Exit status 0: it is healthy; 1: what is wrong
+		Short: "Show the gate's health",
+		Long: `Ask the gate that runs on this node, through the socket in its run directory, and
+read nothing else. Exit status 0: it is healthy; 1: what is wrong
 is said, with what to do next; 2: no gate answers. With --ready, exit status 0 means
 that the runtime asks the gate and a configuration is in force: for probes.`,
 		Args: cobra.NoArgs,

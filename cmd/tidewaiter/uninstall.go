@@ -13,8 +13,8 @@ func uninstallCommand(stdout io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "uninstall",
 		Short: "Stop requiring the gate and uninstall it",
-		Long: `Uninstall takes out of containerd's configuration what makes it refuse containers
-without the gate, and then the service and the program. It needs neither a gate that
+		Long: `Take out of containerd's configuration what makes it refuse containers without the
+gate, and then the service and the program. It needs neither a gate that
 answers nor a network, and leaves a line in the node's log. The containerd that runs
 has read its old configuration: restart it, or have it restarted with --restart. Until
 that is done the gate stays; run uninstall again afterwards, or with --force at once.

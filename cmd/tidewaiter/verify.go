@@ -40,7 +40,7 @@ func verifyCommand(stdout io.Writer) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify REPOSITORY@DIGEST",
 		Short: "Judge one image, with the node's configuration and no daemon",
-		Long: `Verify judges one image as the gate in enforce would, also where the configuration
+		Long: `Judge one image as the gate in enforce would, also where the configuration
 says audit. It needs no daemon and no containerd. The digest may be that of an
 index or of a manifest; tags are not resolved. As the gate it reads what this node
 keeps, its store and evidence archives, and changes nothing there; --state-dir "" leaves that
