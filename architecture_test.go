@@ -750,21 +750,58 @@ func TestCoreIsShort(t *testing.T) {
 }
 
 // TestSizes: what does not fit on a few screens is more than one thing, and so is a room
-// that takes a day to read. Rooms that were split are held to that.
+// that takes a day to read.
 func TestSizes(t *testing.T) {
 	const most, room = 500, 3000
-	for _, dir := range []string{"deploy/node", "deploy/install", "deploy/doctor", "deploy/selftest", "deploy/control"} {
-		lines := 0
-		look(t, func(f *file) bool { return f.dir() == dir && !f.tests }, func(f *file) (problems []string) {
-			n := bytes.Count(f.src, []byte{'\n'})
-			if lines += n; n > most {
-				problems = append(problems, fmt.Sprintf("%s has %d lines, want at most %d: split it by what it knows", f.path, n, most))
-			}
-			return problems
-		})
-		if lines > room {
-			t.Errorf("%s has %d lines without tests, want at most %d", dir, lines, room)
+	lines := map[string]int{}
+	look(t, (*file).shipped, func(f *file) (problems []string) {
+		n := bytes.Count(f.src, []byte{'\n'})
+		if lines[f.dir()] += n; n > most {
+			problems = append(problems, fmt.Sprintf("%s has %d lines, want at most %d: split it by what it knows", f.path, n, most))
 		}
+		return problems
+	})
+	for dir, n := range lines {
+		if n > room {
+			t.Errorf("%s has %d lines without tests, want at most %d", dir, n, room)
+		}
+	}
+	if len(lines) < 20 {
+		t.Errorf("only %d packages were looked at", len(lines))
+	}
+}
+
+// TestMap: docs/architecture.md has one line for each package that ships, and none for what
+// there is not.
+func TestMap(t *testing.T) {
+	raw, err := os.ReadFile("docs/architecture.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := map[string]int{}
+	_, rows, found := strings.Cut(string(raw), "| package | what it knows | imports of ours |\n")
+	if !found {
+		t.Fatal("docs/architecture.md has no map")
+	}
+	for line := range strings.Lines(rows) {
+		if !strings.HasPrefix(line, "|") {
+			break
+		}
+		if _, name, is := strings.Cut(line, "| `"); is {
+			name, _, _ = strings.Cut(name, "`")
+			told[name]++
+		}
+	}
+	there := map[string]bool{}
+	look(t, (*file).shipped, func(f *file) []string { there[f.dir()] = true; return nil })
+	for dir := range there {
+		if told[dir] != 1 {
+			t.Errorf("%s has %d lines in the map of docs/architecture.md", dir, told[dir])
+		}
+		delete(told, dir)
+	}
+	for name := range told {
+		t.Errorf("the map of docs/architecture.md has %s, which is no package that ships", name)
 	}
 }
 

@@ -1,27 +1,20 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
 	"path/filepath"
-	"runtime"
-	"slices"
-	"strings"
 	"time"
 
-	"github.com/containerd/platforms"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
 	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
+	"github.com/tidewaiter/tidewaiter/cmd/internal/inspect"
 	"github.com/tidewaiter/tidewaiter/deploy/config"
-	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/archive"
 	"github.com/tidewaiter/tidewaiter/verify/text"
 )
@@ -105,11 +98,13 @@ func export(ctx context.Context, stdout, stderr io.Writer, o exportOptions, imag
 		return cli.Inconclusive(fmt.Errorf("--referrers: %q is neither signatures nor all", o.referrers), "")
 	}
 	if o.file != "" {
-		more, err := readList(o.file)
+		list, err := inspect.ReadList(o.file)
 		if err != nil {
 			return cli.Inconclusive(fmt.Errorf("--from-file: %w", err), "")
 		}
-		images = append(images, more...)
+		for _, l := range list {
+			images = append(images, l.Text)
+		}
 	}
 	if len(images) == 0 && !o.trust {
 		return cli.Inconclusive(errors.New("no image is named"), "for example tidewaiter evidence export -o site.tar registry.example/app:1.2")
@@ -125,7 +120,7 @@ func export(ctx context.Context, stdout, stderr io.Writer, o exportOptions, imag
 		return err
 	}
 	b := archive.Options{Layouts: c.Layouts, Sources: c.Sources(), Aliases: c.Aliases, All: o.referrers == "all", Missing: o.missing}
-	if b.Platform, err = oneOf(o.platforms); err != nil {
+	if b.Platform, err = inspect.Platforms(o.platforms); err != nil {
 		return cli.Inconclusive(err, "")
 	}
 	if o.trust {
@@ -134,7 +129,7 @@ func export(ctx context.Context, stdout, stderr io.Writer, o exportOptions, imag
 		}
 	}
 	if c.Dir != "" {
-		if b.Evaluator, err = evaluator(c); err != nil {
+		if b.Evaluator, err = inspect.Evaluator(c); err != nil {
 			return cli.Inconclusive(err, "")
 		}
 	}
@@ -165,44 +160,6 @@ func export(ctx context.Context, stdout, stderr io.Writer, o exportOptions, imag
 	return nil
 }
 
-// oneOf matches any of the platforms, "linux/arm64"; nil if there are none.
-func oneOf(list []string) (func(ocispec.Platform) bool, error) {
-	var any []platforms.Matcher
-	for _, p := range list {
-		m, err := platforms.Parse(p)
-		if err != nil {
-			return nil, fmt.Errorf("platform %s: %w", text.Quote(p, 64), err)
-		}
-		any = append(any, platforms.OnlyStrict(m))
-	}
-	if any == nil {
-		return nil, nil
-	}
-	return func(p ocispec.Platform) bool {
-		return slices.ContainsFunc(any, func(m platforms.Matcher) bool { return m.Match(p) })
-	}, nil
-}
-
-// evaluator evaluates by c what a node would run.
-func evaluator(c *config.Config) (*archive.Evaluator, error) {
-	own := platforms.DefaultSpec()
-	if runtime.GOOS != "linux" { // a workstation looks at what a node will run
-		own.OS, own.OSVersion, own.OSFeatures = "linux", "", nil
-	}
-	e := &archive.Evaluator{Name: c.Dir, Now: time.Now, Platform: platforms.Only(own).Match}
-	for _, s := range c.Statements {
-		if s.Level != "skip" {
-			e.Statements = append(e.Statements, s.Name)
-		}
-	}
-	var err error
-	e.Setup, err = c.Snapshot(func(engine *verify.Engine) verify.Evaluator {
-		e.Engine = engine
-		return engine
-	}, time.Now)
-	return e, err
-}
-
 // prefixed is standard error for what is said beside an answer.
 type prefixed struct{ io.Writer }
 
@@ -211,23 +168,6 @@ func (p prefixed) Write(b []byte) (int, error) {
 		return 0, err
 	}
 	return len(b), nil
-}
-
-// readList reads a file of images, at most 1 MiB.
-func readList(name string) (images []string, err error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	lines := bufio.NewScanner(io.LimitReader(f, 1<<20))
-	for lines.Scan() {
-		line, _, _ := strings.Cut(lines.Text(), "#")
-		if line = strings.TrimSpace(line); line != "" {
-			images = append(images, line)
-		}
-	}
-	return images, lines.Err()
 }
 
 func evidenceInspect(stdin io.Reader, stdout io.Writer) *cobra.Command {
@@ -296,7 +236,7 @@ func ofNode(dir string) (*archive.Evaluator, map[string][]byte, error) {
 	var j *archive.Evaluator
 	var trust map[string][]byte
 	if err == nil {
-		j, err = evaluator(c)
+		j, err = inspect.Evaluator(c)
 	}
 	if err == nil {
 		trust, err = config.Trust(dir)

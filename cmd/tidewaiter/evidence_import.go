@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -120,7 +119,7 @@ func importArchive(ctx context.Context, stdin io.Reader, stdout io.Writer, o imp
 			}
 		}
 		if err == nil {
-			j, err = evaluator(next)
+			j, err = inspect.Evaluator(next)
 		}
 		if err != nil {
 			return cli.Inconclusive(fmt.Errorf("%s: %w", text.Clean(file, 300), err), hint)
@@ -192,19 +191,7 @@ func ask(ctx context.Context, c *archive.Contents, r *archive.Report, o importOp
 		r.Trust.Unknown = text.Clean(err.Error(), 300)
 		return
 	}
-	at, err := filepath.Abs(c.Path())
-	with := *next
-	with.Layouts = append([]string{at}, next.Layouts...)
-	var j *inspect.Offline
-	if err == nil {
-		j, err = inspect.NewOffline(ctx, &with, o.stateDir)
-	}
-	if err != nil {
-		r.Trust.Unknown = text.Clean(err.Error(), 300)
-		return
-	}
-	defer j.Close()
-	r.Trust.Answers, r.Trust.Unknown = j.Changes(ctx, l)
+	r.Trust.Answers, r.Trust.Unknown = inspect.Changes(ctx, l, next, c.Path(), o.stateDir)
 }
 
 // warnings are those of a configuration.

@@ -1,14 +1,11 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -17,7 +14,6 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/cmd/internal/cli"
 	"github.com/tidewaiter/tidewaiter/cmd/internal/inspect"
-	"github.com/tidewaiter/tidewaiter/deploy/config"
 	"github.com/tidewaiter/tidewaiter/deploy/control"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/policy"
@@ -270,8 +266,7 @@ func (o *imagesOptions) table(l control.Images) string {
 
 // Bounds of a list of images.
 const (
-	maxList      = 1 << 20 // bytes
-	maxListed    = 1000    // images
+	maxListed    = 1000 // images
 	aheadTimeout = 30 * time.Minute
 )
 
@@ -303,50 +298,23 @@ func (o *imagesOptions) ahead(ctx context.Context) (l control.Images, err error)
 	return l, nil
 }
 
-// read reads the list: a name a line, and comments after #.
-func (o *imagesOptions) read() ([]string, error) {
-	in := io.Reader(os.Stdin)
-	if o.file != "-" {
-		f, err := os.Open(o.file)
-		if err != nil {
-			return nil, cli.Inconclusive(fmt.Errorf("--from-file: %w", err), "")
-		}
-		defer f.Close()
-		in = f
+// read reads the list.
+func (o *imagesOptions) read() (refs []string, err error) {
+	list, err := inspect.ReadList(o.file)
+	switch {
+	case err != nil:
+		return nil, cli.Inconclusive(fmt.Errorf("--from-file: %w", err), "a line is the name of an image, as in k3s-images.txt")
+	case len(list) == 0:
+		return nil, cli.Inconclusive(fmt.Errorf("--from-file: %s names no image", o.file), "")
+	case len(list) > maxListed:
+		return nil, cli.Inconclusive(fmt.Errorf("--from-file: %s:%d: more than %d images", o.file, list[maxListed].Line, maxListed), "")
 	}
-	raw, err := io.ReadAll(io.LimitReader(in, maxList+1))
-	if err == nil && len(raw) > maxList {
-		err = fmt.Errorf("larger than %d bytes", maxList)
-	}
-	if err == nil {
-		raw, err = config.Text(raw)
-	}
-	if err != nil {
-		return nil, cli.Inconclusive(fmt.Errorf("--from-file: %s: %w", o.file, err), "")
-	}
-	var refs []string
-	s := bufio.NewScanner(bytes.NewReader(raw))
-	s.Buffer(nil, maxList)
-	for n := 1; s.Scan(); n++ {
-		line, _, _ := strings.Cut(s.Text(), "#")
-		ref := strings.TrimSpace(line)
-		if ref == "" {
-			continue
-		}
-		name, err := policy.ParseName(ref)
-		if err != nil {
-			return nil, cli.Inconclusive(fmt.Errorf("--from-file: %s:%d: %w", o.file, n, err), "a line is the name of an image, as in k3s-images.txt")
-		}
-		if o.allowlist && name.Digest == "" {
-			return nil, cli.Inconclusive(fmt.Errorf("--allowlist: %s:%d: %s is a tag, for which a mirror could answer any digest", o.file, n, text.Quote(ref, 160)),
+	for _, l := range list {
+		if o.allowlist && l.Name.Digest == "" {
+			return nil, cli.Inconclusive(fmt.Errorf("--allowlist: %s:%d: %s is a tag, for which a mirror could answer any digest", o.file, l.Line, text.Quote(l.Text, 160)),
 				"take the digest from who publishes the image and write NAME@sha256:..., or import the release's archive on a node and run tidewaiter images --allowlist there")
 		}
-		if refs = append(refs, ref); len(refs) > maxListed {
-			return nil, cli.Inconclusive(fmt.Errorf("--from-file: %s:%d: more than %d images", o.file, n, maxListed), "")
-		}
-	}
-	if len(refs) == 0 {
-		return nil, cli.Inconclusive(fmt.Errorf("--from-file: %s names no image", o.file), "")
+		refs = append(refs, l.Text)
 	}
 	return refs, nil
 }

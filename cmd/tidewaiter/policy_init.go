@@ -18,7 +18,7 @@ import (
 const maxCertificates = 1 << 20
 
 func policyInitCommand(stdout io.Writer) *cobra.Command {
-	var o config.Initial
+	var o stage.Initial
 	var dir, ca, signer string
 	cmd := &cobra.Command{
 		Use:   "init",
@@ -46,7 +46,7 @@ Exit status: 0 it is written and valid; 2 it is not.`,
 			}
 			files, err := o.Files()
 			switch {
-			case errors.Is(err, config.ErrNoIdentity):
+			case errors.Is(err, stage.ErrNoIdentity):
 				return cli.Inconclusive(err, "name the signing certificate with --signer, or its subject with --identity")
 			case err != nil:
 				return cli.Inconclusive(err, "")

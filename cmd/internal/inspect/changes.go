@@ -3,10 +3,12 @@ package inspect
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/tidewaiter/tidewaiter/deploy/config"
 	"github.com/tidewaiter/tidewaiter/deploy/control"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/archive"
@@ -17,11 +19,23 @@ import (
 // ChangesTime is how long Changes may take.
 const ChangesTime = 5 * time.Minute
 
-// Changes judges the images of a list, which a gate has answered, and returns those to
-// which the answer is another here. Those that are allowed now come first. What no
+// Changes judges the images of a list, which a gate has answered, by another configuration
+// with the layout at path, and with what the node keeps in stateDir. It returns those to
+// which the answer is another there. Those that are allowed now come first. What no
 // signature decides, such as a digest that is listed, is passed over. unknown says why
 // some were not judged; empty: all were.
-func (j *Offline) Changes(ctx context.Context, l control.Images) (changed []archive.Change, unknown string) {
+func Changes(ctx context.Context, l control.Images, next *config.Config, path, stateDir string) (changed []archive.Change, unknown string) {
+	at, err := filepath.Abs(path)
+	var j *Offline
+	if err == nil {
+		with := *next
+		with.Layouts = append([]string{at}, next.Layouts...)
+		j, err = NewOffline(ctx, &with, stateDir)
+	}
+	if err != nil {
+		return nil, text.Clean(err.Error(), 300)
+	}
+	defer j.Close()
 	ctx, cancel := context.WithTimeout(ctx, ChangesTime)
 	defer cancel()
 	left := 0

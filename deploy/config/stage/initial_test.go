@@ -1,4 +1,4 @@
-package config
+package stage
 
 import (
 	"errors"
@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/tidewaiter/tidewaiter/deploy/config"
 	"github.com/tidewaiter/tidewaiter/verify"
 	"github.com/tidewaiter/tidewaiter/verify/evidence/notary/notarytest"
 )
@@ -51,11 +52,11 @@ func TestInitial(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			c, err := Load(dir)
+			c, err := config.Load(dir)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if c.Mode != verify.Audit || len(c.Statements) != 1 || strings.Join(c.Statements[0].TrustedIdentities, "|") != tt.want || strings.Join(c.Statements[0].Scopes, "|") != "registry.test/app" || !c.store.Holds("ca:acme") {
+			if c.Mode != verify.Audit || len(c.Statements) != 1 || strings.Join(c.Statements[0].TrustedIdentities, "|") != tt.want || strings.Join(c.Statements[0].Scopes, "|") != "registry.test/app" || len(c.Anchors()) == 0 || !strings.HasPrefix(c.Anchors()[0].File, "ca:acme/") {
 				t.Errorf("%s: %+v", c.Mode, c.Statements)
 			}
 		})
