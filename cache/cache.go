@@ -313,7 +313,7 @@ func (c *Cache) keep(f *flight, d verify.Decision, inTime bool) {
 		if strict.Accepts(d) {
 			put(c.allowed, f.place.key, d, d.Until, now, &c.stats.AllowedEvicted)
 		}
-	case inTime && !d.Reason.Transient():
+	case inTime && !d.Reason.Inconclusive():
 		until := now.Add(c.o.DenyFor)
 		if !d.Until.IsZero() && d.Until.Before(until) {
 			until = d.Until

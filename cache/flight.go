@@ -89,7 +89,7 @@ func (c *Cache) land(f *flight, q *queue, d verify.Decision, o outcome) (_ verif
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	defer c.start(q)
-	q.end(f, o.took, !d.Reason.Transient())
+	q.end(f, o.took, !d.Reason.Inconclusive())
 	if o.panicked {
 		c.stats.Panics++
 	}

@@ -187,7 +187,7 @@ func (g *Gate) known(pod *api.PodSandbox, ctr *api.Container, ask question) (kno
 		return false, nil
 	}
 	d := g.Verifier.Verify(atOnce, images[0])
-	if !d.Allowed() && d.Reason.Transient() {
+	if !d.Allowed() && d.Reason.Inconclusive() {
 		return false, nil
 	}
 	if err := g.tell(ask, start, images[0], d); err != nil {
@@ -309,7 +309,7 @@ func (g *Gate) verify(ctx context.Context, ask question, start time.Time, img ve
 	before := g.Now()
 	if ask.atOnce {
 		d := g.Verifier.Verify(atOnce, img)
-		if r := wouldBe(d); r.Transient() {
+		if r := d.EnforceReason(); r.Inconclusive() {
 			img = fault(ask, ask.late, "another run of the gate allowed the container, and what this one knows of its image is "+r.String()+"; create it anew")
 			d = g.Verifier.Verify(atOnce, img)
 		}
@@ -318,14 +318,6 @@ func (g *Gate) verify(ctx context.Context, ask question, start time.Time, img ve
 	d := g.Verifier.Verify(g.waits.open(ctx, before), img)
 	g.waits.pay(g.Now().Sub(before))
 	return g.tell(ask, start, img, d)
-}
-
-// wouldBe is the reason that enforce would give.
-func wouldBe(d verify.Decision) verify.Reason {
-	if d.Reason == verify.AuditOnly {
-		return d.Would
-	}
-	return d.Reason
 }
 
 // tell has a decision observed, and renders a denial. What is found out after the

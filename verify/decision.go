@@ -62,6 +62,14 @@ type Attempt struct {
 // Allowed reports whether the image may run.
 func (d Decision) Allowed() bool { return d.allowed }
 
+// EnforceReason is the Reason of what enforce answers, also where the node audits.
+func (d Decision) EnforceReason() Reason {
+	if d.Reason == AuditOnly {
+		return d.Would
+	}
+	return Reason(d.Reason.String())
+}
+
 // Deny makes a denial. A reason that allows is no reason to deny: it becomes
 // INTERNAL. The detail is cut, since denials are kept and it may be a registry's.
 func Deny(r Reason, detail string) Decision {
@@ -173,13 +181,13 @@ const MaxMessage = 640
 func (d Decision) Message(img Image, node string) string {
 	var b strings.Builder
 	b.WriteString("tidewaiter: ")
-	r := d.Reason
+	r := d.EnforceReason()
 	switch {
 	case !d.allowed:
 		b.WriteString("denied")
-	case r == AuditOnly:
+		r = d.Reason
+	case d.Reason == AuditOnly:
 		b.WriteString("allowed [AUDIT_ONLY], enforce would deny")
-		r = d.Would
 	default:
 		b.WriteString("allowed")
 	}
@@ -202,13 +210,9 @@ func (d Decision) Message(img Image, node string) string {
 // reason. Where the image could not be bound there is no question; then it is one
 // of the detail, which says what was in the way.
 func (d Decision) ID() string {
-	r := d.Reason
-	if r == AuditOnly {
-		r = d.Would
-	}
 	h := sha256.New()
 	h.Write(d.Key.bytes())
-	h.Write([]byte(r.String()))
+	h.Write([]byte(d.EnforceReason().String()))
 	if d.Key == (Key{}) {
 		h.Write([]byte(d.Detail))
 	}

@@ -1,5 +1,7 @@
 package verify
 
+import "slices"
+
 // A Reason is a stable code that says why a Decision came out as it did. The
 // zero Reason prints as INTERNAL. docs/reasons.md says what to do about each.
 type Reason string
@@ -55,44 +57,37 @@ func (r Reason) String() string {
 // MarshalText writes the code as String does, so that no JSON holds an empty one.
 func (r Reason) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
 
+// Allows reports whether enforce lets an image run with r.
+func (r Reason) Allows() bool { return r == Verified || r == AllowedByDigest }
+
 // denial is r where r can be the reason of a denial, and else INTERNAL.
 func (r Reason) denial() Reason {
-	if r == "" || r == Verified || r == AllowedByDigest || r == AuditOnly {
+	if r == "" || r.Allows() || r == AuditOnly {
 		return Internal
 	}
 	return r
 }
 
 // Inconclusive reports whether r says that the answer could not be found out,
-// rather than that it is no. The CLI ends with exit status 2 for these.
+// rather than that it is no, and may be different a moment later although nothing on the
+// node changed: what a cache must not hold. The CLI ends with exit status 2 for these.
 func (r Reason) Inconclusive() bool {
-	switch r {
-	case SourceUnreachable, SourceUnauthorized, SourceNoReferrers, LimitExceeded, Pending, Overloaded,
-		PolicyInvalid, Internal, "", ImageUnresolved, RevocationUnknown:
-		return true
-	}
-	return false
+	return slices.Contains([]Reason{
+		SourceUnreachable, SourceUnauthorized, SourceNoReferrers, LimitExceeded, Pending, Overloaded,
+		PolicyInvalid, Internal, "", ImageUnresolved, RevocationUnknown,
+	}, r)
 }
-
-// Transient reports whether r may be different a moment later although nothing
-// on the node changed: what a cache must not hold.
-func (r Reason) Transient() bool { return r.Inconclusive() }
 
 // rank orders reasons from the one that says most (0) to the one that says
 // least: first sources that were not conclusively asked, then the envelope that
 // came furthest, and SIGNATURE_MISSING last, which is only true when nothing
 // else is. A reason that is not listed is as bad as INTERNAL and goes first.
 func (r Reason) rank() int {
-	for i, o := range [...]Reason{
+	return max(0, slices.Index([]Reason{
 		Internal,
 		SourceUnreachable, SourceUnauthorized, SourceNoReferrers, LimitExceeded, Pending,
 		Revoked, RevocationUnknown, CertificateExpired, TimestampInvalid, SignatureExpired,
 		NotAnImage, IdentityMismatch, CriticalAttribute, PluginUnsupported, ThresholdNotMet,
 		SignerUntrusted, SignatureInvalid, SignatureMissing,
-	} {
-		if o == r {
-			return i
-		}
-	}
-	return 0
+	}, r))
 }

@@ -42,8 +42,14 @@ func TestReasons(t *testing.T) {
 		if got, want := r.Inconclusive(), slices.Contains(unsettled, r); got != want {
 			t.Errorf("%q: unsettled %t, want %t", string(r), got, want)
 		}
-		if got, want := r.Transient(), r.Inconclusive(); got != want {
-			t.Errorf("%q: transient %t, want %t", string(r), got, want)
+		if got, want := r.Allows(), r == Verified || r == AllowedByDigest; got != want {
+			t.Errorf("%q: allows %t, want %t", string(r), got, want)
+		}
+		if got := audit(Decision{Reason: r}, Audit).EnforceReason(); got != Reason(r.String()) {
+			t.Errorf("audit of %q: enforce says %q", string(r), got)
+		}
+		if got, want := (Decision{Reason: r}).EnforceReason(), Reason(r.String()); r != AuditOnly && got != want {
+			t.Errorf("%q: enforce says %q", string(r), got)
 		}
 		want := r
 		if r == "" || r == Verified || r == AllowedByDigest || r == AuditOnly {

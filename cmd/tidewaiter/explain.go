@@ -68,7 +68,7 @@ func explainOne(ctx context.Context, stdout io.Writer, dir, output, what string)
 	status := cli.ExitYes
 	for _, a := range e.About {
 		switch r := a.Reason(); {
-		case inspect.Allows(r):
+		case r.Allows():
 		case r.Inconclusive():
 			status = max(status, cli.ExitInconclusive)
 		default:

@@ -22,8 +22,9 @@ func TestEnforceIsRefused(t *testing.T) {
 		set   func(*scene)
 		want  string
 	}{
-		"what runs": {nodetest.Kubeadm, func(s *scene) { s.gate.Running.Reasons = map[string]int{"VERIFIED": 3, "SIGNATURE_MISSING": 2} }, "2 of what runs here would be refused"},
-		"no image":  {nodetest.Kubeadm, func(s *scene) { s.gate.Running.ImageMissing = 1 }, "1 of what runs"},
+		"what runs by an unknown reason": {nodetest.Kubeadm, func(s *scene) { s.gate.Running.Reasons = map[string]int{"VERIFIED": 3, "ALLOWED_BY_POLICY": 1} }, "1 of what runs here would be refused"},
+		"what runs":                      {nodetest.Kubeadm, func(s *scene) { s.gate.Running.Reasons = map[string]int{"VERIFIED": 3, "SIGNATURE_MISSING": 2} }, "2 of what runs here would be refused"},
+		"no image":                       {nodetest.Kubeadm, func(s *scene) { s.gate.Running.ImageMissing = 1 }, "1 of what runs"},
 		"the pause image": {nodetest.Kubeadm, func(s *scene) {
 			s.gate.Running.Pauses = []control.Pause{{Image: nodetest.Pause, Reason: "SIGNATURE_MISSING"}}
 		}, "1 of what runs"},

@@ -10,6 +10,7 @@ import (
 
 	"github.com/tidewaiter/tidewaiter/deploy/control"
 	"github.com/tidewaiter/tidewaiter/deploy/node"
+	"github.com/tidewaiter/tidewaiter/verify"
 )
 
 // facts are what an installation found, before it changes anything.
@@ -135,18 +136,18 @@ func (i *Installation) mayEnforce(ctx context.Context) error {
 	}
 	var bad []string
 	for _, f := range r.Found {
-		if f.ImageMissing || !allowed(f.Reason) {
+		if f.ImageMissing || !verify.Reason(f.Reason).Allows() {
 			bad = append(bad, fmt.Sprintf("%s/%s %s %s: %s", f.Namespace, f.Pod, f.Container, f.Image, gone(f.ImageMissing, f.Reason)))
 		}
 	}
 	n := r.ImageMissing
 	for reason, m := range r.Reasons {
-		if !allowed(reason) {
+		if !verify.Reason(reason).Allows() {
 			n += m
 		}
 	}
 	for _, p := range r.Pauses {
-		if p.ImageMissing || !allowed(p.Reason) {
+		if p.ImageMissing || !verify.Reason(p.Reason).Allows() {
 			n++
 			bad = append(bad, fmt.Sprintf("the pause image %s: %s", p.Image, gone(p.ImageMissing, p.Reason)))
 		}
@@ -166,10 +167,6 @@ func (i *Installation) mayEnforce(ctx context.Context) error {
 		next += "; shorten the pods that are POD_TOO_LARGE (environment, labels, annotations; enableServiceLinks: false leaves out most of a long environment)"
 	}
 	return node.Refusef(next+"; --force enforces all the same", "%d of what runs here would be refused", n)
-}
-
-func allowed(reason string) bool {
-	return reason == "VERIFIED" || reason == "ALLOWED_BY_DIGEST" || reason == "ALLOWED_BY_POLICY"
 }
 
 func gone(is bool, reason string) string {

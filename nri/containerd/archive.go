@@ -62,7 +62,7 @@ const importHint = "; the image was imported from an archive without its registr
 // Verify implements [verify.Verifier].
 func (e explainer) Verify(ctx context.Context, img verify.Image) verify.Decision {
 	d := e.next.Verify(ctx, img)
-	if d.Reason != verify.SignatureMissing && (d.Reason != verify.AuditOnly || d.Would != verify.SignatureMissing) {
+	if d.EnforceReason() != verify.SignatureMissing {
 		return d
 	}
 	l, ok := e.known.resolutions.Peek(plain(img.Target))

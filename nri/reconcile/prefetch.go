@@ -342,11 +342,8 @@ func (s *Prefetch) ask(ctx context.Context, i *item) {
 	began := s.now()
 	d, revision := s.verify(ctx, i)
 	now := s.now()
-	reason := d.Reason
-	if reason == verify.AuditOnly {
-		reason = d.Would
-	}
-	i.asked, i.due, i.no = true, time.Time{}, reason != verify.Verified && reason != verify.AllowedByDigest
+	reason := d.EnforceReason()
+	i.asked, i.due, i.no = true, time.Time{}, !reason.Allows()
 	switch {
 	case d.Revision != revision:
 		// A configuration is being put in force.
@@ -385,7 +382,7 @@ func passing(r verify.Reason) bool {
 	case verify.PolicyInvalid, verify.LimitExceeded:
 		return false // what they need is another configuration
 	}
-	return r.Transient()
+	return r.Inconclusive()
 }
 
 // pause reports whether d went by before ctx ended.

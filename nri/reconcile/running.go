@@ -312,7 +312,7 @@ func (s *RunningCheck) judge(ctx context.Context, c containerd.Container, ends m
 		if c.Kind == containerd.KindSandbox {
 			img.Pod.Namespace = pauseNamespace
 		}
-		if d = s.verify(ctx, img); !fine(would(d)) {
+		if d = s.verify(ctx, img); !fine(d.EnforceReason()) {
 			break
 		}
 		if first, ok := ends[d.Ends]; d.Ends != "" && !d.Until.IsZero() && (!ok || d.Until.Before(first)) {
@@ -320,12 +320,12 @@ func (s *RunningCheck) judge(ctx context.Context, c containerd.Container, ends m
 		}
 	}
 	// A container that the gate would refuse as too long is one that would not come back.
-	if c.Long != "" && c.Kind == containerd.KindContainer && len(images) > 0 && fine(would(d)) {
+	if c.Long != "" && c.Kind == containerd.KindContainer && len(images) > 0 && fine(d.EnforceReason()) {
 		img = images[0]
 		img.Fault = &verify.Fault{Reason: verify.PodTooLarge, Detail: c.Long}
 		d = s.verify(ctx, img)
 	}
-	return verdict{would(d), d.Detail}, img, d
+	return verdict{d.EnforceReason(), d.Detail}, img, d
 }
 
 // verify asks about one image under each of its names, as one that is allowed is
@@ -337,7 +337,7 @@ func (s *RunningCheck) verify(ctx context.Context, img verify.Image) verify.Deci
 	img.Use, img.Names = verify.UsePrefetch, nil
 	first := s.Verifier.Verify(ctx, img)
 	for d, n := first, 0; ; n++ {
-		if fine(would(d)) {
+		if fine(d.EnforceReason()) {
 			return d
 		}
 		if n == len(names) {
@@ -346,14 +346,6 @@ func (s *RunningCheck) verify(ctx context.Context, img verify.Image) verify.Deci
 		img.Name = names[n]
 		d = s.Verifier.Verify(ctx, img)
 	}
-}
-
-// would is what enforce would answer.
-func would(d verify.Decision) verify.Reason {
-	if d.Reason == verify.AuditOnly {
-		return d.Would
-	}
-	return verify.Reason(d.Reason.String())
 }
 
 // fine reports whether enforce allows with that reason.

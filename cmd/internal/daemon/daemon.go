@@ -414,10 +414,7 @@ func (d *daemon) begin(q verify.Question) (end func()) {
 
 // survived says that nothing died of an image, if it was judged.
 func (d *daemon) survived(img verify.Image, dec verify.Decision) {
-	r := dec.Reason
-	if r == verify.AuditOnly {
-		r = dec.Would
-	}
+	r := dec.EnforceReason()
 	if d.prefetch != nil && img.Target.Digest != "" && r != verify.Pending && r != verify.Overloaded {
 		d.prefetch.Judged(img.Target.Digest)
 	}

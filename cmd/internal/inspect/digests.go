@@ -86,7 +86,7 @@ func grade(i control.Image) int {
 	switch r := verify.Reason(i.Reason); {
 	case i.Allowed, i.NotImage, slices.Contains(listable, r):
 		return cli.ExitYes
-	case r.Transient():
+	case r.Inconclusive():
 		return cli.ExitInconclusive
 	}
 	return cli.ExitNo

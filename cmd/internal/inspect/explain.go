@@ -417,17 +417,6 @@ func (x *Explainer) about() About {
 	return a
 }
 
-// enforced is the reason that enforce has.
-func enforced(d verify.Decision) verify.Reason {
-	if d.Reason == verify.AuditOnly {
-		return d.Would
-	}
-	return verify.Reason(d.Reason.String())
-}
-
-// Allows reports whether enforce allows with that reason.
-func Allows(r verify.Reason) bool { return r == verify.Verified || r == verify.AllowedByDigest }
-
 // judge asks what the gate would answer, and looks at what that rests on. The names of
 // an image volume are asked one after the other, as the sweep does.
 func (x *Explainer) judge(ctx context.Context, img verify.Image, a *About) {
@@ -435,10 +424,10 @@ func (x *Explainer) judge(ctx context.Context, img verify.Image, a *About) {
 	names := img.Names[:min(len(img.Names), maxAbout)]
 	img.Use, img.Names = verify.UsePrefetch, nil
 	d := x.Decider.Verify(ctx, img)
-	for first := img.Name; !Allows(enforced(d)) && len(names) > 0; names = names[1:] {
+	for first := img.Name; !d.EnforceReason().Allows() && len(names) > 0; names = names[1:] {
 		other := img
 		other.Name = names[0]
-		if o := x.Decider.Verify(ctx, other); Allows(enforced(o)) {
+		if o := x.Decider.Verify(ctx, other); o.EnforceReason().Allows() {
 			img, d = other, o
 		} else {
 			img.Name = first
@@ -449,7 +438,7 @@ func (x *Explainer) judge(ctx context.Context, img verify.Image, a *About) {
 		d.Made, a.Fresh = began, true
 	}
 	r := d.Report(img, "")
-	a.Now, a.Next = answer(r), control.Next(enforced(d))
+	a.Now, a.Next = answer(r), control.Next(d.EnforceReason())
 	s, f := x.Decider.Snapshot(), x.Active()
 	if s == nil || f.Config == nil || f.Engine == nil || f.Config.Revision != s.Revision {
 		return // none is in force, or another is being put in force

@@ -108,10 +108,10 @@ func (x *Explainer) row(ctx context.Context, img verify.Image, allowlist Allowli
 
 // Row is img with d, the answer to it, and where allowlist lets it run.
 func Row(img verify.Image, d verify.Decision, allowlist Allowlist) control.Image {
-	reason := enforced(d)
+	reason := d.EnforceReason()
 	r := d.Report(img, "")
 	row := control.Image{
-		Image: r.Image, Target: r.Target, Manifest: r.Manifest, Config: r.Config, Allowed: Allows(reason), Reason: reason.String(), ID: r.ID, Rule: text.Clean(r.Rule, 256),
+		Image: r.Image, Target: r.Target, Manifest: r.Manifest, Config: r.Config, Allowed: reason.Allows(), Reason: reason.String(), ID: r.ID, Rule: text.Clean(r.Rule, 256),
 		Detail: text.Clean(r.Detail, 300), Source: text.Clean(r.Source, 256), Until: r.Until, Ends: r.Ends,
 	}
 	if reason == verify.Verified && len(d.Signers) > 0 {

@@ -57,7 +57,7 @@ var sources = [...]string{"mirror", "layout", "store"}
 var modes = [...]verify.Mode{verify.Enforce, verify.Audit}
 
 // hooks in which the gate answers.
-var hooks = [...]string{"ValidateContainerAdjustment", "CreateContainer", "StartContainer"}
+var hooks = [...]string{"RunPodSandbox", "ValidateContainerAdjustment", "CreateContainer", "StartContainer"}
 
 // bounds of the buckets of answers. Warm answers take less than a millisecond, one
 // that waits gate.wait, and nothing may take more than 1.5 s.
@@ -103,7 +103,7 @@ func (c *Counters) Answered(m verify.Mode, a nri.Answer) {
 	if m == verify.Audit {
 		i = 1
 	}
-	c.decisions[i][indexOf[under(a.Decision)]].Add(1)
+	c.decisions[i][indexOf[a.Decision.EnforceReason()]].Add(1)
 	for i, h := range hooks {
 		if h == a.Hook {
 			c.answers[i].add(a.Took)
@@ -119,14 +119,6 @@ func (c *Counters) Asked(tried []verify.Attempt) {
 			c.asked[i][indexOf[a.Reason]].Add(1)
 		}
 	}
-}
-
-// under is the reason that d has, or would have, where the gate enforces.
-func under(d verify.Decision) verify.Reason {
-	if d.Reason == verify.AuditOnly {
-		return d.Would
-	}
-	return d.Reason
 }
 
 // Decisions returns how many there were, by mode and reason. What never was is not

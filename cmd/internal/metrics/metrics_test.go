@@ -161,6 +161,21 @@ func TestCounters(t *testing.T) {
 	}
 }
 
+// Each hook in which the gate answers has a histogram.
+func TestHooks(t *testing.T) {
+	var c Counters
+	for _, hook := range []string{"RunPodSandbox", "ValidateContainerAdjustment", "CreateContainer", "StartContainer"} {
+		c.Answered(verify.Enforce, nri.Answer{Decision: verify.Deny(verify.PodTooLarge, "long"), Hook: hook, Took: time.Millisecond})
+	}
+	hooks := map[string]uint64{}
+	for _, m := range write(t, &c, State{})["tidewaiter_decision_duration_seconds"].GetMetric() {
+		hooks[m.GetLabel()[0].GetValue()] = m.GetHistogram().GetSampleCount()
+	}
+	if len(hooks) != 4 || hooks["RunPodSandbox"] != 1 {
+		t.Errorf("answers by hook: %v", hooks)
+	}
+}
+
 // The hook pays for counting with nothing that waits and nothing that is
 // collected.
 func TestAnsweredDoesNotAllocate(t *testing.T) {
