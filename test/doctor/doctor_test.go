@@ -357,7 +357,7 @@ func TestNode(t *testing.T) {
 				out := s.run(0, "doctor")
 				s.says(out, `^ok    runtime +containerd runs since 20`, `^ok    nri +NRI is on`, `^ok    required +.*`+regexp.QuoteMeta(filepath.Join(s.DropInDir, node.RequiredFile))+`:5$`,
 					`^ok    restart `, `^ok    toleration `, `^ok    timeouts `, `^ok    snapshotter +snapshotter: overlayfs$`, `^ok    shim +runtime type: io.containerd.runc.v2$`,
-					`^ok    gate `, `^ok    registered +containerd `+regexp.QuoteMeta(s.Version), `^ok    mode +enforce, assurance (full|bound)$`,
+					`^ok    gate `, `^ok    registered +containerd `+regexp.QuoteMeta(s.Version), `^ok    mode +enforce, assurance at(Create|Start)$`,
 					`^ok    configuration +.* is valid and in force: mode enforce`, `^ok    sources +mirror http.* answers about images of registry.example`, `^ok    state `, `^ok    archives `, ` 0 fail$`)
 				s.fails()
 				s.enforces()

@@ -80,7 +80,7 @@ func TestSeeing(t *testing.T) {
 				`^  container  [0-9a-f]{64}, .*/`+s.pod.Name+` .*is not there`,
 				`^  answered   denied \[SIGNATURE_MISSING\], at 20`,
 				`^  now        denied \[SIGNATURE_MISSING\] `,
-				`^  decision   `+command[1]+`, mode enforce, assurance (full|bound), bound by an image record of this node$`,
+				`^  decision   `+command[1]+`, mode enforce, assurance at(Create|Start), bound by an image record of this node$`,
 				`^  rule       statement "prod": level strict, trust stores ca:acme, identities `+regexp.QuoteMeta(releaseIdentity)+`$`,
 				`^  source     mirror http.*: SIGNATURE_MISSING, signatures seen: 0`,
 				`^  next       sign the image, or copy its signatures`)
